@@ -1,0 +1,109 @@
+"""What the user asked for: the choices that decide the bytes of the output."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """How experts are ranked, compared, grouped, aligned and merged."""
+
+    saliency: str = "reap"
+    """Key of `method.saliency.SALIENCIES`."""
+
+    similarity: str = "gated"
+    """Key of `method.similarity.SIMILARITIES`: how mean expert outputs are weighted."""
+
+    gate_term: bool = True
+    """Whether router columns count as half of the similarity."""
+
+    grouping: str = "ream"
+    """Key of `method.grouping.GROUPINGS`; ``none`` prunes."""
+
+    group_size: int = 16
+    """REAM's C: members of a group at most, the centroid included."""
+
+    alignment: str = "both"
+    """Key of `method.alignment.ALIGNMENTS`."""
+
+    merge: str = "saliency"
+    """Key of `method.merging.MERGES`."""
+
+    similarity_tokens: int = 8192
+    """Tokens, sampled once, on which every expert is run; 0 is all of them."""
+
+    alignment_tokens: int = 2048
+    """Tokens, sampled once, on which neurons are compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Everything but the input files that decides what is written."""
+
+    experts: int
+    """Experts to keep in each MoE layer."""
+
+    method: Method
+    """How they are chosen and merged."""
+
+    sequential: bool = True
+    """Calibrate each layer on the outputs of the layers already compressed."""
+
+    compute_dtype: str = "float32"
+    """``bfloat16``, ``float16`` or ``float32``: what the layers are run in."""
+
+    seed: int = 0
+    """Start of every random choice."""
+
+    device_kind: str = "cpu"
+    """``cpu`` or ``cuda``: results are equal only within one kind."""
+
+    max_shard_bytes: int = 5_000_000_000
+    """Size of a shard, unless one tensor alone is larger."""
+
+    def fields(self) -> dict[str, Any]:
+        """Return a flat mapping for fingerprints and the manifest."""
+        values = asdict(self)
+        return {**values.pop("method"), **values}
+
+
+def check_counts(settings: Settings, num_experts: int, top_k: int, routing_groups: int) -> None:
+    """Refuse counts that give no usable model.
+
+    Parameters
+    ----------
+    settings
+        What was asked for.
+    num_experts
+        Experts of a source layer.
+    top_k
+        Experts a token is sent to.
+    routing_groups
+        ``n_group`` of group-limited routers, otherwise 1.
+
+    Raises
+    ------
+    UsageError
+        One sentence about the count that does not work and the ones that do.
+    """
+    keep, method = settings.experts, settings.method
+    if keep > num_experts:
+        raise UsageError(f"--experts {keep}: the source has {num_experts} experts a layer")
+    if keep < top_k:
+        raise UsageError(f"--experts {keep}: the router sends each token to {top_k} experts")
+    if routing_groups > 1 and (keep % routing_groups or keep // routing_groups < 2):
+        raise UsageError(
+            f"--experts {keep}: the router works in {routing_groups} groups, so the count "
+            f"must be a multiple of {routing_groups} with at least 2 experts in each"
+        )
+    if method.grouping == "ream" and keep < num_experts:
+        if method.group_size < 2:
+            raise UsageError(f"--group-size {method.group_size}: a group that merges has 2 or more")
+        if keep * method.group_size < num_experts:
+            smallest = -(-num_experts // keep)
+            raise UsageError(
+                f"--group-size {method.group_size}: {keep} groups of at most {method.group_size} "
+                f"cannot hold {num_experts} experts; use {smallest} or more"
+            )
