@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers and mapped tensors in, planned shards out."""

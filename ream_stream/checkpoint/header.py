@@ -1,0 +1,153 @@
+"""The header of a safetensors file, read without trusting it.
+
+A file is 8 bytes of header length, a JSON header, then the tensors' bytes.
+Checkpoints come from strangers: all that the header says is checked against the
+size of the file before anything is allocated or mapped.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DamagedError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One tensor of a checkpoint, as its header describes it."""
+
+    name: str
+    """Its name in the checkpoint."""
+
+    path: Path
+    """The file that holds it."""
+
+    dtype: str
+    """A key of `DTYPES`, in the format's spelling."""
+
+    shape: tuple[int, ...]
+    """Sizes of its axes."""
+
+    start: int
+    """Offset of its first byte in the file."""
+
+    stop: int
+    """Offset after its last byte."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return self.stop - self.start
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]:
+    """Read and check the header of one file.
+
+    Parameters
+    ----------
+    path
+        A safetensors file.
+    with_data
+        False for a file cut after its header, which is enough for a plan.
+
+    Raises
+    ------
+    DamagedError
+        The header is not plausible, or the file is shorter or longer than it says.
+    """
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+            raise DamagedError(
+                f"{path} is not a safetensors file or is cut short: it has {file_bytes} bytes "
+                f"and announces a header of {header_bytes}"
+            )
+        try:
+            header = json.loads(file.read(header_bytes), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(f"{path}: the header is not valid: {error}") from error
+    if not isinstance(header, dict):
+        raise DamagedError(f"{path}: the header is not a JSON object")
+    header.pop("__metadata__", None)
+    base = 8 + header_bytes
+    entries = {name: _entry(path, name, value, base) for name, value in header.items()}
+    _check_layout(path, entries, base, file_bytes if with_data else None)
+    return entries
+
+
+def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:  # noqa: ANN401
+    try:
+        dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        numbers = [*shape, start, stop]
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise ValueError("sizes and offsets must be whole numbers >= 0")  # noqa: TRY301
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: tensor {name!r} is described wrongly: {error}") from error
+    if dtype not in DTYPES:
+        raise DamagedError(f"{path}: tensor {name!r} has unknown dtype {dtype!r}")
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if stop - start != nbytes:
+        raise DamagedError(
+            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} needs {nbytes} bytes, "
+            f"its offsets give {stop - start}"
+        )
+    return TensorEntry(
+        name=name,
+        path=path,
+        dtype=dtype,
+        shape=tuple(shape),
+        start=base + start,
+        stop=base + stop,
+    )
+
+
+def _check_layout(
+    path: Path, entries: dict[str, TensorEntry], base: int, file_bytes: int | None
+) -> None:
+    """Refuse gaps, overlaps, and a file of another length than its tensors fill."""
+    position = base
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != position:
+            raise DamagedError(f"{path}: tensor {entry.name!r} overlaps another or leaves a gap")
+        position = entry.stop
+    if file_bytes is not None and position != file_bytes:
+        raise DamagedError(
+            f"{path} has {file_bytes} bytes, its header describes {position}: "
+            "the file is truncated or damaged; fetch it again"
+        )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result

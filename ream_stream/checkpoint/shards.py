@@ -1,0 +1,144 @@
+"""Shards of the output: named and laid out before the first byte is written.
+
+The order of tensors, every offset and the file's size follow from names, dtypes
+and shapes alone. So a shard is written as a stream, tensor after tensor, in the
+memory of one tensor, under the name that the finished index will give.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..durable import FileRange, Written, write_stream
+from .header import DTYPES, TensorEntry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTensor:
+    """One tensor to write."""
+
+    name: str
+    """Its name in the output."""
+
+    dtype: str
+    """A key of `DTYPES`."""
+
+    shape: tuple[int, ...]
+    """Sizes of its axes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One file of the output, laid out."""
+
+    name: str
+    """File name."""
+
+    tensors: tuple[PlannedTensor, ...]
+    """In the order of their bytes."""
+
+    def header(self) -> bytes:
+        """Return length and JSON header, padded so that the data starts aligned to 8."""
+        described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for tensor in self.tensors:
+            offsets = [position, position + tensor.nbytes]
+            described[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": offsets,
+            }
+            position = offsets[1]
+        text = json.dumps(described, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.header()) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+def cut(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
+    """Cut a list of tensors, in order, into shards of at most `max_bytes`.
+
+    A tensor larger than that has a shard of its own.
+    """
+    shards: list[list[PlannedTensor]] = []
+    filled = 0
+    for tensor in tensors:
+        if not shards or filled + tensor.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def name_shards(groups: Sequence[Sequence[Sequence[PlannedTensor]]]) -> list[list[Shard]]:
+    """Give names to the shards of each group (a layer, or what is outside the layers).
+
+    Within a shard tensors are ordered by element size, widest first, then by
+    name: each is then aligned to its element, as the format's own writer does.
+    """
+    count = sum(len(shards) for shards in groups)
+    number = 0
+    named: list[list[Shard]] = []
+    for shards in groups:
+        named.append([])
+        for tensors in shards:
+            number += 1
+            name = f"model-{number:05d}-of-{count:05d}.safetensors"
+            ordered = sorted(tensors, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name))
+            named[-1].append(Shard(name=name, tensors=tuple(ordered)))
+    return named
+
+
+def write_shard(
+    folder: Path, shard: Shard, content: Callable[[str], Tensor | TensorEntry]
+) -> Written:
+    """Write one shard.
+
+    Parameters
+    ----------
+    folder
+        Where to.
+    shard
+        Its layout.
+    content
+        Gives, for a tensor's name, its value, or the entry of a source tensor
+        whose bytes are copied from file to file.
+    """
+
+    def parts() -> Iterator[bytes | memoryview | FileRange]:
+        yield shard.header()
+        for tensor in shard.tensors:
+            value = content(tensor.name)
+            if isinstance(value, TensorEntry):
+                if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
+                    raise ValueError(f"{tensor.name} is planned as {tensor}, its source is {value}")
+                yield FileRange(path=value.path, start=value.start, stop=value.stop)
+            else:
+                yield _bytes(value, tensor)
+
+    return write_stream(folder / shard.name, parts())
+
+
+def _bytes(value: Tensor, planned: PlannedTensor) -> memoryview:
+    """Return the bytes of a tensor that is just as planned."""
+    if value.dtype != DTYPES[planned.dtype] or tuple(value.shape) != planned.shape:
+        raise ValueError(
+            f"{planned.name} is {value.dtype} {tuple(value.shape)}, planned was {planned}"
+        )
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())

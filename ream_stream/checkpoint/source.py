@@ -1,0 +1,159 @@
+"""A checkpoint folder: config, index and headers checked first, then mapped tensors."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import DamagedError, UsageError
+from .header import TensorEntry, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_JSON_BYTES = 200_000_000
+
+
+class MappedTensors:
+    """Tensors of a checkpoint as views of mapped files; see `Checkpoint.open`."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry], stack: ExitStack) -> None:
+        self._entries = entries
+        self._stack = stack
+        self._files: dict[Path, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor whose memory is the page cache; it must not be written to."""
+        path = self._entries[name].path
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        tensor: Tensor = self._files[path].get_tensor(name)
+        return tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a checkpoint folder holds, known from its headers alone."""
+
+    folder: Path
+    """Where it is."""
+
+    config: Mapping[str, Any]
+    """config.json as it stands."""
+
+    entries: Mapping[str, TensorEntry] = field(repr=False)
+    """Every tensor by name."""
+
+    @contextmanager
+    def open(self) -> Iterator[MappedTensors]:
+        """Map files as tensors are asked for; unmap them at the end of the block.
+
+        Mapped pages count as this process's until the file is closed, so a
+        block should not outlive the layer it serves.
+        """
+        with ExitStack() as stack:
+            yield MappedTensors(self.entries, stack)
+
+    def files(self) -> list[Path]:
+        """Return the shards, in order of name."""
+        return sorted({entry.path for entry in self.entries.values()})
+
+    def digest(self) -> str:
+        """Return a digest of config, names, shapes, offsets and file sizes; not of the data."""
+        described = {
+            "config": self.config,
+            "tensors": [
+                [e.name, e.path.name, e.dtype, e.shape, e.start, e.stop]
+                for e in sorted(self.entries.values(), key=lambda entry: entry.name)
+            ],
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def other_files(self) -> list[Path]:
+        """Return the files that are not weights, index or config: tokenizer, templates, code."""
+        weights = {path.name for path in self.files()} | {INDEX, "config.json"}
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file() and path.name not in weights and not path.name.startswith(".")
+        )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check config, index and headers of a folder.
+
+    Raises
+    ------
+    UsageError
+        The folder is not a safetensors checkpoint.
+    DamagedError
+        Config, index, headers and files contradict each other.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json: it is not a model checkpoint")
+    config = _read_object(folder / "config.json")
+    if (folder / INDEX).is_file():
+        entries = _indexed(folder)
+    elif (folder / SINGLE).is_file():
+        entries = read_header(folder / SINGLE)
+    else:
+        raise UsageError(f"{folder} has neither {SINGLE} nor {INDEX}: no safetensors weights")
+    if not entries:
+        raise DamagedError(f"{folder} holds no tensor")
+    return Checkpoint(folder=folder, config=config, entries=entries)
+
+
+def _indexed(folder: Path) -> dict[str, TensorEntry]:
+    """Return the entries of all shards that the index names, checked against it."""
+    weight_map = _read_object(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise DamagedError(f"{folder / INDEX} has no weight_map of tensor names to files")
+    entries: dict[str, TensorEntry] = {}
+    for shard in sorted(set(weight_map.values())):
+        path = _inside(folder, shard)
+        for name, entry in read_header(path).items():
+            if name in entries:
+                raise DamagedError(
+                    f"tensor {name!r} is in {entries[name].path.name} and in {shard}"
+                )
+            if weight_map.get(name) != shard:
+                listed = weight_map.get(name, "no file")
+                raise DamagedError(f"tensor {name!r} is in {shard}, the index names {listed}")
+            entries[name] = entry
+    for name, shard in weight_map.items():
+        if name not in entries:
+            raise DamagedError(f"the index puts tensor {name!r} in {shard}, which lacks it")
+    return entries
+
+
+def _inside(folder: Path, shard: str) -> Path:
+    """Return the path of a shard; refuse names that leave the folder."""
+    if Path(shard).name != shard or shard in {"", ".", ".."} or not shard.endswith(".safetensors"):
+        raise DamagedError(
+            f"{folder / INDEX} names the file {shard!r}; only safetensors files in the folder "
+            "itself are read"
+        )
+    path = folder / shard
+    if not path.is_file():
+        raise DamagedError(f"{folder} lacks {shard}, which its index names: fetch it again")
+    return path
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise DamagedError(f"{path} has more than {MAX_JSON_BYTES} bytes")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,269 @@
+"""The only module that creates, replaces or deletes files.
+
+Every file appears under its final name whole and durable, or not at all:
+
+1. it is written under ``NAME.partial`` in the same folder,
+2. its data is synced,
+3. it is renamed,
+4. the folder is synced, so that the rename itself survives a power cut.
+
+Folders (the chunks of a hidden-state store) are published the same way, after
+each file in them was synced. A ``.partial`` name therefore never holds
+anything of worth and may be deleted at any time.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import OtherRunError, OverBudgetError
+
+PARTIAL = ".partial"
+_COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRange:
+    """Bytes of an existing file, to be copied without passing through memory."""
+
+    path: Path
+    """The file they are in."""
+
+    start: int
+    """Offset of the first byte."""
+
+    stop: int
+    """Offset after the last byte."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What is on disk now."""
+
+    name: str
+    """File name, without its folder."""
+
+    size: int
+    """Bytes."""
+
+    sha256: str
+    """Digest of the whole file, hex."""
+
+
+def write_stream(path: Path, parts: Iterable[bytes | memoryview | FileRange]) -> Written:
+    """Write a file part after part; memory is that of the largest part in memory.
+
+    Raises
+    ------
+    OverBudgetError
+        The disk is full. Nothing is left under the final name.
+    """
+    digest, size = hashlib.sha256(), 0
+    with _partial(path) as file:
+        for part in parts:
+            for piece in _pieces(part):
+                _fill(file, piece)
+                digest.update(piece)
+                size += len(piece)
+    return Written(name=path.name, size=size, sha256=digest.hexdigest())
+
+
+def write_bytes(path: Path, data: bytes) -> Written:
+    """Write a small file."""
+    return write_stream(path, [data])
+
+
+def write_json(path: Path, value: object) -> Written:
+    """Write a JSON document as people read it: indented, keys in the given order."""
+    return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Written:
+    """Write a small safetensors file."""
+    partial = path.with_name(path.name + PARTIAL)
+    save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
+    # safetensors 0.8 neither syncs nor honors the umask: it leaves mode 0600
+    partial.chmod(0o666 & ~_umask())
+    with partial.open("rb") as file:
+        _sync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+    _publish(partial, path)
+    return Written(name=path.name, size=size, sha256=digest)
+
+
+def copy_file(source: Path, target: Path) -> Written:
+    """Copy a file's bytes; permissions are those of a new file."""
+    return write_stream(target, [FileRange(path=source, start=0, stop=source.stat().st_size)])
+
+
+def make_directory(path: Path) -> None:
+    """Create a folder and the missing ones above it, durably."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync_directory(path.parent)
+
+
+def publish_directory(partial: Path, path: Path) -> None:
+    """Sync all files of a folder, then give the folder its final name."""
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            with Path(folder, name).open("rb") as file:
+                _sync(file.fileno())
+        _sync_directory(Path(folder))
+    _publish(partial, path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it; a missing one is no error."""
+    if path.is_dir() and not path.is_symlink():
+        for entry in sorted(path.iterdir()):
+            remove(entry)
+        path.rmdir()
+    else:
+        _unlink(path)
+
+
+def free_bytes(path: Path) -> int:
+    """Return what the file system of the nearest existing folder has free."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def open_log(path: Path) -> TextIO:
+    """Open a log for appending; each line reaches the kernel as it is written."""
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[str | None]:
+    """Hold a lock file for the length of the block.
+
+    The kernel drops the lock with the process, so one left by a dead process
+    does not block. What that process wrote in it is given to the block.
+
+    Raises
+    ------
+    OtherRunError
+        A living process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+                raise
+            raise OtherRunError(
+                f"{path.parent} is in use by {file.read().strip() or 'another process'}; "
+                "wait for that run or stop it"
+            ) from None
+        left_by = file.read().strip() or None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield left_by
+        file.seek(0)
+        file.truncate()
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[BinaryIO]:
+    """Open ``NAME.partial`` for the block, then sync and publish it under its name."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            _sync(file.fileno())
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise OverBudgetError(
+            f"no space left for {path}: free some space and run the same command again to resume"
+        ) from error
+    _publish(partial, path)
+
+
+def _pieces(part: bytes | memoryview | FileRange) -> Iterator[bytes | memoryview]:
+    """Cut a part so that copying never holds more than a few megabytes."""
+    if not isinstance(part, FileRange):
+        view = memoryview(part).cast("B")
+        for start in range(0, len(view), _COPY_BYTES):
+            yield view[start : start + _COPY_BYTES]
+        return
+    with part.path.open("rb", buffering=0) as file:
+        file.seek(part.start)
+        left = part.stop - part.start
+        while left:
+            piece = file.read(min(left, _COPY_BYTES))
+            if not piece:
+                raise EOFError(f"{part.path} ends before byte {part.stop}")
+            left -= len(piece)
+            yield piece
+
+
+def _publish(partial: Path, path: Path) -> None:
+    _replace(partial, path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# The four primitives below are the only calls that change a disk; the crash tests wrap them.
+
+
+def _fill(file: BinaryIO, piece: bytes | memoryview) -> None:
+    file.write(piece)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network and FUSE file systems have no sync for folders
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+
+
+def _replace(partial: Path, path: Path) -> None:
+    os.replace(partial, path)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is of any type
+    """Read a JSON document."""
+    return json.loads(path.read_bytes())
