@@ -1,0 +1,62 @@
+"""Averaging the aligned members of a group into one expert.
+
+Letters in shapes: G members of a group.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .expert import Expert
+
+
+def by_saliency(weight_G: Tensor) -> Tensor:
+    """Return shares in proportion to merge weights (REAM, step 6)."""
+    weight_G = weight_G.double()
+    return weight_G / weight_G.sum()
+
+
+def equally(weight_G: Tensor) -> Tensor:
+    """Return the same share for every member."""
+    return torch.full_like(weight_G, 1 / len(weight_G), dtype=torch.float64)
+
+
+MERGES: Mapping[str, Callable[[Tensor], Tensor]] = {"saliency": by_saliency, "mean": equally}
+"""Shares of a group's members from their `saliency.merge_weights`; float64, sum 1."""
+
+
+def merge(shares: Sequence[float], aligned: Iterable[Expert], dtype: torch.dtype) -> Expert:
+    """Return the weighted sum of experts whose neurons are already lined up.
+
+    Parameters
+    ----------
+    shares
+        One a member, summing to 1: ``MERGES[name](weight_G).tolist()``.
+    aligned
+        The members, in the order of `shares`. A generator that loads them
+        keeps one in memory at a time.
+    dtype
+        What the checkpoint stores: sums are kept in float32, or wider if the
+        members are, and rounded to it once at the end.
+
+    Raises
+    ------
+    ValueError
+        There are more or fewer members than shares, or none.
+    """
+    total: list[Tensor] = []
+    for share, member in zip(shares, aligned, strict=True):
+        if total:
+            for sum_so_far, tensor in zip(total, member, strict=True):
+                sum_so_far.add_(tensor, alpha=share)
+        else:
+            # not zeros plus the first: that would turn -0.0 into 0.0
+            total = [_wide(tensor) * share for tensor in member]
+    if not total:
+        raise ValueError("a group has at least one member")
+    return Expert(*(tensor.to(dtype) for tensor in total))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
