@@ -1,0 +1,69 @@
+# Every check and every chore has one name here; CI calls the same names and nothing else.
+
+PYTHON ?= python3
+# On a machine without a GPU that has no CPU wheel of torch at hand:
+# make setup PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.stamp
+INSTALL = -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_FLAGS)
+
+# nothing may be fetched while tests run
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := test
+.DELETE_ON_ERROR:
+.PHONY: help setup test test-all check fix demo smoke docs docker clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## create .venv with everything development needs
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(INSTALL) -e .[dev]
+	@touch $@
+
+test: check ## what a commit must pass (the default): check, and the tests that take seconds
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+test-all: check ## the same with the tests that take minutes
+	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
+
+check: $(STAMP) ## format, lint, types, imports
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(STAMP) ## format, and mend what the linter can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+demo: $(STAMP) ## compress the built-in checkpoint and compare it with the original
+	$(BIN)/ream-stream demo
+
+SMOKE := build/smoke
+smoke: ## install the wheel without development extras, and run it
+	rm -rf build
+	$(PYTHON) -m venv $(SMOKE)/venv
+	$(SMOKE)/venv/bin/python -m pip wheel --quiet --no-deps -w $(SMOKE) .
+	$(SMOKE)/venv/bin/python $(INSTALL) $(SMOKE)/*.whl
+	$(SMOKE)/venv/bin/ream-stream --help
+	cd $(SMOKE) && venv/bin/ream-stream demo --quick
+
+docs: $(STAMP) ## write docs/cli.md from the command line's own help
+	$(BIN)/python tools/make_cli_docs.py
+
+docker: ## build the image ream-stream:VERSION; PIP_EXTRA_INDEX_URL= gives torch with CUDA
+	docker build -t ream-stream:$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	  $(if $(filter undefined,$(origin PIP_EXTRA_INDEX_URL)),,--build-arg PIP_EXTRA_INDEX_URL=$(PIP_EXTRA_INDEX_URL)) .
+
+clean: ## remove the environment and everything that was built
+	rm -rf .venv build dist *.egg-info demo-output
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find ream_stream tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
