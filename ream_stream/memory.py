@@ -1,0 +1,72 @@
+"""Anonymous memory of this process: what is ours, without mapped files.
+
+Resident size counts mapped pages too, which the kernel takes back whenever it
+likes; RssAnon does not. docs/memory.md explains the words.
+"""
+
+import ctypes
+import ctypes.util
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+_STATUS = Path("/proc/self/status")
+
+
+def anonymous_bytes() -> int:
+    """Return RssAnon, or the unique set size where the kernel does not tell it."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_full_info().uss)
+
+
+def available_bytes() -> int:
+    """Return what the machine could give without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def trim() -> None:
+    """Give freed memory back to the kernel.
+
+    glibc keeps freed blocks under 32 MiB in its heap, which is the size of an
+    expert's matrices: without this, memory creeps up layer by layer.
+    """
+    name = ctypes.util.find_library("c")
+    library = ctypes.CDLL(name) if name else None
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+class Gauge:
+    """The highest anonymous memory since it was last read."""
+
+    def __init__(self) -> None:
+        self.peak = anonymous_bytes()
+
+    def sample(self) -> None:
+        """Take one sample."""
+        self.peak = max(self.peak, anonymous_bytes())
+
+
+@contextmanager
+def gauge(interval: float = 0.02) -> Iterator[Gauge]:
+    """Sample anonymous memory in the background for the length of the block."""
+    meter, stop = Gauge(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(interval):
+            meter.sample()
+
+    thread = threading.Thread(target=watch, name="memory gauge", daemon=True)
+    thread.start()
+    try:
+        yield meter
+    finally:
+        stop.set()
+        thread.join()
+        meter.sample()
