@@ -150,7 +150,10 @@ class StreamedModel:
         """
         with ExitStack() as stack:
             tensors = stack.enter_context(self.checkpoint.open())
-            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            embedding, head = (
+                self.model.get_input_embeddings(),
+                self.model.get_output_embeddings(),
+            )
             large = {id(embedding.weight), id(head.weight)}
             small = {
                 target: name
@@ -337,7 +340,9 @@ class StreamedModel:
         for target, name in layer.dense.items():
             expected, entry = _get(self.model, target).shape, self.checkpoint.entries[name]
             if tuple(expected) != entry.shape:
-                raise DamagedError(f"{name} has shape {entry.shape}, the model {tuple(expected)}")
+                raise DamagedError(
+                    f"{name} has shape {entry.shape}, the model {tuple(expected)}"
+                )
 
     def _fill(self, keys: Mapping[str, str], tensors: MappedTensors) -> None:
         plan = self.model._get_dtype_plan(self.dtype)  # noqa: SLF001
@@ -375,9 +380,7 @@ def build_skeleton(
     return model.eval()
 
 
-def _key_targets(
-    model: PreTrainedModel, entries: Mapping[str, TensorEntry]
-) -> dict[str, str]:
+def _key_targets(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
     """Return, for each checkpoint tensor the model has, the name of its parameter or buffer."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -402,7 +405,11 @@ def _find_decoder(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
     """Return the list of decoder layers and its path."""
     kinds = set(model._no_split_modules or ())  # noqa: SLF001
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in kinds:
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and type(module[0]).__name__ in kinds
+        ):
             return path, list(module)
     raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
 
@@ -419,7 +426,9 @@ def _find_fused_experts(layer: nn.Module) -> tuple[str, nn.Module]:
             if not all(getattr(module, f, False) for f in flags) or any(
                 getattr(module, f, True) for f in wrong
             ):
-                raise UnsupportedModelError(f"{type(module).__name__} is not a plain gated expert")
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} is not a plain gated expert"
+                )
             return path, module
     raise UnsupportedModelError("a layer has expert tensors but no experts module")
 
@@ -479,5 +488,3 @@ def _put(model: nn.Module, target: str, value: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # noqa: SLF001
     else:
         module._buffers[leaf] = value  # noqa: SLF001
-
-

@@ -137,7 +137,9 @@ def _check_layout(
     position = base
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
         if entry.start != position:
-            raise DamagedError(f"{path}: tensor {entry.name!r} overlaps another or leaves a gap")
+            raise DamagedError(
+                f"{path}: tensor {entry.name!r} overlaps another or leaves a gap"
+            )
         position = entry.stop
     if file_bytes is not None and position != file_bytes:
         raise DamagedError(

@@ -126,7 +126,9 @@ def write_shard(
             value = content(tensor.name)
             if isinstance(value, TensorEntry):
                 if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
-                    raise ValueError(f"{tensor.name} is planned as {tensor}, its source is {value}")
+                    raise ValueError(
+                        f"{tensor.name} is planned as {tensor}, its source is {value}"
+                    )
                 yield FileRange(path=value.path, start=value.start, stop=value.stop)
             else:
                 yield _bytes(value, tensor)

@@ -113,7 +113,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _indexed(folder: Path) -> dict[str, TensorEntry]:
     """Return the entries of all shards that the index names, checked against it."""
     weight_map = _read_object(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(v, str) for v in weight_map.values()
+    ):
         raise DamagedError(f"{folder / INDEX} has no weight_map of tensor names to files")
     entries: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
@@ -135,7 +137,11 @@ def _indexed(folder: Path) -> dict[str, TensorEntry]:
 
 def _inside(folder: Path, shard: str) -> Path:
     """Return the path of a shard; refuse names that leave the folder."""
-    if Path(shard).name != shard or shard in {"", ".", ".."} or not shard.endswith(".safetensors"):
+    if (
+        Path(shard).name != shard
+        or shard in {"", ".", ".."}
+        or not shard.endswith(".safetensors")
+    ):
         raise DamagedError(
             f"{folder / INDEX} names the file {shard!r}; only safetensors files in the folder "
             "itself are read"

@@ -1,0 +1,112 @@
+"""Hidden states between two layers, on disk: one zarr array, one chunk a batch.
+
+zarr has no bfloat16, so bits are stored, in unsigned integers of the same width.
+Chunks carry a CRC32C and are always written: by default zarr leaves out chunks
+equal to the fill value and reads missing ones as if they were there. For the
+same reason a store is complete only once its folder has its final name.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from zarr.codecs import Crc32cCodec
+from zarr.storage import LocalStore
+
+from .. import durable
+from ..errors import DamagedError
+
+_BITS = {
+    torch.bfloat16: (torch.uint16, np.uint16),
+    torch.float16: (torch.uint16, np.uint16),
+    torch.float32: (torch.uint32, np.uint32),
+}
+
+
+class HiddenWriter:
+    """Writes the states (S, L, H) that enter one layer, batch after batch.
+
+    Parameters
+    ----------
+    path
+        Folder to write; it appears under this name when `publish` is called.
+    shape
+        Sequences, tokens of a sequence, hidden size.
+    dtype
+        What the states are; stored bit for bit.
+    batch
+        Sequences of a batch.
+    """
+
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, batch: int
+    ) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + durable.PARTIAL)
+        self._batch = batch
+        self._bits = _BITS[dtype][0]
+        durable.remove(self._partial)
+        kind = _BITS[dtype][1]
+        self._array = zarr.create_array(
+            LocalStore(self._partial),
+            shape=shape,
+            chunks=(min(batch, shape[0]), *shape[1:]),
+            dtype=kind,
+            compressors=[Crc32cCodec()],
+            # a NaN in either width: what was never written cannot pass for data
+            fill_value=np.iinfo(kind).max,
+            attributes={"dtype": str(dtype).removeprefix("torch.")},
+            config={"write_empty_chunks": True},
+        )
+
+    def write(self, index: int, hidden_BLH: Tensor) -> None:
+        """Store the states of batch `index`."""
+        start = index * self._batch
+        bits = hidden_BLH.detach().cpu().contiguous().view(self._bits).numpy()
+        self._array[start : start + len(bits)] = bits
+
+    def publish(self) -> None:
+        """Make the store durable and give it its name."""
+        durable.remove(self._path)
+        durable.publish_directory(self._partial, self._path)
+
+
+class HiddenStates:
+    """Reads what a `HiddenWriter` published.
+
+    Raises
+    ------
+    DamagedError
+        The store is not there, incomplete, or of another shape.
+    """
+
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, batch: int
+    ) -> None:
+        self._path, self._dtype, self._batch = path, dtype, batch
+        chunks = [path / "c" / str(i) / "0" / "0" for i in range(-(-shape[0] // batch))]
+        if not all(chunk.is_file() for chunk in chunks):
+            raise DamagedError(f"{path} lacks hidden states; start over with --restart")
+        self._array = zarr.open_array(LocalStore(path, read_only=True), mode="r")
+        stored = (self._array.shape, self._array.attrs["dtype"])
+        if stored != (shape, str(dtype).removeprefix("torch.")):
+            raise DamagedError(f"{path} holds {stored}, expected {shape} of {dtype}")
+
+    def read(self, index: int) -> Tensor:
+        """Return the states of batch `index`, (B, L, H).
+
+        Raises
+        ------
+        DamagedError
+            The chunk's checksum is wrong.
+        """
+        start = index * self._batch
+        try:
+            bits = np.asarray(self._array[start : start + self._batch])
+        except ValueError as error:
+            raise DamagedError(
+                f"{self._path}: batch {index} is damaged ({error}); start over with --restart"
+            ) from error
+        return torch.from_numpy(bits).view(self._dtype)

@@ -1,0 +1,240 @@
+"""What a run has finished, in one small file that is replaced whole.
+
+Order of writing, and the reason a kill at any point is harmless:
+
+1. the layer's shards, in OUTPUT,
+2. the hidden states that enter the next layer, in the work folder,
+3. the statistics of the layer, in the work folder,
+4. this journal, naming all of them with sizes and digests: the commit,
+5. only then are the hidden states that entered the layer deleted.
+
+So the journal never names a file that is not whole on disk, and a file of ours
+that it does not name may be deleted at any time. Reading goes the other way:
+journal first. A run that finds a journal made for other settings or another
+source does not touch anything.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import durable
+from .durable import Written
+from .errors import DamagedError, OtherRunError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRecord:
+    """One committed layer."""
+
+    index: int
+    """Its position in the model."""
+
+    shards: tuple[Written, ...]
+    """Its files in OUTPUT."""
+
+    hidden: str | None
+    """Name of the store that enters the next layer; None after the last."""
+
+    statistics: Written | None
+    """Its sums, in the work folder; None for a dense layer."""
+
+    saliency: tuple[float, ...] | None
+    """One number a source expert; None for a dense layer."""
+
+    groups: tuple[tuple[int, ...], ...] | None
+    """Source experts of each new expert, centroid first; None for a dense layer."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Journal:
+    """State of a run."""
+
+    fingerprint: dict[str, Any]
+    """What must be the same for a run to be resumed."""
+
+    machine: dict[str, Any]
+    """What was chosen for the machine the run began on, and is kept when it resumes."""
+
+    layers: list[LayerRecord] = field(default_factory=list)
+    """Committed layers, from the first on."""
+
+    outside: list[Written] = field(default_factory=list)
+    """Committed shards of what is outside the layers."""
+
+    def shards(self) -> list[Written]:
+        """Return all committed shards."""
+        return [shard for layer in self.layers for shard in layer.shards] + self.outside
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workspace:
+    """Where the files of a run are."""
+
+    output: Path
+    """The checkpoint being written."""
+
+    work: Path
+    """Journal, lock, hidden states, statistics and log."""
+
+    @property
+    def journal(self) -> Path:
+        """The file that `save` replaces."""
+        return self.work / "journal.json"
+
+    @property
+    def tokens(self) -> Path:
+        """The calibration set as token ids."""
+        return self.work / "tokens.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """Events as JSON lines, appended."""
+        return self.work / "log.jsonl"
+
+    def hidden(self, boundary: int) -> Path:
+        """The states that enter layer `boundary`."""
+        return self.work / f"hidden-{boundary:05d}"
+
+    def statistics(self, layer: int) -> Path:
+        """The sums of one layer."""
+        return self.work / f"statistics-{layer:05d}.safetensors"
+
+    @contextmanager
+    def locked(self) -> Iterator[str | None]:
+        """Create the work folder and keep other runs out of it for the length of the block."""
+        durable.make_directory(self.work)
+        with durable.lock(self.work / "lock") as left_by:
+            yield left_by
+
+    def check_is_ours(self) -> None:
+        """Refuse an output folder that holds something else.
+
+        Raises
+        ------
+        OtherRunError
+            It is not empty and has no journal.
+        """
+        if self.output.exists() and not self.output.is_dir():
+            raise OtherRunError(f"{self.output} is a file; choose a new folder")
+        if self.journal.is_file() or not self.output.is_dir():
+            return
+        foreign = [path for path in self.output.iterdir() if path != self.work]
+        if foreign:
+            raise OtherRunError(
+                f"{self.output} is not empty and holds no run of ream-stream "
+                f"(for example {foreign[0].name}); choose a new folder"
+            )
+
+    def remove_strays(self, journal: Journal) -> None:
+        """Delete files of ours that the journal does not name."""
+        hidden = journal.layers[-1].hidden if journal.layers else None
+        named = {record.statistics.name for record in journal.layers if record.statistics}
+        for path in [*self.work.iterdir(), *self.output.iterdir()]:
+            stray = (
+                path.name.endswith(durable.PARTIAL)
+                or (path.name.startswith("hidden-") and path.name != hidden)
+                or (path.name.startswith("statistics-") and path.name not in named)
+            )
+            if stray:
+                durable.remove(path)
+
+    def check_committed(self, journal: Journal) -> None:
+        """Make sure that what the journal names is there, by name and size.
+
+        Raises
+        ------
+        DamagedError
+            A file is missing or has another size.
+        """
+        statistics = [record.statistics for record in journal.layers if record.statistics]
+        for folder, files in ((self.output, journal.shards()), (self.work, statistics)):
+            for file in files:
+                path = folder / file.name
+                size = path.stat().st_size if path.is_file() else None
+                if size != file.size:
+                    state = "is missing" if size is None else f"has {size} bytes"
+                    raise DamagedError(
+                        f"{path} {state}, the journal says {file.size} bytes; "
+                        "restore it or start over with --restart"
+                    )
+
+    def discard(self) -> None:
+        """Delete everything this run wrote, the lock aside; nothing else is touched."""
+        journal = load(self) if self.journal.is_file() else None
+        durable.remove(self.journal)
+        final = ("config.json", "model.safetensors.index.json", "ream_stream.json", "README.md")
+        names = {shard.name for shard in journal.shards()} if journal else set()
+        for path in self.output.iterdir():
+            if path.name in names or path.name in final or path.name.endswith(durable.PARTIAL):
+                durable.remove(path)
+        for path in self.work.iterdir():
+            if path.name != "lock":
+                durable.remove(path)
+
+
+def load(workspace: Workspace) -> Journal:
+    """Read the journal of a run.
+
+    Raises
+    ------
+    DamagedError
+        It is not a journal.
+    """
+    try:
+        value = durable.read_json(workspace.journal)
+        if value["format"] != FORMAT:
+            raise OtherRunError(
+                f"{workspace.journal} is of format {value['format']}, not {FORMAT}"
+            )
+        return Journal(
+            fingerprint=value["fingerprint"],
+            machine=value["machine"],
+            layers=[_record(record) for record in value["layers"]],
+            outside=[Written(**file) for file in value["outside"]],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{workspace.journal} is damaged ({error}); start over with --restart"
+        ) from error
+
+
+def save(workspace: Workspace, journal: Journal) -> None:
+    """Commit: replace the journal file."""
+    durable.write_json(workspace.journal, {"format": FORMAT, **asdict(journal)})
+
+
+def check_fingerprint(journal: Journal, fingerprint: Mapping[str, Any], output: Path) -> None:
+    """Refuse to go on with a run that was started differently.
+
+    Raises
+    ------
+    OtherRunError
+        The message names each field that differs, with both values.
+    """
+    different = [
+        f"{key}: {journal.fingerprint.get(key)!r} then, {fingerprint.get(key)!r} now"
+        for key in sorted({*journal.fingerprint, *fingerprint})
+        if journal.fingerprint.get(key) != fingerprint.get(key)
+    ]
+    if different:
+        raise OtherRunError(
+            f"{output} was begun with other settings or another source ({'; '.join(different)}); "
+            "use the same ones, another folder, or --restart to discard it"
+        )
+
+
+def _record(value: Mapping[str, Any]) -> LayerRecord:
+    statistics, saliency, groups = value["statistics"], value["saliency"], value["groups"]
+    return LayerRecord(
+        index=value["index"],
+        shards=tuple(Written(**shard) for shard in value["shards"]),
+        hidden=value["hidden"],
+        statistics=Written(**statistics) if statistics else None,
+        saliency=None if saliency is None else tuple(saliency),
+        groups=None if groups is None else tuple(tuple(group) for group in groups),
+    )

@@ -1,0 +1,329 @@
+"""What a run will read, write and hold, from headers alone.
+
+A plan is made before anything is written or spent. It lays out every shard of
+the output and checks it against transformers' own class for the compressed
+config, so that a checkpoint which would not load is refused before the first
+layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint.header import DTYPES, TensorEntry
+from .checkpoint.layouts import find_experts
+from .checkpoint.shards import PlannedTensor, Shard, cut, name_shards
+from .checkpoint.source import Checkpoint
+from .durable import free_bytes
+from .errors import DamagedError, OverBudgetError, UnsupportedModelError
+from .families import Family, family_of, with_expert_count
+from .memory import anonymous_bytes
+from .model import LayerKeys, StreamedModel
+from .settings import Settings, check_counts
+from .sizes import format_size
+
+BATCH_TOKENS = 8192
+"""Tokens that are run together, if the sequences are shorter than that."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """One decoder layer of the output."""
+
+    keys: LayerKeys
+    """Its tensors in the source."""
+
+    shards: tuple[Shard, ...]
+    """Its files in the output."""
+
+    routers: Mapping[str, int]
+    """Router-side tensors, with their axis of experts; empty in a dense layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All that is known before a run starts."""
+
+    settings: Settings
+    """What was asked for."""
+
+    source: Checkpoint
+    """What is read."""
+
+    config: Mapping[str, Any]
+    """config.json of the output."""
+
+    family: Family
+    """The model's family."""
+
+    num_experts: int
+    """Experts of a source layer."""
+
+    top_k: int
+    """Experts a token is sent to."""
+
+    routing_groups: int
+    """Groups the router selects in, otherwise 1."""
+
+    layers: tuple[LayerPlan, ...]
+    """Decoder layers, in order."""
+
+    outside: tuple[Shard, ...]
+    """Shards of what is outside the layers."""
+
+    sequences: int
+    """Calibration sequences."""
+
+    sequence_length: int
+    """Tokens of a sequence."""
+
+    batch_sequences: int
+    """Sequences that are run together."""
+
+    hidden_size: int
+    """H."""
+
+    memory: Mapping[str, int] = field(repr=False)
+    """Anonymous host memory at its peak, by part, bytes."""
+
+    @property
+    def moe_layers(self) -> list[LayerPlan]:
+        """Layers that have experts."""
+        return [layer for layer in self.layers if layer.keys.stack]
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of the calibration set."""
+        return -(-self.sequences // self.batch_sequences)
+
+    @property
+    def hidden_shape(self) -> tuple[int, int, int]:
+        """Shape of the hidden states at a boundary."""
+        return self.sequences, self.sequence_length, self.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers are run in."""
+        dtype: torch.dtype = getattr(torch, self.settings.compute_dtype)
+        return dtype
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states at one boundary."""
+        tokens = self.sequences * self.sequence_length
+        return tokens * self.hidden_size * self.dtype.itemsize
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source's tensors."""
+        return sum(entry.nbytes for entry in self.source.entries.values())
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the output's shards."""
+        shards = [shard for layer in self.layers for shard in layer.shards]
+        return sum(shard.nbytes for shard in [*shards, *self.outside])
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on the output's disk at the high-water mark: the shards and two boundaries."""
+        return self.output_bytes + 2 * self.hidden_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Anonymous host memory at its peak."""
+        return sum(self.memory.values())
+
+    def output_checkpoint(self, folder: Path) -> Checkpoint:
+        """Return the output as a checkpoint whose layer l is on disk once it was written.
+
+        What is outside the layers is taken from the source.
+        """
+        entries = {}
+        for layer in self.layers:
+            for shard in layer.shards:
+                position = len(shard.header())
+                for tensor in shard.tensors:
+                    entries[tensor.name] = TensorEntry(
+                        name=tensor.name,
+                        path=folder / shard.name,
+                        dtype=tensor.dtype,
+                        shape=tensor.shape,
+                        start=position,
+                        stop=position + tensor.nbytes,
+                    )
+                    position += tensor.nbytes
+        inside = {name for layer in self.layers for name in layer.keys.names}
+        outside = {n: e for n, e in self.source.entries.items() if n not in inside}
+        return Checkpoint(folder=folder, config=self.config, entries={**entries, **outside})
+
+
+def make_plan(
+    source: Checkpoint, settings: Settings, sequences: int, sequence_length: int
+) -> Plan:
+    """Plan a run.
+
+    Parameters
+    ----------
+    source
+        The checkpoint to compress.
+    settings
+        What was asked for.
+    sequences, sequence_length
+        Size of the calibration set.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The checkpoint cannot be compressed.
+    UsageError
+        The counts asked for do not work for it.
+    """
+    family = family_of(source.config)
+    dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+    model = StreamedModel(source, dtype, torch.device("cpu"))
+    stacks = [layer.stack for layer in model.layers if layer.stack]
+    if not stacks:
+        raise UnsupportedModelError(f"{source.folder} is a dense model: it has no experts")
+    _check_all_owned(source, model)
+    num_experts, top_k = len(stacks[0].experts), int(_top_k(model))
+    if any(len(stack.experts) != num_experts for stack in stacks):
+        raise UnsupportedModelError("layers have different numbers of experts")
+    routing_groups = family.groups(model.model.config)
+    check_counts(settings, num_experts, top_k, routing_groups)
+    layers, outside = _lay_out(model, family, num_experts, settings)
+    batch = max(1, min(sequences, BATCH_TOKENS // sequence_length))
+    plan = Plan(
+        settings=settings,
+        source=source,
+        config=with_expert_count(source.config, family, settings.experts),
+        family=family,
+        num_experts=num_experts,
+        top_k=top_k,
+        routing_groups=routing_groups,
+        layers=layers,
+        outside=outside,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        batch_sequences=batch,
+        hidden_size=stacks[0].hidden,
+        memory=_memory(model, settings, top_k, batch * sequence_length),
+    )
+    # builds the compressed config's own class: refuses shapes that would not load
+    StreamedModel(plan.output_checkpoint(source.folder), dtype, torch.device("cpu"))
+    return plan
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """Refuse a run that the output's disk cannot hold.
+
+    Raises
+    ------
+    OverBudgetError
+        With what is needed and what is free.
+    """
+    free = free_bytes(output)
+    if plan.disk_bytes > free:
+        raise OverBudgetError(
+            f"the run needs {format_size(plan.disk_bytes)} on the disk of {output} "
+            f"({format_size(plan.output_bytes)} of shards, {format_size(2 * plan.hidden_bytes)} "
+            f"of hidden states), {format_size(free)} are free; fewer --sequences need less"
+        )
+
+
+def _top_k(model: StreamedModel) -> int:
+    first = next(layer.index for layer in model.layers if layer.stack)
+    top_k: int = model.router(first).top_k  # type: ignore[assignment]
+    return top_k
+
+
+def _check_all_owned(source: Checkpoint, model: StreamedModel) -> None:
+    """Refuse experts outside the decoder: a file set with two expert counts does not load."""
+    owned = {layer.stack.prefix for layer in model.layers if layer.stack}
+    foreign = sorted(set(find_experts(source.entries)) - owned)
+    if foreign:
+        raise UnsupportedModelError(
+            f"{foreign[0]} are experts outside the decoder layers (a multi-token-prediction "
+            "layer or a second tower); compressing them is not supported yet"
+        )
+
+
+def _lay_out(
+    model: StreamedModel, family: Family, num_experts: int, settings: Settings
+) -> tuple[tuple[LayerPlan, ...], tuple[Shard, ...]]:
+    entries = model.checkpoint.entries
+    routers = [_routers(layer, family, entries, num_experts) for layer in model.layers]
+    groups = []
+    for layer, axes in zip(model.layers, routers, strict=True):
+        dropped = layer.stack.experts[settings.experts :] if layer.stack else ()
+        gone = {name for expert in dropped for name in expert.parts()}
+        groups.append(
+            [
+                _planned(entries[n], axes.get(n), settings.experts)
+                for n in layer.names
+                if n not in gone
+            ]
+        )
+    groups.append([_planned(entries[name], None, 0) for name in model.outside_names])
+    shards = name_shards([cut(group, settings.max_shard_bytes) for group in groups])
+    layers = tuple(
+        LayerPlan(keys=keys, shards=tuple(files), routers=axes)
+        for keys, files, axes in zip(model.layers, shards[:-1], routers, strict=True)
+    )
+    return layers, tuple(shards[-1])
+
+
+def _routers(
+    layer: LayerKeys, family: Family, entries: Mapping[str, TensorEntry], num_experts: int
+) -> dict[str, int]:
+    """Return the router-side tensors of a layer with their axis of experts."""
+    if layer.stack is None:
+        return {}
+    found = {}
+    for suffix in family.routers:
+        name = layer.stack.block + suffix
+        if name not in entries:
+            raise DamagedError(f"layer {layer.index} has experts but no {name}")
+        if num_experts not in entries[name].shape:
+            raise DamagedError(
+                f"{name} has shape {entries[name].shape}, no axis of {num_experts}"
+            )
+        found[name] = entries[name].shape.index(num_experts)
+    return found
+
+
+def _planned(entry: TensorEntry, axis: int | None, keep: int) -> PlannedTensor:
+    shape = list(entry.shape)
+    if axis is not None:
+        shape[axis] = keep
+    return PlannedTensor(name=entry.name, dtype=entry.dtype, shape=tuple(shape))
+
+
+def _memory(
+    model: StreamedModel, settings: Settings, top_k: int, batch_tokens: int
+) -> dict[str, int]:
+    """Return the parts of the peak of anonymous memory; docs/memory.md explains them."""
+    stack = next(layer.stack for layer in model.layers if layer.stack)
+    entries, size = model.checkpoint.entries, model.dtype.itemsize
+    expert = 3 * stack.hidden * stack.inner
+    dense = max(
+        sum(
+            entries[name].num_elements
+            for name in layer.dense.values()
+            if DTYPES[entries[name].dtype] != model.dtype
+        )
+        for layer in model.layers
+    )
+    method = settings.method
+    sample = 0 if method.grouping == "none" else method.similarity_tokens
+    return {
+        "interpreter and libraries": anonymous_bytes(),
+        "dense weights of a layer": dense * size,
+        "one expert": expert * size,
+        "merging one expert": 0 if method.grouping == "none" else 3 * expert * 4,
+        "batch": batch_tokens * stack.hidden * (4 * (top_k + 2) + 4 * size),
+        "token sample": sample * (stack.hidden * size + 2 * stack.inner * size),
+    }
