@@ -1,0 +1,1 @@
+"""What the model is run on: text, tokens, and where they come from."""

@@ -1,0 +1,147 @@
+"""From documents to full sequences of tokens, with the checkpoint's own tokenizer."""
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ream_stream.errors import UsageError
+
+from .text import TextFile, in_seeded_order
+from .tokens import Tokens, from_file, from_tensors
+
+_PART = 1 << 16  # characters: a tokenizer needs some hundred bytes for each while it works
+_PASS_TOKENS = "pass a safetensors file with input_ids as --calibration instead of text"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What was asked for; a token file has its own numbers, and the last four do not count."""
+
+    path: Path
+    """``.safetensors``: tokens; ``.jsonl``: records; anything else: text."""
+
+    text_field: str = "text"
+    """Field of a record that holds the text."""
+
+    num_sequences: int
+    """Sequences to fill."""
+
+    sequence_length: int
+    """Tokens of each."""
+
+    seed: int = 0
+    """Decides the order of the documents."""
+
+
+def read_tokens(
+    calibration: Calibration, checkpoint: Path, *, vocab_size: int | None = None
+) -> Tokens:
+    """Read tokens, or text that is tokenized with the tokenizer in `checkpoint`.
+
+    Raises
+    ------
+    UsageError
+        There are no such tokens: the message says why and what to do.
+    """
+    if calibration.path.suffix.lower() == ".safetensors":
+        return from_file(calibration.path, vocab_size=vocab_size)
+    documents = TextFile(calibration.path, field=calibration.text_field)
+    return pack(
+        in_seeded_order(documents, calibration.seed),
+        load_tokenizer(checkpoint),
+        num_sequences=calibration.num_sequences,
+        sequence_length=calibration.sequence_length,
+        description=str(calibration.path),
+        vocab_size=vocab_size,
+    )
+
+
+def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer; its Python files, if it has any, are not run.
+
+    Raises
+    ------
+    UsageError
+        There is none that can be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"{checkpoint}: its tokenizer cannot be loaded ({reason}); {_PASS_TOKENS}"
+        ) from error
+    # transformers 5.23 makes an empty tokenizer of the model's class where there are no files
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        raise UsageError(f"{checkpoint}: there is no tokenizer in it; {_PASS_TOKENS}")
+    return tokenizer
+
+
+def pack(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_sequences: int,
+    sequence_length: int,
+    description: str,
+    vocab_size: int | None = None,
+) -> Tokens:
+    """Fill sequences with documents one after another, without padding.
+
+    Each document ends with the tokenizer's end-of-text token, if it has one, and starts
+    with its beginning-of-text token where the tokenizer itself would put it. No more
+    documents are taken from `documents` than are needed.
+
+    Raises
+    ------
+    UsageError
+        The documents are too short, or have tokens that the checkpoint does not know.
+    """
+    wanted = num_sequences * sequence_length
+    ids = array("q")
+    for part in _token_parts(documents, tokenizer):
+        ids.extend(part)
+        if len(ids) >= wanted:
+            break
+    else:
+        raise UsageError(_too_short(description, len(ids), num_sequences, sequence_length))
+    input_ids_SL = torch.frombuffer(ids, dtype=torch.int64, count=wanted)
+    return from_tensors(
+        {"input_ids": input_ids_SL.view(num_sequences, sequence_length).clone()},
+        description=description,
+        vocab_size=vocab_size,
+    )
+
+
+def _token_parts(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    starts_itself = start is not None and tokenizer("")["input_ids"][:1] == [start]
+    for document in documents:
+        if starts_itself:
+            yield [start]
+        for offset in range(0, len(document), _PART):
+            part = document[offset : offset + _PART]
+            yield tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        if end is not None:
+            yield [end]
+
+
+def _too_short(description: str, found: int, num_sequences: int, sequence_length: int) -> str:
+    if found >= sequence_length:
+        fits = f"use --sequences {found // sequence_length}, or a longer text"
+    elif found >= num_sequences:
+        fits = f"use --sequence-length {found // num_sequences}, or a longer text"
+    else:
+        fits = "use a longer text"
+    return (
+        f"{description}: it has {found} tokens, and {num_sequences * sequence_length} were "
+        f"asked for ({num_sequences} sequences of {sequence_length}); {fits}"
+    )

@@ -1,0 +1,158 @@
+"""A text file of any size as numbered documents, read one at a time.
+
+A first pass notes where each document starts and how long it is, 16 bytes a
+document, and refuses a file that cannot be used; after it documents are read
+in any order. Neither pass holds more than one document.
+
+- ``.jsonl``: one JSON object a line, one of its fields is the document.
+- anything else: plain text; a document is a piece of it that ends at a newline.
+"""
+
+import codecs
+import json
+import stat
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import torch
+
+from ream_stream.errors import UsageError
+from ream_stream.seeds import generator
+
+_PIECE_BYTES = 1 << 16
+_RECORD_BYTES = 1 << 24
+_SHOWN_FIELDS = 10
+
+
+class Documents(Protocol):
+    """Numbered documents: a `TextFile`, a list of strings."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def __getitem__(self, index: int, /) -> str:
+        """Return one of them."""
+
+
+class TextFile:
+    """The documents of one file; blank ones are left out.
+
+    Parameters
+    ----------
+    path
+        A file in UTF-8. Its suffix decides the format.
+    field
+        Field of each record of a ``.jsonl`` file that holds the text.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be read or has no text, with the place of what is wrong.
+    """
+
+    def __init__(self, path: Path, *, field: str = "text") -> None:
+        self.path = path
+        self._field = field if path.suffix.lower() == ".jsonl" else None
+        self._start, self._length = array("q"), array("q")
+        try:
+            self._index()
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror or error}") from error
+        if not self._start:
+            raise UsageError(f"{path}: there is no text in it")
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self._start)
+
+    def __getitem__(self, index: int, /) -> str:
+        """Read one document."""
+        with self.path.open("rb") as file:
+            file.seek(self._start[index])
+            content = file.read(self._length[index])
+        try:
+            return self._parse(content, self._start[index], line=None)
+        except UsageError as error:
+            raise UsageError(f"{self.path}: it changed while it was being read") from error
+
+    def _index(self) -> None:
+        if not stat.S_ISREG(self.path.stat().st_mode):
+            raise UsageError(f"{self.path}: not a file, and text is read more than once")
+        with self.path.open("rb") as file:
+            bom = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+            file.seek(start := len(codecs.BOM_UTF8) if bom else 0)
+            for line, content in enumerate(self._contents(file), start=1):
+                if content.strip() and self._parse(content, start, line).strip():
+                    self._start.append(start)
+                    self._length.append(len(content))
+                start += len(content)
+
+    def _contents(self, file: BinaryIO) -> Iterator[bytes]:
+        return _pieces(file) if self._field is None else _lines(file, self.path)
+
+    def _parse(self, content: bytes, start: int, line: int | None) -> str:
+        """Return the document in `content`, the bytes from `start` on."""
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = f"byte {start + error.start}"
+            raise UsageError(
+                f"{self.path}: not UTF-8 text at {where} ({error.reason})"
+            ) from error
+        if self._field is None:
+            return text.replace("\r\n", "\n")
+        return _record_text(text, self._field, f"{self.path}: line {line}")
+
+
+def in_seeded_order(documents: Documents, seed: int) -> Iterator[str]:
+    """Yield every document once, in an order that only `seed` and their number decide."""
+    order = torch.randperm(len(documents), generator=generator(seed, 0, "calibration"))
+    for index in order.numpy():
+        yield documents[int(index)]
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """Cut a file after the last newline of each 64 KiB, or else after a whole character."""
+    block = b""
+    while len(block := block + file.read(_PIECE_BYTES - len(block))) == _PIECE_BYTES:
+        _, whole_characters = codecs.utf_8_decode(block, "replace", False)
+        cut = block.rfind(b"\n") + 1 or whole_characters
+        yield block[:cut]
+        block = block[cut:]
+    if block:
+        yield block
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    for number, line in enumerate(iter(lambda: file.readline(_RECORD_BYTES + 1), b""), start=1):
+        if len(line) > _RECORD_BYTES:
+            raise UsageError(f"{path}: line {number} is longer than {_RECORD_BYTES >> 20} MiB")
+        yield line
+
+
+def _record_text(line: str, field: str, where: str) -> str:
+    """Return a field of a JSON object; `where` begins the message when there is none."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise UsageError(f"{where} is not JSON that can be read: {error}") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{where} is not a JSON object, {{...}}")
+    if field not in record:
+        fields = ", ".join(list(record)[:_SHOWN_FIELDS]) or "none"
+        raise UsageError(
+            f"{where} has no field {field!r}; --text-field names it (here: {fields})"
+        )
+    text = record[field]
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: its field {field!r} is not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{where}: its field {field!r} has half a surrogate pair"
+        raise UsageError(message) from error
+    return text
