@@ -45,17 +45,25 @@ def merge(shares: Sequence[float], aligned: Iterable[Expert], dtype: torch.dtype
     ValueError
         There are more or fewer members than shares, or none.
     """
+    # no zip and no loop variable: both would hold a member while the next is loaded
+    members = iter(aligned)
     total: list[Tensor] = []
-    for share, member in zip(shares, aligned, strict=True):
-        if total:
-            for sum_so_far, tensor in zip(total, member, strict=True):
-                sum_so_far.add_(tensor, alpha=share)
-        else:
-            # not zeros plus the first: that would turn -0.0 into 0.0
-            total = [_wide(tensor) * share for tensor in member]
-    if not total:
-        raise ValueError("a group has at least one member")
+    for share in shares:
+        _add(total, share, next(members, None))
+    if not total or next(members, None) is not None:
+        raise ValueError(f"{len(shares)} shares of a group, and another number of members")
     return Expert(*(tensor.to(dtype) for tensor in total))
+
+
+def _add(total: list[Tensor], share: float, member: Expert | None) -> None:
+    if member is None:
+        raise ValueError("a group has fewer members than shares")
+    if not total:
+        # not zeros plus the first: that would turn -0.0 into 0.0
+        total += [_wide(tensor) * share for tensor in member]
+        return
+    for sum_so_far, tensor in zip(total, member, strict=True):
+        sum_so_far.add_(tensor, alpha=share)
 
 
 def _wide(tensor: Tensor) -> Tensor:
