@@ -1,0 +1,57 @@
+"""The entry point: the one place where an error becomes a message and an exit status."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from .cli import cli
+from .errors import ReamStreamError
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line, by default the process's own, and return its exit status."""
+    try:
+        status = cli.main(arguments, prog_name="ream-stream", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ReamStreamError as error:
+        return _fail(str(error), error.exit_status)
+    except click.Abort as error:
+        # click makes one exception of Ctrl-C, of an end of input and of a question answered no
+        return _INTERRUPTED if isinstance(error.__cause__, KeyboardInterrupt) else 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return 1
+    except OSError as error:
+        return _fail(_sentence(error), ReamStreamError.exit_status)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    click.echo(f"error: {message}", err=True)
+    return status
+
+
+def _sentence(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
+
+
+def _discard_output() -> None:
+    """Keep Python from a second complaint when it flushes at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
