@@ -41,7 +41,9 @@ def has_bf16_products(device: torch.device) -> bool:
     return bool(flags & {"amx_bf16", "avx512_bf16"})
 
 
-def compute_dtype(name: str, checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def compute_dtype(
+    name: str, checkpoint_dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
     """Return the dtype of ``--compute-dtype``: ``auto``, ``checkpoint`` or ``float32``."""
     if name == "float32" or (name == "auto" and not has_bf16_products(device)):
         return torch.float32

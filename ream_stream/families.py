@@ -49,11 +49,19 @@ def _deepseek_v2_groups(config: Any) -> int:  # noqa: ANN401
 _BIASED_GATE = ("gate.weight", "gate.e_score_correction_bias")
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen3_moe": Family(count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)),
-    "qwen2_moe": Family(count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)),
-    "qwen3_next": Family(count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)),
+    "qwen3_moe": Family(
+        count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)
+    ),
+    "qwen2_moe": Family(
+        count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)
+    ),
+    "qwen3_next": Family(
+        count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)
+    ),
     "olmoe": Family(count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)),
-    "mixtral": Family(count_keys=("num_local_experts", "num_experts"), routers=("gate.weight",)),
+    "mixtral": Family(
+        count_keys=("num_local_experts", "num_experts"), routers=("gate.weight",)
+    ),
     "deepseek_v2": Family(
         count_keys=("n_routed_experts",), routers=("gate.weight",), groups=_deepseek_v2_groups
     ),

@@ -20,13 +20,16 @@ from .checkpoint.source import Checkpoint
 from .durable import free_bytes
 from .errors import DamagedError, OverBudgetError, UnsupportedModelError
 from .families import Family, family_of, with_expert_count
-from .memory import anonymous_bytes
+from .memory import anonymous_bytes, available_bytes
 from .model import LayerKeys, StreamedModel
 from .settings import Settings, check_counts
 from .sizes import format_size
 
 BATCH_TOKENS = 8192
 """Tokens that are run together, if the sequences are shorter than that."""
+
+RAM_SHARE = 0.8
+"""Share of the free memory that is used if no budget is given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +165,12 @@ class Plan:
 
 
 def make_plan(
-    source: Checkpoint, settings: Settings, sequences: int, sequence_length: int
+    source: Checkpoint,
+    settings: Settings,
+    sequences: int,
+    sequence_length: int,
+    *,
+    ram: int | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -174,6 +182,8 @@ def make_plan(
         What was asked for.
     sequences, sequence_length
         Size of the calibration set.
+    ram
+        Budget of anonymous host memory, bytes; None for most of what is free.
 
     Raises
     ------
@@ -181,6 +191,8 @@ def make_plan(
         The checkpoint cannot be compressed.
     UsageError
         The counts asked for do not work for it.
+    OverBudgetError
+        The run needs more memory than the budget.
     """
     family = family_of(source.config)
     dtype: torch.dtype = getattr(torch, settings.compute_dtype)
@@ -210,7 +222,14 @@ def make_plan(
         sequence_length=sequence_length,
         batch_sequences=batch,
         hidden_size=stacks[0].hidden,
-        memory=_memory(model, settings, top_k, batch * sequence_length),
+        memory=_memory(
+            model,
+            settings,
+            top_k=top_k,
+            batch_tokens=batch * sequence_length,
+            tokens=sequences * sequence_length,
+            ram=ram if ram is not None else int(RAM_SHARE * available_bytes()),
+        ),
     )
     # builds the compressed config's own class: refuses shapes that would not load
     StreamedModel(plan.output_checkpoint(source.folder), dtype, torch.device("cpu"))
@@ -303,11 +322,19 @@ def _planned(entry: TensorEntry, axis: int | None, keep: int) -> PlannedTensor:
 
 
 def _memory(
-    model: StreamedModel, settings: Settings, top_k: int, batch_tokens: int
+    model: StreamedModel,
+    settings: Settings,
+    *,
+    top_k: int,
+    batch_tokens: int,
+    tokens: int,
+    ram: int,
 ) -> dict[str, int]:
     """Return the parts of the peak of anonymous memory; docs/memory.md explains them."""
-    stack = next(layer.stack for layer in model.layers if layer.stack)
-    entries, size = model.checkpoint.entries, model.dtype.itemsize
+    layer = next(layer for layer in model.layers if layer.stack)
+    stack = layer.stack
+    assert stack is not None  # noqa: S101 - chosen so
+    entries, size, method = model.checkpoint.entries, model.dtype.itemsize, settings.method
     expert = 3 * stack.hidden * stack.inner
     dense = max(
         sum(
@@ -317,13 +344,26 @@ def _memory(
         )
         for layer in model.layers
     )
-    method = settings.method
-    sample = 0 if method.grouping == "none" else method.similarity_tokens
-    return {
+    compares = method.grouping != "none"
+    sample = min(method.similarity_tokens or tokens, tokens) if compares else 0
+    parts = {
         "interpreter and libraries": anonymous_bytes(),
         "dense weights of a layer": dense * size,
         "one expert": expert * size,
-        "merging one expert": 0 if method.grouping == "none" else 3 * expert * 4,
+        "merging one expert": 3 * expert * 4 if compares else 0,
         "batch": batch_tokens * stack.hidden * (4 * (top_k + 2) + 4 * size),
-        "token sample": sample * (stack.hidden * size + 2 * stack.inner * size),
+        "token sample": sample * (stack.hidden * size + 4 * len(stack.experts)),
     }
+    needed = sum(parts.values())
+    if needed > ram:
+        largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+        raise OverBudgetError(
+            f"the run needs {format_size(needed)} of memory, the budget is {format_size(ram)}: "
+            + ", ".join(f"{name} {format_size(size)}" for name, size in largest)
+        )
+    outputs = tokens * stack.hidden * size * len(model.mixers(layer.index))
+    # kept only if there is room: without them attention is computed twice
+    parts["attention outputs"] = (
+        outputs if settings.sequential and needed + outputs <= ram else 0
+    )
+    return parts

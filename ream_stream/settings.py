@@ -100,7 +100,9 @@ def check_counts(settings: Settings, num_experts: int, top_k: int, routing_group
         )
     if method.grouping == "ream" and keep < num_experts:
         if method.group_size < 2:
-            raise UsageError(f"--group-size {method.group_size}: a group that merges has 2 or more")
+            raise UsageError(
+                f"--group-size {method.group_size}: a group that merges has 2 or more"
+            )
         if keep * method.group_size < num_experts:
             smallest = -(-num_experts // keep)
             raise UsageError(

@@ -1,0 +1,90 @@
+"""What happens in a run, as plain data: the pipeline yields it, the command line shows it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["observe", "compare", "align", "write", "propagate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """The run begins, or goes on after a stop."""
+
+    layers: int
+    """Decoder layers in all."""
+
+    committed: int
+    """Layers that earlier runs have finished."""
+
+    lock_left_by: str | None
+    """The process that held the lock and died, if one did."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Some work of a layer is done."""
+
+    layer: int
+    """Position of the layer."""
+
+    phase: Phase
+    """What is being done."""
+
+    done: int
+    """Units finished: batches, experts or files."""
+
+    total: int
+    """Units of this phase."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerDone:
+    """One layer is committed."""
+
+    layer: int
+    """Position of the layer."""
+
+    experts_before: int
+    """Routed experts of the source layer; 0 for a dense layer."""
+
+    experts_after: int
+    """Routed experts now."""
+
+    changed: int
+    """New experts that were merged from several; the others are byte copies."""
+
+    read_bytes: int
+    """Bytes of the source layer."""
+
+    written_bytes: int
+    """Bytes of its shards."""
+
+    seconds: Mapping[str, float]
+    """Time by phase."""
+
+    peak_anonymous_bytes: int
+    """Highest anonymous memory while it was worked on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """The output is complete."""
+
+    output_bytes: int
+    """Bytes of all shards."""
+
+    source_bytes: int
+    """Bytes of the source's tensors."""
+
+    seconds: Mapping[str, float]
+    """Time of this run by phase."""
+
+    peak_anonymous_bytes: int
+    """Highest anonymous memory of this run."""
+
+    already_complete: bool
+    """Nothing was left to do."""
+
+
+Event = Started | Step | LayerDone | Finished

@@ -1,0 +1,92 @@
+"""The end of a run: every file of the output that is not a shard, in the order that counts.
+
+The index comes after all tensors, and the manifest after the index: a folder
+with a manifest is complete.
+"""
+
+import json
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+from . import __version__, durable
+from .calibration.tokens import Tokens
+from .checkpoint.source import INDEX
+from .journal import Journal, Workspace
+from .plan import Plan
+
+MANIFEST = "ream_stream.json"
+CARD = "README.md"
+
+
+def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) -> None:
+    """Write config, other files, index, model card and manifest.
+
+    Everything written here follows from the plan and the journal alone, without
+    times or places, so doing it again gives the same bytes.
+    """
+    output = workspace.output
+    durable.write_json(output / "config.json", plan.config)
+    for path in plan.source.other_files():
+        if path.name not in {MANIFEST, CARD}:
+            durable.copy_file(path, output / path.name)
+    durable.write_json(output / INDEX, _index(plan))
+    durable.write_bytes(output / CARD, _card(plan, tokens).encode())
+    durable.write_json(output / MANIFEST, _manifest(plan, journal))
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    shards = [*(shard for layer in plan.layers for shard in layer.shards), *plan.outside]
+    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _manifest(plan: Plan, journal: Journal) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "fingerprint": journal.fingerprint,
+        "versions": {
+            "ream-stream": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "experts": {"before": plan.num_experts, "after": plan.settings.experts},
+        "files": {
+            shard.name: {"size": shard.size, "sha256": shard.sha256}
+            for shard in journal.shards()
+        },
+        "layers": [
+            {"index": record.index, "saliency": record.saliency, "groups": record.groups}
+            for record in journal.layers
+            if record.groups is not None
+        ],
+    }
+
+
+def _card(plan: Plan, tokens: Tokens) -> str:
+    settings, method = plan.settings, plan.settings.method
+    verb = "pruned" if method.grouping == "none" else "merged"
+    name = plan.source.folder.resolve().name
+    facts = json.dumps(settings.fields(), indent=2)
+    return f"""---
+base_model: {name}
+library_name: transformers
+tags:
+- mixture-of-experts
+- {"expert-pruning" if verb == "pruned" else "expert-merging"}
+---
+
+# {name}, {plan.num_experts} experts a layer {verb} to {settings.experts}
+
+Made by ream-stream {__version__} from {name} on {tokens.num_sequences} calibration sequences of
+{tokens.sequence_length} tokens (digest `{tokens.digest}`). Tensor names, dtypes and layout are those
+of the source; groups, saliencies and digests are in `{MANIFEST}`.
+
+```json
+{facts}
+```
+"""
