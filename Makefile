@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 test: check ## what a commit must pass (the default): check, and the tests that take seconds
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-test-all: check ## the same with the tests that take minutes
+test-all: check ## the same with the tests that take minutes too
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
 
 check: $(STAMP) ## format, lint, types, imports

@@ -94,7 +94,7 @@ def test_help_and_version_are_printed_by_the_module():
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from ream_stream.__main__ import main; main(['--help']); print(*sys.modules)"
+    code = "import sys, ream_stream.__main__ as it; it.main(['--help']); print(*sys.modules)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = done.stdout.splitlines()[-1].split()
