@@ -122,6 +122,12 @@ def test_clusters_by_average_linkage_and_their_nearest_member():
     assert hc_smoe(evidence, 2) == [[3, 0, 2], [4, 1]]
 
 
+def test_a_chain_of_near_neighbors_is_not_one_cluster():
+    # the widest gap, before 0.83, is where single linkage would cut
+    evidence = on_a_line([0.0, 0.19, 0.40, 0.60, 0.83], [2, 1, 1, 1, 1])
+    assert hc_smoe(evidence, 2) == [[0, 1], [3, 2, 4]]
+
+
 @pytest.mark.parametrize("nudge", [-1e-15, 0, 1e-15])
 def test_of_two_equidistant_members_the_more_salient_leads_whatever_the_rounding(nudge):
     mean_EH = torch.tensor([[0.1, 0.7], [0.3, 0.9 + nudge], [9, 9]], dtype=torch.float64)
