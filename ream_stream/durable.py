@@ -198,7 +198,7 @@ def _partial(path: Path) -> Iterator[BinaryIO]:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
         raise OverBudgetError(
-            f"no space left for {path}: free some space and run the same command again to resume"
+            f"no space left for {path}: free some and run the same command again to resume"
         ) from error
     _publish(partial, path)
 

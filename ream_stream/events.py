@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["observe", "compare", "align", "write", "propagate"]
+Phase = Literal["observe", "compare", "align", "write", "propagate", "score"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,9 +16,6 @@ class Started:
 
     committed: int
     """Layers that earlier runs have finished."""
-
-    lock_left_by: str | None
-    """The process that held the lock and died, if one did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +29,7 @@ class Step:
     """What is being done."""
 
     done: int
-    """Units finished: batches, experts or files."""
+    """Units finished: batches, experts, files or sequences."""
 
     total: int
     """Units of this phase."""

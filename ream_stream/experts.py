@@ -74,7 +74,8 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self.weights = weights
         self.listener: Callable[[Routed], None] | None = None
-        self._gate: Any = original._apply_gate  # noqa: SLF001 - the family's own activation
+        self.only_listening = False
+        self._gate: Any = original._apply_gate
 
     def inner(self, hidden_RH: Tensor, gate_up_2IH: Tensor) -> Tensor:
         """Return act(gate) * up, (R, I): what the down projection is applied to."""
@@ -82,7 +83,7 @@ class StreamedExperts(nn.Module):
         return inner_RI
 
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Return the weighted sum of each token's experts, (T, H).
+        """Return the weighted sum of each token's experts, (T, H); zeros if only listening.
 
         The order of all operations is that of transformers' grouped product:
         each weighted output goes to the slot it was routed through, and the
@@ -91,7 +92,8 @@ class StreamedExperts(nn.Module):
         tokens, top_k = index_TK.shape
         weight_S = weight_TK.reshape(-1)
         dtype = torch.promote_types(hidden_TH.dtype, weight_TK.dtype)
-        slots_SH = hidden_TH.new_empty(tokens * top_k, hidden_TH.shape[1], dtype=dtype)
+        num_slots = 0 if self.only_listening else tokens * top_k
+        slots_SH = hidden_TH.new_empty(num_slots, hidden_TH.shape[1], dtype=dtype)
         norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
         for expert, slot_R in slots_by_expert(index_TK, len(self.weights.stack.experts)):
             gate_up_2IH, down_HI = self.weights.load(expert)
@@ -99,7 +101,8 @@ class StreamedExperts(nn.Module):
             output_RH = functional.linear(inner_RI, down_HI)
             if self.listener is not None:
                 norm_S[slot_R] = torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)
-            slots_SH[slot_R] = output_RH * weight_S[slot_R, None]
+            if not self.only_listening:
+                slots_SH[slot_R] = output_RH * weight_S[slot_R, None]
         if self.listener is not None:
             self.listener(
                 Routed(
@@ -109,6 +112,8 @@ class StreamedExperts(nn.Module):
                     norm_TK=norm_S.view(tokens, top_k),
                 )
             )
+        if self.only_listening:
+            return torch.zeros_like(hidden_TH)
         return slots_SH.view(tokens, top_k, -1).sum(dim=1).to(hidden_TH.dtype)
 
 

@@ -34,7 +34,7 @@ class Family:
     score: Score = "softmax"
     """Key of `SCORES`."""
 
-    groups: Callable[[Any], int] = lambda config: 1  # noqa: ARG005
+    groups: Callable[[Any], int] = lambda config: 1
     """Groups of experts the router selects in, from the transformers config."""
 
 
@@ -104,7 +104,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     UnsupportedModelError
         It is not in the table, or it is quantized.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"

@@ -82,9 +82,9 @@ tags:
 
 # {name}, {plan.num_experts} experts a layer {verb} to {settings.experts}
 
-Made by ream-stream {__version__} from {name} on {tokens.num_sequences} calibration sequences of
-{tokens.sequence_length} tokens (digest `{tokens.digest}`). Tensor names, dtypes and layout are those
-of the source; groups, saliencies and digests are in `{MANIFEST}`.
+Made by ream-stream {__version__} from {name} on {tokens.num_sequences} calibration sequences
+of {tokens.sequence_length} tokens (digest `{tokens.digest}`). Tensor names, dtypes and
+layout are those of the source; groups, saliencies and digests are in `{MANIFEST}`.
 
 ```json
 {facts}

@@ -97,11 +97,11 @@ class Workspace:
         return self.work / "log.jsonl"
 
     def hidden(self, boundary: int) -> Path:
-        """The states that enter layer `boundary`."""
+        """Return the folder of the states that enter layer `boundary`."""
         return self.work / f"hidden-{boundary:05d}"
 
     def statistics(self, layer: int) -> Path:
-        """The sums of one layer."""
+        """Return the file of one layer's sums."""
         return self.work / f"statistics-{layer:05d}.safetensors"
 
     @contextmanager
@@ -223,8 +223,9 @@ def check_fingerprint(journal: Journal, fingerprint: Mapping[str, Any], output: 
     ]
     if different:
         raise OtherRunError(
-            f"{output} was begun with other settings or another source ({'; '.join(different)}); "
-            "use the same ones, another folder, or --restart to discard it"
+            f"{output} was begun with other settings or another source "
+            f"({'; '.join(different)}); use the same ones, another folder, or --restart "
+            "to discard it"
         )
 
 

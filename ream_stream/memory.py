@@ -43,14 +43,19 @@ def trim() -> None:
 
 
 class Gauge:
-    """The highest anonymous memory since it was last read."""
+    """The highest anonymous memory, since the start and since the last `restart`."""
 
     def __init__(self) -> None:
-        self.peak = anonymous_bytes()
+        self.highest = self.peak = anonymous_bytes()
 
     def sample(self) -> None:
         """Take one sample."""
         self.peak = max(self.peak, anonymous_bytes())
+        self.highest = max(self.highest, self.peak)
+
+    def restart(self) -> None:
+        """Begin a new peak."""
+        self.peak = anonymous_bytes()
 
 
 @contextmanager

@@ -7,36 +7,33 @@ layers other than l return what they get, layer l takes the hidden states it is
 fed, runs, and its output ends the forward. Masks, rotary embeddings, position ids
 and per-layer arguments come from the family's own code; none of it is written
 again here.
-
-Private names of transformers used here are its key mapping and the context that
-`from_pretrained` builds models in; tests/test_model.py is the contract.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.monkey_patching import patch_output_recorders
 
-from .checkpoint.header import TensorEntry
 from .checkpoint.layouts import ExpertStack, find_experts
 from .checkpoint.source import Checkpoint, MappedTensors
 from .errors import DamagedError, UnsupportedModelError
 from .experts import ExpertWeights, StreamedExperts
 from .memory import trim
-
-HEAD_BYTES = 64_000_000
-"""Rows of the output matrix are used in pieces of about this size."""
+from .skeleton import (
+    build_skeleton,
+    embed_rows,
+    find_decoder,
+    find_fused_experts,
+    get_tensor,
+    key_targets,
+    path_of,
+    project_pieces,
+    put_tensor,
+)
 
 
 class _StopForwardError(Exception):
@@ -101,13 +98,13 @@ class StreamedModel:
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.model = build_skeleton(checkpoint.config, dtype, device)
-        self._layers_path, self._decoder = _find_decoder(self.model)
+        self._layers_path, self._decoder = find_decoder(self.model)
         self._active: int | None = None
         self._feed: Tensor | None = None
         self._only_feed = False
         for index, module in enumerate(self._decoder):
             module.forward = self._relay(index, module.forward)
-        self._targets = _key_targets(self.model, checkpoint.entries)
+        self._targets = key_targets(self.model, checkpoint.entries)
         self.layers = self._plan_layers()
         self._outside = {
             target: name
@@ -134,8 +131,9 @@ class StreamedModel:
 
     def router(self, index: int) -> nn.Module:
         """Return the router module of an MoE layer."""
-        recorder = self.model._can_record_outputs["router_logits"]  # noqa: SLF001
-        kind = getattr(recorder, "target_class", recorder)
+        recorders: Any = self.model._can_record_outputs
+        recorder = recorders["router_logits"]
+        kind: type[nn.Module] = getattr(recorder, "target_class", recorder)
         for module in self._decoder[index].modules():
             if isinstance(module, kind):
                 return module
@@ -150,23 +148,21 @@ class StreamedModel:
         """
         with ExitStack() as stack:
             tensors = stack.enter_context(self.checkpoint.open())
-            embedding, head = (
-                self.model.get_input_embeddings(),
-                self.model.get_output_embeddings(),
-            )
+            model: Any = self.model
+            embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
             large = {id(embedding.weight), id(head.weight)}
             small = {
                 target: name
                 for target, name in self._outside.items()
-                if id(_get(self.model, target)) not in large
+                if id(get_tensor(self.model, target)) not in large
             }
             self._fill(small, tensors)
             stack.callback(self._drop, small)
-            table = self._outside[_path_of(self.model, embedding) + ".weight"]
+            table = self._outside[path_of(self.model, embedding) + ".weight"]
             embedding.padding_idx = None
-            embedding.forward = _embed_rows(embedding, tensors[table], self.dtype, self.device)
-            matrix = self._outside.get(_path_of(self.model, head) + ".weight", table)
-            head.forward = _project_pieces(head, tensors[matrix])
+            embedding.forward = embed_rows(embedding, tensors[table], self.dtype, self.device)
+            matrix = self._outside.get(path_of(self.model, head) + ".weight", table)
+            head.forward = project_pieces(head.bias, tensors[matrix])
             yield
 
     @contextmanager
@@ -182,7 +178,7 @@ class StreamedModel:
                 self._fill(keys.dense, tensors)
                 streamed = None
                 if keys.stack is not None:
-                    path, original = _find_fused_experts(layer)
+                    path, original = find_fused_experts(layer)
                     weights = ExpertWeights(tensors, keys.stack, self.dtype, self.device)
                     streamed = StreamedExperts(original, weights)
                     layer.set_submodule(path, streamed)
@@ -224,13 +220,14 @@ class StreamedModel:
         raise UnsupportedModelError(f"the model's forward never called layer {index}")
 
     def observe_layer(self, index: int, batch: Batch, hidden_BLH: Tensor | None) -> None:
-        """Run an open layer only as far as its experts; their listener gets what it came for."""
+        """Run an open layer as far as its experts, for what their listener hears."""
         module = self._decoder[index]
         experts = next(m for m in module.modules() if isinstance(m, StreamedExperts))
 
         def stop(*_: Any) -> None:  # noqa: ANN401
             raise _StopForwardError(None)
 
+        experts.only_listening = True
         handle = experts.register_forward_hook(stop)
         try:
             self.run_layer(index, batch, hidden_BLH)
@@ -238,12 +235,32 @@ class StreamedModel:
             pass
         finally:
             handle.remove()
+            experts.only_listening = False
 
-    def logits(self, batch: Batch, hidden_BLH: Tensor) -> Tensor:
-        """Return the logits (B, L, V) from what leaves the last layer."""
+    def logits(
+        self, batch: Batch, hidden_BLH: Tensor, position_P: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits from what leaves the last layer.
+
+        Parameters
+        ----------
+        batch
+            The batch's tokens.
+        hidden_BLH
+            What leaves the last layer.
+        position_P
+            Which positions of every sequence; None for all.
+
+        Returns
+        -------
+        Tensor
+            (B, P, V), or (B, L, V).
+        """
         self._active, self._feed, self._only_feed = self.num_layers - 1, hidden_BLH, True
+        # 0 is transformers' word for all positions
+        keep = 0 if position_P is None else position_P.to(self.device)
         try:
-            logits: Tensor = self._forward(batch).logits
+            logits: Tensor = self._forward(batch, logits_to_keep=keep).logits
         finally:
             self._active, self._feed, self._only_feed = None, None, False
         return logits
@@ -255,14 +272,14 @@ class StreamedModel:
         forms: their outputs do not depend on the experts, so they can be kept
         and played back when the layer runs again with other experts.
         """
-        block = _find_fused_experts(self._decoder[index])[0].split(".")[0]
+        block = find_fused_experts(self._decoder[index])[0].split(".")[0]
         return [
             child
             for name, child in self._decoder[index].named_children()
             if name != block and any(p.dim() > 1 for p in child.parameters())
         ]
 
-    def _forward(self, batch: Batch) -> Any:  # noqa: ANN401
+    def _forward(self, batch: Batch, **options: Any) -> Any:  # noqa: ANN401
         mask = batch.attention_mask_BL
         with torch.no_grad():
             return self.model(
@@ -270,6 +287,7 @@ class StreamedModel:
                 attention_mask=None if mask is None else mask.to(self.device),
                 # a cache written twice is silently wrong for linear attention
                 use_cache=False,
+                **options,
             )
 
     def _relay(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,10 +343,10 @@ class StreamedModel:
         prefix = f"{self._layers_path}.{layer.index}."
         wanted = {k for k in self.model.state_dict() if k.startswith(prefix)}
         if layer.stack is not None:
-            path, module = _find_fused_experts(self._decoder[layer.index])
+            path, module = find_fused_experts(self._decoder[layer.index])
             fused = {f"{prefix}{path}.{name}" for name, _ in module.named_parameters()}
             wanted -= fused
-            count = module.down_proj.shape[0]
+            count = get_tensor(module, "down_proj").shape[0]
             if len(layer.stack.experts) != count:
                 raise DamagedError(
                     f"layer {layer.index} has {len(layer.stack.experts)} experts, "
@@ -338,153 +356,19 @@ class StreamedModel:
         if missing:
             raise DamagedError(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} more")
         for target, name in layer.dense.items():
-            expected, entry = _get(self.model, target).shape, self.checkpoint.entries[name]
-            if tuple(expected) != entry.shape:
-                raise DamagedError(
-                    f"{name} has shape {entry.shape}, the model {tuple(expected)}"
-                )
+            shape = self.checkpoint.entries[name].shape
+            expected = tuple(get_tensor(self.model, target).shape)
+            if shape != expected:
+                raise DamagedError(f"{name} has shape {shape}, the model {expected}")
 
     def _fill(self, keys: Mapping[str, str], tensors: MappedTensors) -> None:
-        plan = self.model._get_dtype_plan(self.dtype)  # noqa: SLF001
+        plan = self.model._get_dtype_plan(self.dtype)
         for target, name in keys.items():
-            dtype = next((plan[p] for p in plan if p in target), _get(self.model, target).dtype)
-            _put(self.model, target, tensors[name].to(self.device, dtype))
+            dtype = next(
+                (plan[p] for p in plan if p in target), get_tensor(self.model, target).dtype
+            )
+            put_tensor(self.model, target, tensors[name].to(self.device, dtype))
 
     def _drop(self, keys: Mapping[str, str]) -> None:
         for target in keys:
-            _put(self.model, target, _get(self.model, target).to("meta"))
-
-
-def build_skeleton(
-    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """Build the model class of a config on the meta device, its computed buffers filled."""
-    values = {key: value for key, value in config.items() if key != "auto_map"}
-    loaded = CONFIG_MAPPING[config["model_type"]].from_dict(values)
-    loaded.dtype = dtype
-    kind = AutoModelForCausalLM._model_mapping[type(loaded)]  # noqa: SLF001
-    with ExitStack() as stack:
-        for context in kind.get_init_context(dtype, False, False, None):  # noqa: FBT003
-            stack.enter_context(context)
-        model = kind(loaded)
-        patch_output_recorders(model)
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        path, _, leaf = name.rpartition(".")
-        empty = torch.empty_like(buffer, device="cpu")
-        model.get_submodule(path)._buffers[leaf] = empty  # noqa: SLF001
-    # all parameters are on meta: this fills nothing but the buffers above
-    model.initialize_weights()
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = buffer.to(device)  # noqa: SLF001
-    return model.eval()
-
-
-def _key_targets(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """Return, for each checkpoint tensor the model has, the name of its parameter or buffer."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    targets = {}
-    for name in sorted(entries):
-        target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
-        if target not in state and name in state:
-            target, pattern = name, None
-        if target not in state:
-            continue
-        if pattern is not None and ".experts." not in name:
-            raise UnsupportedModelError(f"{name} is converted while loading; not supported yet")
-        targets[name] = target
-    return targets
-
-
-def _find_decoder(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
-    """Return the list of decoder layers and its path."""
-    kinds = set(model._no_split_modules or ())  # noqa: SLF001
-    for path, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module)
-            and type(module[0]).__name__ in kinds
-        ):
-            return path, list(module)
-    raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
-
-
-def _find_fused_experts(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Return the module of a layer that holds all routed experts, and its path."""
-    for path, module in layer.named_modules():
-        if isinstance(module, StreamedExperts):
-            return path, module
-        down = getattr(module, "down_proj", None)
-        if isinstance(down, nn.Parameter) and down.dim() == 3:
-            flags = ("has_gate", "is_concatenated")
-            wrong = ("has_bias", "is_transposed", "has_post_expert_norm")
-            if not all(getattr(module, f, False) for f in flags) or any(
-                getattr(module, f, True) for f in wrong
-            ):
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} is not a plain gated expert"
-                )
-            return path, module
-    raise UnsupportedModelError("a layer has expert tensors but no experts module")
-
-
-def _embed_rows(
-    embedding: nn.Module, table_VH: Tensor, dtype: torch.dtype, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """Return an embedding forward that reads only the rows it needs.
-
-    The family's own forward runs on a small table of just these rows, so that
-    scaled embeddings stay scaled.
-    """
-    forward = type(embedding).forward
-
-    def embed(input_ids: Tensor) -> Tensor:
-        used, inverse = torch.unique(input_ids, return_inverse=True)
-        rows = table_VH[used.to(table_VH.device)].to(device, dtype)
-        embedding.weight = nn.Parameter(rows, requires_grad=False)
-        try:
-            embedded: Tensor = forward(embedding, inverse)
-        finally:
-            embedding.weight = nn.Parameter(rows.to("meta"), requires_grad=False)
-        return embedded
-
-    return embed
-
-
-def _project_pieces(head: nn.Module, matrix_VH: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a forward of the output matrix that converts a piece of its rows at a time."""
-
-    def project(hidden: Tensor) -> Tensor:
-        vocabulary, width = matrix_VH.shape
-        rows = max(1, HEAD_BYTES // (width * hidden.element_size()))
-        logits = hidden.new_empty(*hidden.shape[:-1], vocabulary)
-        for start in range(0, vocabulary, rows):
-            piece = matrix_VH[start : start + rows].to(hidden.device, hidden.dtype)
-            logits[..., start : start + rows] = functional.linear(hidden, piece)
-        return logits if head.bias is None else logits + head.bias
-
-    return project
-
-
-def _path_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is wanted)
-
-
-def _get(model: nn.Module, target: str) -> Tensor:
-    path, _, leaf = target.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(path), leaf)
-    return tensor
-
-
-def _put(model: nn.Module, target: str, value: Tensor) -> None:
-    path, _, leaf = target.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:  # noqa: SLF001
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # noqa: SLF001
-    else:
-        module._buffers[leaf] = value  # noqa: SLF001
+            put_tensor(self.model, target, get_tensor(self.model, target).to("meta"))

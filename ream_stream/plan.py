@@ -248,8 +248,9 @@ def check_disk(plan: Plan, output: Path) -> None:
     if plan.disk_bytes > free:
         raise OverBudgetError(
             f"the run needs {format_size(plan.disk_bytes)} on the disk of {output} "
-            f"({format_size(plan.output_bytes)} of shards, {format_size(2 * plan.hidden_bytes)} "
-            f"of hidden states), {format_size(free)} are free; fewer --sequences need less"
+            f"({format_size(plan.output_bytes)} of shards, "
+            f"{format_size(2 * plan.hidden_bytes)} of hidden states), {format_size(free)} are "
+            "free; fewer --sequences need less"
         )
 
 
@@ -333,7 +334,7 @@ def _memory(
     """Return the parts of the peak of anonymous memory; docs/memory.md explains them."""
     layer = next(layer for layer in model.layers if layer.stack)
     stack = layer.stack
-    assert stack is not None  # noqa: S101 - chosen so
+    assert stack is not None
     entries, size, method = model.checkpoint.entries, model.dtype.itemsize, settings.method
     expert = 3 * stack.hidden * stack.inner
     dense = max(

@@ -106,6 +106,6 @@ def check_counts(settings: Settings, num_experts: int, top_k: int, routing_group
         if keep * method.group_size < num_experts:
             smallest = -(-num_experts // keep)
             raise UsageError(
-                f"--group-size {method.group_size}: {keep} groups of at most {method.group_size} "
-                f"cannot hold {num_experts} experts; use {smallest} or more"
+                f"--group-size {method.group_size}: {keep} groups of at most "
+                f"{method.group_size} cannot hold {num_experts} experts; use {smallest} or more"
             )

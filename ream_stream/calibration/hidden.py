@@ -6,7 +6,9 @@ equal to the fill value and reads missing ones as if they were there. For the
 same reason a store is complete only once its folder has its final name.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +17,10 @@ from torch import Tensor
 from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
-from .. import durable
-from ..errors import DamagedError
+from ream_stream import durable
+from ream_stream.errors import DamagedError
 
-_BITS = {
+_BITS: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.bfloat16: (torch.uint16, np.uint16),
     torch.float16: (torch.uint16, np.uint16),
     torch.float32: (torch.uint32, np.uint32),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DamagedError
+from ream_stream.errors import DamagedError
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""

@@ -1,10 +1,11 @@
-"""How experts lie in a checkpoint: found in the tensors' names, never from the family's name."""
+"""How experts lie in a checkpoint: read from the tensors' names, never from the family's."""
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import DamagedError, UnsupportedModelError
+from ream_stream.errors import DamagedError, UnsupportedModelError
+
 from .header import TensorEntry
 
 _EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")

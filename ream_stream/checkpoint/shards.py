@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..durable import FileRange, Written, write_stream
+from ream_stream.durable import FileRange, Written, write_stream
+
 from .header import DTYPES, TensorEntry
 
 
@@ -143,4 +145,5 @@ def _bytes(value: Tensor, planned: PlannedTensor) -> memoryview:
             f"{planned.name} is {value.dtype} {tuple(value.shape)}, planned was {planned}"
         )
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data)

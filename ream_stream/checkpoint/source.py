@@ -11,7 +11,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import DamagedError, UsageError
+from ream_stream.errors import DamagedError, UsageError
+
 from .header import TensorEntry, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -75,7 +76,7 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def other_files(self) -> list[Path]:
-        """Return the files that are not weights, index or config: tokenizer, templates, code."""
+        """Return the files beside weights, index and config: tokenizer, templates, code."""
         weights = {path.name for path in self.files()} | {INDEX, "config.json"}
         return sorted(
             path

@@ -1,0 +1,169 @@
+"""Which experts of a layer become which, and the tensors that follow.
+
+Letters in shapes: n sampled tokens, E experts, H hidden, I inner.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checkpoint.header import DTYPES, TensorEntry
+from .checkpoint.layouts import ExpertStack
+from .checkpoint.source import MappedTensors
+from .errors import ReamStreamError
+from .experts import StreamedExperts
+from .method.alignment import ALIGNMENTS, Neurons, Pair, align_all
+from .method.expert import Expert, reorder
+from .method.grouping import GROUPINGS, Evidence
+from .method.merging import MERGES, merge
+from .method.saliency import SALIENCIES, merge_weights
+from .method.similarity import distance, expert_similarity, gate_similarity
+from .observe import Observer, TokenSample
+from .settings import Method, Settings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """Which experts of a layer become which."""
+
+    saliency: tuple[float, ...]
+    """By source expert."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """Source experts of each new expert, centroid first, sorted by centroid."""
+
+    shares: tuple[tuple[float, ...], ...]
+    """Weights of a group's members, summing to 1."""
+
+
+def decide(
+    settings: Settings,
+    routing_groups: int,
+    observer: Observer,
+    mean_EH: Tensor | None,
+    layer: int,
+) -> Decision:
+    """Rank and group the experts of a layer.
+
+    Raises
+    ------
+    ReamStreamError
+        A statistic is not a finite number.
+    """
+    method = settings.method
+    saliency_E = SALIENCIES[method.saliency](observer.sums)
+    # nothing to compare: experts are pruned, or all of them are kept
+    grouping = "none" if mean_EH is None else method.grouping
+    distance_EE = None
+    if mean_EH is not None:
+        gate_EE = (
+            None if observer.gram is None else gate_similarity(observer.gram.gram_EE.cpu())
+        )
+        distance_EE = distance(expert_similarity(mean_EH), gate_EE)
+    try:
+        groups = GROUPINGS[grouping](
+            Evidence(saliency_E=saliency_E, distance_EE=distance_EE, mean_EH=mean_EH),
+            settings.experts,
+            group_size=method.group_size,
+            routing_groups=routing_groups,
+        )
+    except ValueError as error:
+        raise ReamStreamError(f"layer {layer}: {error}") from error
+    weight_E = merge_weights(saliency_E)
+    share = MERGES[method.merge]
+    return Decision(
+        saliency=tuple(saliency_E.tolist()),
+        groups=tuple(tuple(group) for group in groups),
+        shares=tuple(tuple(share(weight_E[group]).tolist()) for group in groups),
+    )
+
+
+def alignment_orders(
+    method: Method,
+    decision: Decision,
+    experts: StreamedExperts,
+    tensors: MappedTensors,
+    sample: TokenSample | None,
+    threads: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield, for every member that joins a centroid, the order its neurons take."""
+    alignment = ALIGNMENTS[method.alignment]
+    pairs = [(group[0], member) for group in decision.groups for member in group[1:]]
+    hidden_nH = (
+        sample.spread(method.alignment_tokens) if sample and alignment.activations else None
+    )
+    stack = experts.weights.stack
+
+    def neurons(expert: int) -> Neurons:
+        inner_nI = None
+        if hidden_nH is not None:
+            inner_nI = experts.inner(hidden_nH, experts.weights.load(expert)[0]).float().cpu()
+        return Neurons(expert=read_expert(tensors, stack, expert), activation_nI=inner_nI)
+
+    def load() -> Iterator[Pair]:
+        last, centroid = -1, None
+        for first, member in pairs:
+            if centroid is None or first != last:
+                last, centroid = first, neurons(first)
+            yield Pair(centroid=centroid, member=neurons(member))
+
+    orders = align_all(alignment, load(), threads=threads)
+    for (_, member), order_I in zip(pairs, orders, strict=True):
+        yield member, order_I
+
+
+def read_expert(tensors: MappedTensors, stack: ExpertStack, expert: int) -> Expert:
+    """Return one expert as the file has it, without a copy."""
+    names = stack.experts[expert]
+    return Expert(
+        gate_IH=tensors[names.gate], up_IH=tensors[names.up], down_HI=tensors[names.down]
+    )
+
+
+def layer_content(
+    decision: Decision,
+    orders: Mapping[int, Tensor],
+    stack: ExpertStack,
+    routers: Mapping[str, int],
+    entries: Mapping[str, TensorEntry],
+    tensors: MappedTensors,
+) -> Callable[[str], Tensor | TensorEntry]:
+    """Return a function that gives each tensor of a compressed layer, by output name.
+
+    Experts of groups of one, and all that is not an expert's or the router's,
+    are source tensors to be copied byte for byte. A merged expert is made when
+    the first of its three tensors is asked for and held until the next one is.
+    """
+    owner = {
+        name: (number, part)
+        for number, expert in enumerate(stack.experts)
+        for part, name in enumerate(expert.parts())
+    }
+    kept = torch.tensor([group[0] for group in decision.groups])
+    merged: tuple[int, Expert | None] = (-1, None)
+
+    def merge_group(number: int) -> Expert:
+        def members() -> Iterator[Expert]:
+            for expert in decision.groups[number]:
+                weights = read_expert(tensors, stack, expert)
+                yield reorder(weights, orders[expert]) if expert in orders else weights
+
+        return merge(decision.shares[number], members(), DTYPES[stack.dtype])
+
+    def content(name: str) -> Tensor | TensorEntry:
+        nonlocal merged
+        if name in routers:
+            return tensors[name].index_select(routers[name], kept)
+        if name not in owner:
+            return entries[name]
+        number, part = owner[name]
+        group = decision.groups[number]
+        if len(group) == 1:
+            return entries[stack.experts[group[0]].parts()[part]]
+        if merged[0] != number:
+            merged = (number, merge_group(number))
+        return merged[1][part]  # type: ignore[index]
+
+    return content

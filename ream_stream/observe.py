@@ -1,0 +1,212 @@
+"""What a layer tells about its experts while it runs.
+
+Letters in shapes: B sequences of a batch, L tokens of a sequence, T tokens of a
+batch, n sampled tokens, R rows of a block, K experts a token, E experts, H hidden,
+I inner.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibration.tokens import Tokens
+from .experts import Routed, StreamedExperts
+from .families import SCORES, Family
+from .method.saliency import RoutedSums
+from .method.similarity import LogitGram, MeanActivations
+from .model import Batch
+from .seeds import generator
+
+SAMPLE_ROWS = 2048
+"""Sampled tokens that are run through an expert at once."""
+
+
+class TokenSample:
+    """Inputs and router scores of some calibration tokens, the same for every expert.
+
+    Parameters
+    ----------
+    tokens
+        The calibration set; padding is never drawn.
+    size
+        Tokens to draw; 0, or more than there are, means all of them.
+    seed, layer
+        What the draw is derived from.
+    """
+
+    def __init__(self, tokens: Tokens, size: int, *, seed: int, layer: int) -> None:
+        mask_SL = tokens.attention_mask_SL
+        position_n = torch.arange(tokens.input_ids_SL.numel())
+        if mask_SL is not None:
+            position_n = position_n[mask_SL.reshape(-1).bool()]
+        if 0 < size < len(position_n):
+            drawn = torch.randperm(len(position_n), generator=generator(seed, layer, "sample"))
+            position_n = position_n[drawn[:size].sort().values]
+        self.position_n = position_n
+        self.hidden_nH = torch.empty(0)
+        self.score_nE = torch.empty(0)
+
+    def take(self, start: int, hidden_TH: Tensor, score_TE: Tensor) -> None:
+        """Keep the rows of a batch whose first token has position `start`."""
+        total = len(self.position_n)
+        if not len(self.hidden_nH):
+            self.hidden_nH = hidden_TH.new_empty(total, hidden_TH.shape[1])
+            self.score_nE = score_TE.new_empty(total, score_TE.shape[1])
+        bounds = torch.tensor([start, start + len(hidden_TH)])
+        first, last = torch.searchsorted(self.position_n, bounds).tolist()
+        row = (self.position_n[first:last] - start).to(hidden_TH.device)
+        self.hidden_nH[first:last] = hidden_TH[row]
+        self.score_nE[first:last] = score_TE[row]
+
+    def spread(self, count: int) -> Tensor:
+        """Return the inputs of `count` of its tokens, or of all, evenly spread."""
+        total = len(self.hidden_nH)
+        return self.hidden_nH[torch.arange(min(count, total)) * total // min(count, total)]
+
+
+class Observer:
+    """Gathers what the decision is made from while a layer runs.
+
+    Parameters
+    ----------
+    family
+        For the router's score function.
+    num_experts
+        E.
+    sample
+        Filled along the way; None if experts are not compared.
+    gate_term
+        Whether the router's logits are compared.
+    device
+        Where sums over tokens are kept.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        num_experts: int,
+        sample: TokenSample | None,
+        *,
+        gate_term: bool,
+        device: torch.device,
+    ) -> None:
+        self.sums = RoutedSums(num_experts)
+        self.sample = sample
+        self.gram = LogitGram(num_experts, device=device) if gate_term else None
+        self._score = SCORES[family.score]
+        self._logits_TE = torch.empty(0)
+        self._keep_T: Tensor | None = None
+        self._start = 0
+
+    @contextmanager
+    def listening(self, router: nn.Module, experts: StreamedExperts) -> Iterator[None]:
+        """Attach to the router and the experts for the length of the block."""
+
+        def keep_logits(_module: nn.Module, _args: Any, output: Any) -> None:  # noqa: ANN401
+            self._logits_TE = output[0]
+
+        handle = router.register_forward_hook(keep_logits)
+        experts.listener = self._take
+        try:
+            yield
+        finally:
+            handle.remove()
+            experts.listener = None
+
+    def expect(self, batch: Batch, first: int) -> None:
+        """Tell the coming batch, and the position of its first token in the calibration set."""
+        mask_BL = batch.attention_mask_BL
+        self._keep_T = None if mask_BL is None else mask_BL.reshape(-1).bool()
+        self._start = first
+
+    def _take(self, routed: Routed) -> None:
+        score_TE = self._score(self._logits_TE)
+        if self.sample is not None:
+            self.sample.take(self._start, routed.hidden_TH, score_TE)
+        index_TK, weight_TK, norm_TK = routed.index_TK, routed.weight_TK, routed.norm_TK
+        logits_TE = self._logits_TE
+        if self._keep_T is not None:
+            keep_T = self._keep_T.to(index_TK.device)
+            index_TK, weight_TK, norm_TK = index_TK[keep_T], weight_TK[keep_T], norm_TK[keep_T]
+            logits_TE, score_TE = logits_TE[keep_T], score_TE[keep_T]
+        self.sums.update(index_TK, weight_TK, score_TE.gather(1, index_TK), norm_TK)
+        if self.gram is not None:
+            self.gram.update(logits_TE)
+
+
+def mean_outputs(
+    experts: StreamedExperts, sample: TokenSample, similarity: str, mean_EH: Tensor
+) -> Iterator[int]:
+    """Run every expert on the sampled tokens and fill in its mean output.
+
+    Parameters
+    ----------
+    experts
+        Of an open layer.
+    sample
+        Filled by an observer.
+    similarity
+        Key of `method.similarity.SIMILARITIES`.
+    mean_EH
+        Float64, filled row by row.
+
+    Yields
+    ------
+    int
+        Experts done.
+    """
+    hidden_nH, score_nE = sample.hidden_nH, sample.score_nE
+    for expert in range(len(mean_EH)):
+        gate_up_2IH, down_HI = experts.weights.load(expert)
+        inner = down_HI.shape[1]
+        means = MeanActivations(1, inner, similarity=similarity, device=hidden_nH.device)
+        for start in range(0, len(hidden_nH), SAMPLE_ROWS):
+            rows = slice(start, start + SAMPLE_ROWS)
+            means.add(0, experts.inner(hidden_nH[rows], gate_up_2IH), score_nE[rows, expert])
+        # in float32 at least: rounding would blur experts that are nearly alike
+        mean_EH[expert] = down_HI.float() @ means.mean_EI()[0].float()
+        yield expert + 1
+
+
+class Playback:
+    """Outputs of a layer's attention, kept so that it need not run a second time.
+
+    They do not depend on the experts: the compressed layer gets the same
+    hidden states, so its attention would give the same bits again.
+    """
+
+    def __init__(self) -> None:
+        self._outputs: list[list[Any]] = []
+
+    @contextmanager
+    def recording(self, mixers: Sequence[nn.Module]) -> Iterator[None]:
+        """Keep what the modules return, batch by batch, for the length of the block."""
+        self._outputs = [[] for _ in mixers]
+        handles = [
+            module.register_forward_hook(lambda _m, _a, output, kept=kept: kept.append(output))
+            for module, kept in zip(mixers, self._outputs, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def playing(self, mixers: Sequence[nn.Module]) -> Iterator[None]:
+        """Let the modules return what was kept, in order, for the length of the block."""
+        for module, kept in zip(mixers, self._outputs, strict=True):
+            module.forward = _next_of(iter(kept))
+        try:
+            yield
+        finally:
+            for module in mixers:
+                del module.forward
+            self._outputs = []
+
+
+def _next_of(outputs: Iterator[Any]) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: next(outputs)

@@ -1,0 +1,166 @@
+"""A model class without data, and how its parts are found and filled.
+
+Private names of transformers used here are its key mapping and the context that
+`from_pretrained` builds models in; tests/test_model.py is the contract.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.monkey_patching import patch_output_recorders
+
+from .checkpoint.header import TensorEntry
+from .errors import UnsupportedModelError
+from .experts import StreamedExperts
+
+HEAD_BYTES = 64_000_000
+"""Rows of the output matrix are used in pieces of about this size."""
+
+
+def build_skeleton(
+    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Build the model class of a config on the meta device, its computed buffers filled."""
+    values = {key: value for key, value in config.items() if key != "auto_map"}
+    loaded = CONFIG_MAPPING[config["model_type"]].from_dict(values)
+    loaded.dtype = dtype
+    kind: Any = AutoModelForCausalLM._model_mapping[type(loaded)]
+    with ExitStack() as stack:
+        for context in kind.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        model = kind(loaded)
+        patch_output_recorders(model)
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        empty = torch.empty_like(buffer, device="cpu")
+        model.get_submodule(path)._buffers[leaf] = empty
+    # all parameters are on meta: this fills nothing but the buffers above
+    model.initialize_weights()
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = buffer.to(device)
+    skeleton: PreTrainedModel = model.eval()
+    return skeleton
+
+
+def key_targets(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
+    """Return, for each checkpoint tensor the model has, the name of its parameter or buffer."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    targets = {}
+    for name in sorted(entries):
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
+        if target not in state and name in state:
+            target, pattern = name, None
+        if target not in state:
+            continue
+        if pattern is not None and ".experts." not in name:
+            raise UnsupportedModelError(f"{name} is converted while loading; not supported yet")
+        targets[name] = target
+    return targets
+
+
+def find_decoder(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
+    """Return the list of decoder layers and its path."""
+    kinds = set(model._no_split_modules or ())
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and type(module[0]).__name__ in kinds
+        ):
+            return path, list(module)
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
+
+
+def find_fused_experts(layer: nn.Module) -> tuple[str, nn.Module]:
+    """Return the module of a layer that holds all routed experts, and its path."""
+    for path, module in layer.named_modules():
+        if isinstance(module, StreamedExperts):
+            return path, module
+        down = getattr(module, "down_proj", None)
+        if isinstance(down, nn.Parameter) and down.dim() == 3:
+            flags = ("has_gate", "is_concatenated")
+            wrong = ("has_bias", "is_transposed", "has_post_expert_norm")
+            if not all(getattr(module, f, False) for f in flags) or any(
+                getattr(module, f, True) for f in wrong
+            ):
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} is not a plain gated expert"
+                )
+            return path, module
+    raise UnsupportedModelError("a layer has expert tensors but no experts module")
+
+
+def embed_rows(
+    embedding: nn.Module, table_VH: Tensor, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Return an embedding forward that reads only the rows it needs.
+
+    The family's own forward runs on a small table of just these rows, so that
+    scaled embeddings stay scaled.
+    """
+    forward = type(embedding).forward
+
+    def embed(input_ids: Tensor) -> Tensor:
+        used, inverse = torch.unique(input_ids, return_inverse=True)
+        rows = table_VH[used.to(table_VH.device)].to(device, dtype)
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        try:
+            embedded: Tensor = forward(embedding, inverse)
+        finally:
+            embedding.weight = nn.Parameter(rows.to("meta"), requires_grad=False)
+        return embedded
+
+    return embed
+
+
+def project_pieces(bias: Tensor | None, matrix_VH: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a forward of the output matrix that converts a piece of its rows at a time."""
+
+    def project(hidden: Tensor) -> Tensor:
+        vocabulary, width = matrix_VH.shape
+        rows = max(1, HEAD_BYTES // (width * hidden.element_size()))
+        logits = hidden.new_empty(*hidden.shape[:-1], vocabulary)
+        for start in range(0, vocabulary, rows):
+            piece = matrix_VH[start : start + rows].to(hidden.device, hidden.dtype)
+            logits[..., start : start + rows] = functional.linear(hidden, piece)
+        return logits if bias is None else logits + bias
+
+    return project
+
+
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Return where a module is in a model."""
+    paths: Iterator[str] = (path for path, found in model.named_modules() if found is wanted)
+    return next(paths)
+
+
+def get_tensor(model: nn.Module, target: str) -> Tensor:
+    """Return a parameter or buffer by its path."""
+    path, _, leaf = target.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor
+
+
+def put_tensor(model: nn.Module, target: str, value: Tensor) -> None:
+    """Replace a parameter or buffer by its path."""
+    path, _, leaf = target.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
