@@ -1,0 +1,60 @@
+"""Batches of tokens and their hidden states, through one layer after the other."""
+
+from collections.abc import Iterator
+
+from .calibration.hidden import HiddenStates, HiddenWriter
+from .calibration.tokens import Tokens
+from .model import Batch, StreamedModel
+
+
+class Batches:
+    """A token set cut into batches of `size` sequences; the last may be smaller."""
+
+    def __init__(self, tokens: Tokens, size: int) -> None:
+        self._tokens, self.size = tokens, size
+
+    def __len__(self) -> int:
+        return -(-self._tokens.num_sequences // self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        mask_SL = self._tokens.attention_mask_SL
+        for start in range(0, self._tokens.num_sequences, self.size):
+            rows = slice(start, start + self.size)
+            yield Batch(
+                input_ids_BL=self._tokens.input_ids_SL[rows],
+                attention_mask_BL=None if mask_SL is None else mask_SL[rows],
+            )
+
+
+def advance(
+    model: StreamedModel,
+    index: int,
+    batches: Batches,
+    entering: HiddenStates | None,
+    leaving: HiddenWriter,
+) -> Iterator[int]:
+    """Run an open layer on all batches and publish what leaves it.
+
+    Parameters
+    ----------
+    model
+        Its layer `index` is open.
+    index
+        The layer.
+    batches
+        What is run.
+    entering
+        The states that enter the layer; None for layer 0, which takes the embeddings.
+    leaving
+        Where the states that leave it go.
+
+    Yields
+    ------
+    int
+        Batches done.
+    """
+    for number, batch in enumerate(batches):
+        hidden_BLH = None if entering is None else entering.read(number)
+        leaving.write(number, model.run_layer(index, batch, hidden_BLH))
+        yield number + 1
+    leaving.publish()
