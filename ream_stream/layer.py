@@ -21,9 +21,10 @@ from .durable import Written
 from .events import Phase, Step
 from .experts import StreamedExperts
 from .journal import Workspace
-from .model import Batch, StreamedModel
+from .model import StreamedModel
 from .observe import Observer, Playback, TokenSample, mean_outputs
 from .plan import LayerPlan, Plan
+from .stream import Batches, advance, with_states
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,18 +65,9 @@ class Context:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     @property
-    def num_batches(self) -> int:
-        """Batches of the calibration set."""
-        return -(-self.tokens.num_sequences // self.batch_sequences)
-
-    def batch(self, number: int) -> Batch:
-        """Return the tokens of a batch."""
-        rows = slice(number * self.batch_sequences, (number + 1) * self.batch_sequences)
-        mask_SL = self.tokens.attention_mask_SL
-        return Batch(
-            input_ids_BL=self.tokens.input_ids_SL[rows],
-            attention_mask_BL=None if mask_SL is None else mask_SL[rows],
-        )
+    def batches(self) -> Batches:
+        """The calibration set in batches."""
+        return Batches(self.tokens, self.batch_sequences)
 
     def hidden_reader(self, boundary: int) -> HiddenStates | None:
         """Open the states that enter a layer; None for the first, which takes embeddings."""
@@ -171,14 +163,15 @@ class LayerJob:
             if sequential and not self.is_last and self.plan.memory["attention outputs"]:
                 self._playback = Playback()
                 stack.enter_context(self._playback.recording(source.mixers(self.index)))
-            for number, batch, hidden_BLH in self._batches():
+            batches = self.context.batches
+            for number, batch, hidden_BLH in with_states(batches, self._hidden):
                 first = number * self.context.batch_sequences * self.plan.sequence_length
                 observer.expect(batch, first)
                 if writer is None:
                     source.observe_layer(self.index, batch, hidden_BLH)
                 else:
                     writer.write(number, source.run_layer(self.index, batch, hidden_BLH))
-                yield self._step("observe", number + 1, self.context.num_batches)
+                yield self._step("observe", number + 1, len(batches))
             if writer is not None:
                 writer.publish()
 
@@ -228,15 +221,9 @@ class LayerJob:
             stack.enter_context(model.open_layer(self.index))
             if self._playback is not None:
                 stack.enter_context(self._playback.playing(model.mixers(self.index)))
-            for number, batch, hidden_BLH in self._batches():
-                writer.write(number, model.run_layer(self.index, batch, hidden_BLH))
-                yield self._step("propagate", number + 1, self.context.num_batches)
-            writer.publish()
-
-    def _batches(self) -> Iterator[tuple[int, Batch, Tensor | None]]:
-        for number in range(self.context.num_batches):
-            hidden_BLH = None if self._hidden is None else self._hidden.read(number)
-            yield number, self.context.batch(number), hidden_BLH
+            batches = self.context.batches
+            for done in advance(model, self.index, batches, self._hidden, writer):
+                yield self._step("propagate", done, len(batches))
 
     def _step(self, phase: Phase, done: int, total: int) -> Step:
         return Step(layer=self.index, phase=phase, done=done, total=total)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from .calibration.hidden import HiddenStates, HiddenWriter
 from .calibration.tokens import Tokens
 from .model import Batch, StreamedModel
@@ -53,8 +55,15 @@ def advance(
     int
         Batches done.
     """
-    for number, batch in enumerate(batches):
-        hidden_BLH = None if entering is None else entering.read(number)
+    for number, batch, hidden_BLH in with_states(batches, entering):
         leaving.write(number, model.run_layer(index, batch, hidden_BLH))
         yield number + 1
     leaving.publish()
+
+
+def with_states(
+    batches: Batches, entering: HiddenStates | None
+) -> Iterator[tuple[int, Batch, Tensor | None]]:
+    """Yield each batch with its number and the states (B, L, H) that enter a layer."""
+    for number, batch in enumerate(batches):
+        yield number, batch, None if entering is None else entering.read(number)
