@@ -111,6 +111,7 @@ class StreamedModel:
             for name, target in self._targets.items()
             if not target.startswith(self._layers_path + ".")
         }
+        self._check_outside()
 
     @property
     def num_layers(self) -> int:
@@ -352,10 +353,20 @@ class StreamedModel:
                     f"layer {layer.index} has {len(layer.stack.experts)} experts, "
                     f"config.json says {count}"
                 )
-        missing = sorted(wanted - set(layer.dense))
+        self._check_tensors(wanted, layer.dense)
+
+    def _check_outside(self) -> None:
+        """Refuse a checkpoint that lacks what is outside the layers; what is tied may lack."""
+        prefix = self._layers_path + "."
+        wanted = {key for key in self.model.state_dict() if not key.startswith(prefix)}
+        self._check_tensors(wanted - set(self.model.all_tied_weights_keys), self._outside)
+
+    def _check_tensors(self, wanted: set[str], found: Mapping[str, str]) -> None:
+        missing = sorted(wanted - set(found))
         if missing:
-            raise DamagedError(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} more")
-        for target, name in layer.dense.items():
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise DamagedError(f"the checkpoint lacks {missing[0]}{more}")
+        for target, name in found.items():
             shape = self.checkpoint.entries[name].shape
             expected = tuple(get_tensor(self.model, target).shape)
             if shape != expected:
