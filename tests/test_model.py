@@ -1,0 +1,257 @@
+"""The streamed model gives the bits of transformers' whole model, in every family."""
+
+import inspect
+
+import pytest
+import tiny
+import torch
+import transformers.conversion_mapping
+import transformers.core_model_loading
+import transformers.models.auto.configuration_auto
+import transformers.monkey_patching
+from tiny import CPU, TINY, forward_in_transformers, forward_streamed
+
+from ream_stream import skeleton
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.errors import DamagedError
+from ream_stream.experts import StreamedExperts
+from ream_stream.model import Batch, StreamedModel
+
+FAMILIES = sorted(TINY)
+STORED_AND_RUN = [
+    pytest.param(torch.bfloat16, torch.bfloat16, id="bf16"),
+    pytest.param(torch.bfloat16, torch.float32, id="bf16-run-in-fp32"),
+    pytest.param(torch.float32, torch.float32, id="fp32"),
+]
+
+
+def batches():
+    """Yield a name, ids and a mask: one sequence, several, padded on both sides, all padded."""
+    draw = torch.Generator().manual_seed(1)
+    for name, rows, length in (("one token", 1, 1), ("one", 1, 9), ("several", 5, 13)):
+        yield name, torch.randint(2, 62, (rows, length), generator=draw), None
+    ids_BL = torch.randint(2, 62, (4, 12), generator=draw)
+    both_BL, left_BL, right_BL = torch.ones(3, 4, 12, dtype=torch.int64)
+    both_BL[0, :4], both_BL[1, -5:] = 0, 0
+    left_BL[:, :2], left_BL[2, :9] = 0, 0
+    right_BL[:, -1:], right_BL[3, 2:] = 0, 0
+    yield "padded on both sides", ids_BL, both_BL
+    yield "padded on the left", ids_BL, left_BL
+    yield "padded on the right", ids_BL, right_BL
+    yield "one padded on the left", ids_BL[:1], left_BL[2:3]
+
+
+@pytest.mark.parametrize(("stored", "run_in"), STORED_AND_RUN)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_boundary_and_the_logits_have_the_bits_of_transformers(
+    checkpoints, name, stored, run_in
+):
+    folder = checkpoints(name, stored)
+    names, *inputs = zip(*batches(), strict=True)
+    inputs = list(zip(*inputs, strict=True))
+    full = forward_in_transformers(folder, run_in, inputs)
+    streamed = forward_streamed(folder, run_in, inputs)
+    for what, ours, theirs in zip(names, streamed, full, strict=True):
+        assert theirs.logits.isfinite().all(), what
+        for layer, (our, their) in enumerate(zip(ours.hidden, theirs.hidden, strict=True)):
+            assert torch.equal(our, their), f"{what}: layer {layer}"
+        assert torch.equal(ours.logits, theirs.logits), what
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_changed_column_of_one_expert_is_seen(checkpoints, tmp_path, name):
+    folder = tiny.write_checkpoint(tmp_path / "changed", name, torch.float32)
+    tensors = tiny.load_tensors(folder)
+    last = max(set(range(4 if name == "qwen3_next" else 3)) - set(TINY[name].dense))
+    (down,) = (
+        key
+        for key in tensors
+        if f"layers.{last}." in key and key.endswith(("s.5.down_proj.weight", "s.5.w2.weight"))
+    )
+    tensors[down][:, 3] *= 1.01
+    tiny.save_tensors(folder, tensors)
+    ids_BL = tiny.some_tokens().input_ids_SL
+    [full] = forward_in_transformers(
+        checkpoints(name, torch.float32), torch.float32, [(ids_BL, None)]
+    )
+    [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
+    assert torch.equal(streamed.hidden[0], full.hidden[0])
+    assert not torch.equal(streamed.hidden[-1], full.hidden[-1])
+    assert not torch.equal(streamed.logits, full.logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_dropped_mask_is_seen(checkpoints, name):
+    folder, tokens = checkpoints(name, torch.float32), tiny.some_tokens(padded=True)
+    ids_BL, mask_BL = tokens.input_ids_SL, tokens.attention_mask_SL
+    [full] = forward_in_transformers(folder, torch.float32, [(ids_BL, mask_BL)])
+    [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
+    assert not torch.equal(streamed.logits[mask_BL.bool()], full.logits[mask_BL.bool()])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_the_open_layer_has_data_and_its_experts_never_do(checkpoints, name):
+    model = StreamedModel(open_checkpoint(checkpoints(name)), torch.float32, CPU)
+
+    def loaded():
+        return {key for key, value in model.model.named_parameters() if not value.is_meta}
+
+    assert loaded() == set()
+    with model.open_outside():
+        outside = loaded()
+        assert not any(
+            "layers." in key or "embed" in key or "lm_head" in key for key in outside
+        )
+        for index in range(model.num_layers):
+            with model.open_layer(index) as experts:
+                assert (experts is None) == (index in TINY[name].dense)
+                inside = loaded() - outside
+                assert inside
+                assert all(key.startswith(f"model.layers.{index}.") for key in inside)
+                assert not any(".experts." in key for key in inside)
+            assert loaded() == outside
+            assert not any(isinstance(m, StreamedExperts) for m in model.model.modules())
+    assert loaded() == set()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layer_run_twice_gives_the_same_and_leaves_its_input_alone(checkpoints, name):
+    model = StreamedModel(open_checkpoint(checkpoints(name)), torch.float32, CPU)
+    tokens = tiny.some_tokens(padded=True)
+    batch = Batch(input_ids_BL=tokens.input_ids_SL, attention_mask_BL=tokens.attention_mask_SL)
+    with model.open_outside():
+        hidden_BLH = None
+        for index in range(model.num_layers):
+            before = None if hidden_BLH is None else hidden_BLH.clone()
+            with model.open_layer(index):
+                once = model.run_layer(index, batch, hidden_BLH)
+                twice = model.run_layer(index, batch, hidden_BLH)
+            assert torch.equal(once, twice), index
+            assert before is None or torch.equal(before, hidden_BLH), index
+            hidden_BLH = once
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_played_back_does_not_depend_on_the_experts(checkpoints, name):
+    """The mixers are attention: each layer has one, and the experts are not in it."""
+    model = StreamedModel(open_checkpoint(checkpoints(name)), torch.float32, CPU)
+    for layer in model.layers:
+        if layer.stack is None:
+            continue
+        (mixer,) = model.mixers(layer.index)
+        assert "Attention" in type(mixer).__name__ or "DeltaNet" in type(mixer).__name__
+        assert not any(".experts" in path for path, _ in mixer.named_modules())
+
+
+def test_the_output_matrix_can_be_used_in_pieces(checkpoints, monkeypatch):
+    folder, ids_BL = checkpoints("qwen3_moe"), tiny.some_tokens().input_ids_SL
+    [full] = forward_in_transformers(folder, torch.float32, [(ids_BL, None)])
+    # 64 rows of 32 numbers of 4 bytes: 7 rows a piece, the last of 1
+    monkeypatch.setattr(skeleton, "HEAD_BYTES", 7 * 32 * 4)
+    [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
+    torch.testing.assert_close(streamed.logits, full.logits, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_that_lacks_a_tensor_is_refused_by_its_name(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "lacking", "mixtral", torch.bfloat16)
+    tensors = tiny.load_tensors(folder)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    tiny.save_tensors(folder, tensors)
+    with pytest.raises(DamagedError, match=r"layers\.1\.self_attn\.k_proj\.weight"):
+        StreamedModel(open_checkpoint(folder), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"]
+)
+def test_a_model_that_lacks_a_tensor_outside_the_layers_is_refused(tmp_path, name):
+    folder = tiny.write_checkpoint(tmp_path / "lacking", "mixtral", torch.bfloat16)
+    tensors = tiny.load_tensors(folder)
+    del tensors[name]
+    tiny.save_tensors(folder, tensors)
+    with pytest.raises(DamagedError, match=name):
+        StreamedModel(open_checkpoint(folder), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+    ],
+)
+def test_a_tensor_of_another_shape_than_the_model_has_is_refused(tmp_path, name):
+    folder = tiny.write_checkpoint(tmp_path / "other", "mixtral", torch.bfloat16)
+    tensors = tiny.load_tensors(folder)
+    tensors[name] = tensors[name][:-2].clone()
+    tiny.save_tensors(folder, tensors)
+    with pytest.raises(DamagedError, match=name):
+        StreamedModel(open_checkpoint(folder), torch.float32, CPU)
+
+
+def test_tied_embeddings_that_differ_are_both_used(checkpoints, tmp_path):
+    """A config may say tied where the file has two tensors; transformers then keeps both."""
+    folder = tiny.write_checkpoint(tmp_path / "both", "ernie4_5_moe", torch.float32)
+    tensors = tiny.load_tensors(folder)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    tiny.save_tensors(folder, tensors)
+    ids_BL = tiny.some_tokens().input_ids_SL
+    [full] = forward_in_transformers(folder, torch.float32, [(ids_BL, None)])
+    [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
+    assert torch.equal(streamed.logits, full.logits)
+
+
+PRIVATE_NAMES = [
+    # where                                     what                   why it is needed
+    (transformers.AutoModelForCausalLM, "_model_mapping", "config class to model class"),
+    (transformers.PreTrainedModel, "get_init_context", "builds the skeleton on meta"),
+    (transformers.PreTrainedModel, "initialize_weights", "fills the computed buffers"),
+    (transformers.PreTrainedModel, "_get_dtype_plan", "tensors kept in float32"),
+    (transformers.PreTrainedModel, "_no_split_modules", "class names of decoder layers"),
+    (transformers.PreTrainedModel, "_can_record_outputs", "class of the router"),
+    (transformers.conversion_mapping, "get_model_conversion_mapping", "hub to module names"),
+    (transformers.core_model_loading, "WeightRenaming", "a tensor with another name"),
+    (transformers.core_model_loading, "WeightConverter", "tensors that are fused"),
+    (transformers.core_model_loading, "rename_source_key", "name of one tensor's parameter"),
+    (transformers.models.auto.configuration_auto, "CONFIG_MAPPING", "model_type to config"),
+    (transformers.monkey_patching, "patch_output_recorders", "fills _can_record_outputs"),
+]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "reason"), PRIVATE_NAMES, ids=[name for _, name, _ in PRIVATE_NAMES]
+)
+def test_transformers_still_has_the_private_name(owner, name, reason):
+    assert hasattr(owner, name), f"{owner.__name__}.{name} is gone; used as: {reason}"
+
+
+def test_transformers_private_functions_still_take_what_they_are_given():
+    context = inspect.signature(transformers.PreTrainedModel.get_init_context)
+    assert list(context.parameters)[:3] == ["dtype", "is_quantized", "_is_ds_init_called"]
+    assert len(context.parameters) == 4
+    rename = inspect.signature(transformers.core_model_loading.rename_source_key)
+    assert list(rename.parameters)[:5] == [
+        "source_key",
+        "weight_renamings",
+        "weight_converters",
+        "base_model_prefix",
+        "meta_state_dict",
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_familys_modules_are_what_the_streamed_experts_stand_in_for(checkpoints, name):
+    """A fused experts module with its own activation, and a router that says its top k."""
+    model = StreamedModel(open_checkpoint(checkpoints(name)), torch.float32, CPU)
+    for layer in model.layers:
+        if layer.stack is None:
+            continue
+        router = model.router(layer.index)
+        assert router.top_k == tiny.TOP_K
+        _, experts = skeleton.find_fused_experts(model._decoder[layer.index])
+        assert callable(experts._apply_gate)
+        names = list(inspect.signature(type(experts).forward).parameters)
+        assert names == ["self", "hidden_states", "top_k_index", "top_k_weights"]
+        assert tuple(experts.gate_up_proj.shape) == (8, 2 * layer.stack.inner, 32)

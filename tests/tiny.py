@@ -1,0 +1,375 @@
+"""A tiny checkpoint of each family, as its files lie on the hub, and runs over them.
+
+Weights are drawn from a seed and differ in scale between tensors: biases, norms and the
+routers' correction biases are not what they are initialized to, so that a part left out
+or taken twice is seen. Three experts a token: sums of two do not depend on their order.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ream_stream.calibration.hidden import HiddenStates
+from ream_stream.calibration.tokens import Tokens, from_tensors
+from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
+from ream_stream.events import Event, LayerDone
+from ream_stream.journal import Workspace
+from ream_stream.model import Batch, StreamedModel
+from ream_stream.pipeline import compress
+from ream_stream.plan import Plan, make_plan
+from ream_stream.settings import Method, Settings
+
+CPU = torch.device("cpu")
+EXPERTS, TOP_K, VOCABULARY = 8, 3, 64
+INDEX = "model.safetensors.index.json"
+
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_MOE = {"num_experts_per_tok": TOP_K, "moe_intermediate_size": 16}
+_LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """One family."""
+
+    config: Mapping[str, Any]
+    count_key: str
+    """Where published checkpoints have the number of experts."""
+    routers: tuple[str, ...] = ("mlp.gate.weight",)
+    """Tensors of a layer with an axis of experts, beside the experts."""
+    shard_size: str | None = None
+    """One file if None."""
+    dense: tuple[int, ...] = ()
+    """Layers without experts."""
+    bias_dtype: torch.dtype = torch.float32
+    """Of a router's correction bias on disk, where the other tensors may be narrower."""
+
+
+_BIASED = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
+_FIRST_DENSE = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1}
+
+TINY: Mapping[str, Tiny] = {
+    "qwen3_moe": Tiny(
+        config={"num_experts": EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1], **_MOE},
+        count_key="num_experts",
+        shard_size="40KB",
+        dense=(1,),
+    ),
+    "qwen2_moe": Tiny(
+        config={
+            "num_experts": EXPERTS,
+            "shared_expert_intermediate_size": 24,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            **_MOE,
+        },
+        count_key="num_experts",
+    ),
+    "mixtral": Tiny(
+        config={"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K},
+        count_key="num_local_experts",
+        routers=("block_sparse_moe.gate.weight",),
+        shard_size="60KB",
+    ),
+    "olmoe": Tiny(
+        config={"num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "clip_qkv": 2.0},
+        count_key="num_experts",
+    ),
+    "deepseek_v2": Tiny(
+        config={
+            **_FIRST_DENSE,
+            **_MOE,
+            **_LATENT,
+            "n_group": 2,
+            "topk_group": 1,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 1.5,
+        },
+        count_key="n_routed_experts",
+        dense=(0,),
+    ),
+    "deepseek_v3": Tiny(
+        config={**_FIRST_DENSE, **_MOE, **_LATENT, "n_group": 2, "topk_group": 1},
+        count_key="n_routed_experts",
+        routers=_BIASED,
+        shard_size="30KB",
+        dense=(0,),
+    ),
+    "glm4_moe": Tiny(
+        config={
+            **_FIRST_DENSE,
+            **_MOE,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+        },
+        count_key="n_routed_experts",
+        routers=_BIASED,
+        dense=(0,),
+    ),
+    "qwen3_next": Tiny(
+        config={
+            "num_experts": EXPERTS,
+            "shared_expert_intermediate_size": 16,
+            "mlp_only_layers": [2],
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            **_MOE,
+        },
+        count_key="num_experts",
+        shard_size="50KB",
+        dense=(2,),
+    ),
+    "minimax_m2": Tiny(
+        config={"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K},
+        count_key="num_local_experts",
+        routers=("block_sparse_moe.gate.weight", "block_sparse_moe.e_score_correction_bias"),
+        shard_size="70KB",
+    ),
+    "ernie4_5_moe": Tiny(
+        config={
+            "moe_num_experts": EXPERTS,
+            "moe_k": TOP_K,
+            "moe_intermediate_size": 16,
+            "moe_layer_start_index": 1,
+            "moe_num_shared_experts": 1,
+            "tie_word_embeddings": True,
+        },
+        count_key="moe_num_experts",
+        routers=("mlp.gate.weight", "mlp.moe_statics.e_score_correction_bias"),
+        dense=(0,),
+    ),
+    "hunyuan_v1_moe": Tiny(
+        config={
+            "num_experts": EXPERTS,
+            "moe_topk": TOP_K,
+            "intermediate_size": 16,
+            "tie_word_embeddings": True,
+        },
+        count_key="num_experts",
+        routers=("mlp.gate.wg.weight",),
+    ),
+    "dots1": Tiny(
+        config={
+            **_FIRST_DENSE,
+            **_MOE,
+            "n_group": 1,
+            "topk_group": 1,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        count_key="n_routed_experts",
+        routers=_BIASED,
+        shard_size="45KB",
+        dense=(0,),
+        # transformers runs it in float32, whatever the file has
+        bias_dtype=torch.bfloat16,
+    ),
+}
+
+
+def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
+    """Write the checkpoint of a family, with the config keys that the hub has."""
+    tiny = TINY[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name, **{**_SHAPE, **tiny.config})
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if key.endswith(("inv_freq", "tokens_per_expert")):
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if key.endswith("e_score_correction_bias"):
+                tensor.data = 0.1 * noise.to(torch.promote_types(dtype, tiny.bias_dtype))
+            else:
+                tensor.copy_(0.3 * noise if tensor.dim() > 1 else tensor + 0.2 * noise)
+    size = {} if tiny.shard_size is None else {"max_shard_size": tiny.shard_size}
+    model.save_pretrained(folder, **size)
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("num_experts", "num_local_experts"):
+        if key in values:
+            values[tiny.count_key] = values.pop(key)
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    (folder / "tokenizer.json").write_text('{"is": "not read here"}', encoding="utf-8")
+    return folder
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read a checkpoint with safetensors' own reader."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(path))
+    return tensors
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make a checkpoint of one file of these tensors; its other files stay."""
+    for path in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:
+        path.unlink()
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json as it stands."""
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return values
+
+
+def some_tokens(
+    sequences: int = 4, length: int = 12, *, seed: int = 0, padded: bool = False
+) -> Tokens:
+    """Draw tokens; padded, the first sequence begins with padding and the last ends with it."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (sequences, length)
+    ids_SL = torch.randint(2, VOCABULARY - 2, shape, generator=generator)
+    tensors = {"input_ids": ids_SL}
+    if padded:
+        mask_SL = torch.ones_like(ids_SL)
+        mask_SL[0, :4], mask_SL[-1, -3:] = 0, 0
+        tensors["attention_mask"] = mask_SL
+    return from_tensors(tensors, description="drawn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What a model makes of a batch."""
+
+    hidden: list[torch.Tensor]
+    """What leaves each decoder layer."""
+    logits: torch.Tensor
+
+
+Inputs = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
+"""Ids and mask of each batch."""
+
+
+@torch.no_grad()
+def forward_in_transformers(folder: Path, dtype: torch.dtype, inputs: Inputs) -> list[Forward]:
+    """Load the whole model as users do, and run it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    hidden: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _module, _args, output: hidden.append(output))
+    forwards = []
+    for ids_BL, mask_BL in inputs:
+        hidden.clear()
+        logits = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
+        forwards.append(Forward(hidden=[*hidden], logits=logits))
+    return forwards
+
+
+def forward_streamed(folder: Path, dtype: torch.dtype, inputs: Inputs) -> list[Forward]:
+    """Run the model layer by layer, each on all batches."""
+    model = StreamedModel(open_checkpoint(folder), dtype, CPU)
+    batches = [Batch(input_ids_BL=ids, attention_mask_BL=mask) for ids, mask in inputs]
+    hidden: list[list[torch.Tensor]] = [[] for _ in batches]
+    with model.open_outside():
+        for index in range(model.num_layers):
+            with model.open_layer(index):
+                for batch, so_far in zip(batches, hidden, strict=True):
+                    entering = so_far[-1] if so_far else None
+                    so_far.append(model.run_layer(index, batch, entering))
+        return [
+            Forward(hidden=states, logits=model.logits(batch, states[-1]))
+            for batch, states in zip(batches, hidden, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run left, and what was seen of it on the way."""
+
+    plan: Plan
+    tokens: Tokens
+    output: Path
+    events: list[Event]
+    hidden: dict[int, torch.Tensor]
+    """What the run itself computed to leave each layer but the last, (S, L, H)."""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(
+            (self.output / "ream_stream.json").read_text(encoding="utf-8")
+        )
+        return values
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.output)
+
+    def files(self) -> dict[str, bytes]:
+        """Everything in the output, the work folder aside."""
+        return {p.name: p.read_bytes() for p in self.output.iterdir() if p.is_file()}
+
+    def shards(self) -> dict[str, bytes]:
+        return {n: data for n, data in self.files().items() if n.endswith(".safetensors")}
+
+
+def settings(experts: int = 6, *, dtype: str = "float32", **fields: Any) -> Settings:
+    """Settings of a run; fields of the method may be given beside the run's own."""
+    names = Method.__dataclass_fields__
+    method = Method(**{key: fields.pop(key) for key in list(fields) if key in names})
+    return Settings(experts=experts, method=method, compute_dtype=dtype, **fields)
+
+
+def plan_for(source: Path, tokens: Tokens, wanted: Settings) -> Plan:
+    return make_plan(
+        open_checkpoint(source), wanted, tokens.num_sequences, tokens.sequence_length
+    )
+
+
+def run_plan(plan: Plan, tokens: Tokens, output: Path) -> Run:
+    """Compress, and read each boundary's hidden states while they are there."""
+    workspace = Workspace(output=output, work=output / ".ream-stream")
+    events, hidden = [], {}
+    with workspace.locked():
+        for event in compress(plan, tokens, workspace, device=CPU, threads=1):
+            events.append(event)
+            if isinstance(event, LayerDone) and event.layer + 1 < len(plan.layers):
+                hidden[event.layer] = _read_states(plan, workspace, event.layer + 1)
+    return Run(plan=plan, tokens=tokens, output=output, events=events, hidden=hidden)
+
+
+def run(source: Path, output: Path, wanted: Settings, tokens: Tokens | None = None) -> Run:
+    tokens = tokens or some_tokens()
+    return run_plan(plan_for(source, tokens, wanted), tokens, output)
+
+
+def _read_states(plan: Plan, workspace: Workspace, boundary: int) -> torch.Tensor:
+    states = HiddenStates(
+        workspace.hidden(boundary), plan.hidden_shape, plan.dtype, plan.batch_sequences
+    )
+    return torch.cat([states.read(number) for number in range(plan.num_batches)])
