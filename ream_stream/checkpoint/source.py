@@ -99,7 +99,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise UsageError(f"{folder} is not a folder")
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: it is not a model checkpoint")
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     if (folder / INDEX).is_file():
         entries = _indexed(folder)
     elif (folder / SINGLE).is_file():
@@ -113,7 +113,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _indexed(folder: Path) -> dict[str, TensorEntry]:
     """Return the entries of all shards that the index names, checked against it."""
-    weight_map = _read_object(folder / INDEX).get("weight_map")
+    weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(v, str) for v in weight_map.values()
     ):
@@ -153,7 +153,7 @@ def _inside(folder: Path, shard: str) -> Path:
     return path
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object of bounded size."""
     if path.stat().st_size > MAX_JSON_BYTES:
         raise DamagedError(f"{path} has more than {MAX_JSON_BYTES} bytes")

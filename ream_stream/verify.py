@@ -1,0 +1,150 @@
+"""Verification of an output: whether it is whole, and will load.
+
+No damaged file may crash it. What it knows is in the output itself, so it works
+on a copy of it on any machine.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint.header import DTYPES
+from .checks import CHECKS, Subject
+from .errors import ReamStreamError, UsageError
+
+BLOCK_ELEMENTS = 1 << 22
+"""Numbers that are looked at together; what is not of a native float type is copied."""
+
+_NATIVE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """The result of one check, or one of the things that it found wrong."""
+
+    check: str
+    """Name of the check."""
+
+    ok: bool
+    """Whether all is well."""
+
+    message: str
+    """One sentence: what, and where."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardCheck:
+    """One thing that is true of every shard, and needs its bytes."""
+
+    name: str
+    """What it is about."""
+
+    good: str
+    """The sentence if all is well, for ``{shard}``."""
+
+    problems: Callable[[Subject, str], Iterator[str]]
+    """Yields what is wrong with the shard of this name."""
+
+    needs: tuple[str, ...] = ()
+    """Checks without which it tells nothing new."""
+
+
+def verify(output: Path, *, scan: bool = True) -> Iterator[Finding]:
+    """Check an output folder.
+
+    Parameters
+    ----------
+    output
+        The folder; its work files are not looked at.
+    scan
+        Whether to read all bytes, for digests and for numbers that are not finite. Without
+        it only headers and documents are read.
+
+    Yields
+    ------
+    Finding
+        One for each check and shard that is good, one for each thing that is wrong. A
+        check that builds on one that failed is left out.
+
+    Raises
+    ------
+    UsageError
+        There is no such folder.
+    """
+    if not output.is_dir():
+        raise UsageError(f"{output} is not a folder")
+    subject, failed = Subject(output), set[str]()
+    for check in CHECKS:
+        if failed.isdisjoint(check.needs):
+            for finding in _findings(check.name, check.good, check.problems(subject)):
+                yield finding
+                failed |= set() if finding.ok else {finding.check}
+    if not scan or "headers" in failed:
+        return
+    for shard in [path.name for path in subject.checkpoint.files()]:
+        for each in SHARD_CHECKS:
+            if failed.isdisjoint(each.needs):
+                good = each.good.format(shard=shard)
+                yield from _findings(each.name, good, each.problems(subject, shard))
+
+
+def _findings(name: str, good: str, problems: Iterator[str]) -> Iterator[Finding]:
+    ok = True
+    try:
+        for problem in problems:
+            ok = False
+            yield Finding(check=name, ok=False, message=problem)
+    except (ReamStreamError, OSError) as error:
+        ok = False
+        yield Finding(check=name, ok=False, message=str(error))
+    except Exception as error:  # noqa: BLE001 - config.json reaches code that is not ours
+        ok = False
+        yield Finding(check=name, ok=False, message=f"it cannot be checked: {error!r}")
+    if ok:
+        yield Finding(check=name, ok=True, message=good)
+
+
+def _digest(subject: Subject, shard: str) -> Iterator[str]:
+    with (subject.folder / shard).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != subject.manifest.files[shard].sha256:
+        yield f"{shard} has SHA-256 {digest}, which is not the manifest's: its bytes changed"
+
+
+def _finite(subject: Subject, shard: str) -> Iterator[str]:
+    entries = subject.checkpoint.entries.values()
+    names = [entry.name for entry in entries if entry.path.name == shard]
+    with subject.checkpoint.open() as tensors:
+        for name in sorted(names):
+            if DTYPES[subject.checkpoint.entries[name].dtype].is_floating_point:
+                blocks = torch.split(tensors[name].reshape(-1), BLOCK_ELEMENTS)
+                if not all(map(_is_finite, blocks)):
+                    yield f"{name} in {shard} holds NaN or infinite numbers"
+
+
+def _is_finite(block: torch.Tensor) -> bool:
+    if not len(block):
+        return True
+    # a NaN is both the smallest and the largest number; thirty times as fast as isfinite
+    lowest, highest = torch.aminmax(block if block.dtype in _NATIVE else block.float())
+    return bool(lowest.isfinite() & highest.isfinite())
+
+
+SHARD_CHECKS: tuple[ShardCheck, ...] = (
+    ShardCheck(
+        name="digest",
+        good="{shard} has the bytes that were written",
+        problems=_digest,
+        needs=("manifest", "sizes", "shards"),
+    ),
+    ShardCheck(
+        name="finite",
+        good="{shard} holds finite numbers only",
+        problems=_finite,
+        needs=("headers",),
+    ),
+)
+"""Checks of each shard; one after the other, so that the second finds it in the page cache."""
