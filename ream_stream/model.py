@@ -347,11 +347,16 @@ class StreamedModel:
             path, module = find_fused_experts(self._decoder[layer.index])
             fused = {f"{prefix}{path}.{name}" for name, _ in module.named_parameters()}
             wanted -= fused
-            count = get_tensor(module, "down_proj").shape[0]
+            count, hidden, inner = get_tensor(module, "down_proj").shape
             if len(layer.stack.experts) != count:
                 raise DamagedError(
                     f"layer {layer.index} has {len(layer.stack.experts)} experts, "
                     f"config.json says {count}"
+                )
+            if (layer.stack.inner, layer.stack.hidden) != (inner, hidden):
+                raise DamagedError(
+                    f"{layer.stack.experts[0].gate} has shape "
+                    f"{(layer.stack.inner, layer.stack.hidden)}, the model {(inner, hidden)}"
                 )
         self._check_tensors(wanted, layer.dense)
 

@@ -255,3 +255,15 @@ def test_the_familys_modules_are_what_the_streamed_experts_stand_in_for(checkpoi
         names = list(inspect.signature(type(experts).forward).parameters)
         assert names == ["self", "hidden_states", "top_k_index", "top_k_weights"]
         assert tuple(experts.gate_up_proj.shape) == (8, 2 * layer.stack.inner, 32)
+
+
+def test_experts_of_another_width_than_the_model_has_are_refused(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "other", "mixtral", torch.bfloat16)
+    tensors = tiny.load_tensors(folder)
+    for name in [name for name in tensors if ".experts." in name]:
+        narrow = slice(None, -2)
+        cut = tensors[name][:, narrow] if ".w2." in name else tensors[name][narrow]
+        tensors[name] = cut.clone()
+    tiny.save_tensors(folder, tensors)
+    with pytest.raises(DamagedError, match=r"w1\.weight has shape \(22, 32\)"):
+        StreamedModel(open_checkpoint(folder), torch.float32, CPU)
