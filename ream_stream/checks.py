@@ -51,6 +51,9 @@ class Subject:
     @cached_property
     def model(self) -> StreamedModel:
         """The model class of its config, with its tensors' names and shapes."""
+        family_of(
+            self.checkpoint.config
+        )  # of others transformers says less clearly what is wrong
         return StreamedModel(self.checkpoint, torch.bfloat16, torch.device("cpu"))
 
 
