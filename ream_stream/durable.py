@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from .errors import OtherRunError, OverBudgetError
+from .errors import DamagedError, OtherRunError, OverBudgetError
 
 PARTIAL = ".partial"
 _COPY_BYTES = 1 << 22
@@ -94,16 +94,8 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Written:
     """Write a small safetensors file."""
-    partial = path.with_name(path.name + PARTIAL)
-    save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
-    # safetensors 0.8 neither syncs nor honors the umask: it leaves mode 0600
-    partial.chmod(0o666 & ~_umask())
-    with partial.open("rb") as file:
-        _sync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = os.fstat(file.fileno()).st_size
-    _publish(partial, path)
-    return Written(name=path.name, size=size, sha256=digest)
+    # not save_file: safetensors 0.8 neither syncs nor honors the umask, it leaves mode 0600
+    return write_bytes(path, save(dict(tensors), metadata={"format": "pt", **(metadata or {})}))
 
 
 def copy_file(source: Path, target: Path) -> Written:
@@ -116,7 +108,7 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    path.mkdir(exist_ok=True)
+    _make(path)
     _sync_directory(path.parent)
 
 
@@ -135,7 +127,7 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         for entry in sorted(path.iterdir()):
             remove(entry)
-        path.rmdir()
+        _remove_empty(path)
     else:
         _unlink(path)
 
@@ -150,6 +142,25 @@ def free_bytes(path: Path) -> int:
 def open_log(path: Path) -> TextIO:
     """Open a log for appending; each line reaches the kernel as it is written."""
     return path.open("a", encoding="utf-8", buffering=1)
+
+
+@contextmanager
+def space_for(path: Path) -> Iterator[None]:
+    """Turn a full disk met in the block into an error that says what to do.
+
+    Raises
+    ------
+    OverBudgetError
+        There is no space left for `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise OverBudgetError(
+            f"no space left for {path}: free some and run the same command again to resume"
+        ) from error
 
 
 @contextmanager
@@ -180,27 +191,38 @@ def lock(path: Path) -> Iterator[str | None]:
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield left_by
-        file.seek(0)
-        file.truncate()
+        try:
+            yield left_by
+        finally:
+            file.seek(0)
+            file.truncate()
+
+
+def lock_holder(path: Path) -> str | None:
+    """Return who holds a lock file, as it says itself; None if no one does."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+                    raise
+                return file.read().strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
 
 
 @contextmanager
 def _partial(path: Path) -> Iterator[BinaryIO]:
     """Open ``NAME.partial`` for the block, then sync and publish it under its name."""
     partial = path.with_name(path.name + PARTIAL)
-    try:
+    with space_for(path):
         with partial.open("wb") as file:
             yield file
             file.flush()
             _sync(file.fileno())
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise OverBudgetError(
-            f"no space left for {path}: free some and run the same command again to resume"
-        ) from error
-    _publish(partial, path)
+        _publish(partial, path)
 
 
 def _pieces(part: bytes | memoryview | FileRange) -> Iterator[bytes | memoryview]:
@@ -216,7 +238,9 @@ def _pieces(part: bytes | memoryview | FileRange) -> Iterator[bytes | memoryview
         while left:
             piece = file.read(min(left, _COPY_BYTES))
             if not piece:
-                raise EOFError(f"{part.path} ends before byte {part.stop}")
+                raise DamagedError(
+                    f"{part.path} ends before byte {part.stop}: it was cut while it was read"
+                )
             left -= len(piece)
             yield piece
 
@@ -234,7 +258,7 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-# The four primitives below are the only calls that change a disk; the crash tests wrap them.
+# The primitives below are the only calls here that change a disk; the crash tests wrap them.
 
 
 def _fill(file: BinaryIO, piece: bytes | memoryview) -> None:
@@ -258,10 +282,12 @@ def _unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _make(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+
+
+def _remove_empty(path: Path) -> None:
+    path.rmdir()
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is of any type

@@ -51,28 +51,31 @@ class HiddenWriter:
         self._bits = _BITS[dtype][0]
         durable.remove(self._partial)
         kind = _BITS[dtype][1]
-        self._array = zarr.create_array(
-            LocalStore(self._partial),
-            shape=shape,
-            chunks=(min(batch, shape[0]), *shape[1:]),
-            dtype=kind,
-            compressors=[Crc32cCodec()],
-            # a NaN in either width: what was never written cannot pass for data
-            fill_value=np.iinfo(kind).max,
-            attributes={"dtype": str(dtype).removeprefix("torch.")},
-            config={"write_empty_chunks": True},
-        )
+        with durable.space_for(path):
+            self._array = zarr.create_array(
+                LocalStore(self._partial),
+                shape=shape,
+                chunks=(min(batch, shape[0]), *shape[1:]),
+                dtype=kind,
+                compressors=[Crc32cCodec()],
+                # a NaN in either width: what was never written cannot pass for data
+                fill_value=np.iinfo(kind).max,
+                attributes={"dtype": str(dtype).removeprefix("torch.")},
+                config={"write_empty_chunks": True},
+            )
 
     def write(self, index: int, hidden_BLH: Tensor) -> None:
         """Store the states of batch `index`."""
         start = index * self._batch
         bits = hidden_BLH.detach().cpu().contiguous().view(self._bits).numpy()
-        self._array[start : start + len(bits)] = bits
+        with durable.space_for(self._path):
+            self._array[start : start + len(bits)] = bits
 
     def publish(self) -> None:
         """Make the store durable and give it its name."""
         durable.remove(self._path)
-        durable.publish_directory(self._partial, self._path)
+        with durable.space_for(self._path):
+            durable.publish_directory(self._partial, self._path)
 
 
 class HiddenStates:
