@@ -5,6 +5,7 @@ with a manifest is complete.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -21,6 +22,19 @@ MANIFEST = "ream_stream.json"
 CARD = "README.md"
 
 
+def output_files(plan: Plan) -> tuple[str, ...]:
+    """Return the names of all that a run writes in OUTPUT, in the order it does."""
+    shards = [shard for layer in plan.layers for shard in layer.shards]
+    return (
+        *(shard.name for shard in [*shards, *plan.outside]),
+        "config.json",
+        *(path.name for path in _copied(plan)),
+        INDEX,
+        CARD,
+        MANIFEST,
+    )
+
+
 def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) -> None:
     """Write config, other files, index, model card and manifest.
 
@@ -29,12 +43,15 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
     """
     output = workspace.output
     durable.write_json(output / "config.json", plan.config)
-    for path in plan.source.other_files():
-        if path.name not in {MANIFEST, CARD}:
-            durable.copy_file(path, output / path.name)
+    for path in _copied(plan):
+        durable.copy_file(path, output / path.name)
     durable.write_json(output / INDEX, _index(plan))
     durable.write_bytes(output / CARD, _card(plan, tokens).encode())
     durable.write_json(output / MANIFEST, _manifest(plan, journal))
+
+
+def _copied(plan: Plan) -> list[Path]:
+    return [path for path in plan.source.other_files() if path.name not in {MANIFEST, CARD}]
 
 
 def _index(plan: Plan) -> dict[str, Any]:

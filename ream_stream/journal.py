@@ -3,17 +3,20 @@
 Order of writing, and the reason a kill at any point is harmless:
 
 1. the layer's shards, in OUTPUT,
-2. the hidden states that enter the next layer, in the work folder,
-3. the statistics of the layer, in the work folder,
+2. the statistics of the layer, in the work folder,
+3. the hidden states that enter the next layer, in the work folder,
 4. this journal, naming all of them with sizes and digests: the commit,
 5. only then are the hidden states that entered the layer deleted.
 
 So the journal never names a file that is not whole on disk, and a file of ours
-that it does not name may be deleted at any time. Reading goes the other way:
+that it does not name may be deleted at any time. Ours are, in OUTPUT, the names
+listed here before the first is written and, in the work folder, a few patterns;
+anything else in either is somebody's and stays. Reading goes the other way:
 journal first. A run that finds a journal made for other settings or another
 source does not touch anything.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,6 +28,12 @@ from .durable import Written
 from .errors import DamagedError, OtherRunError
 
 FORMAT = 1
+
+_OURS = re.compile(
+    r"(journal\.json|tokens\.safetensors|log\.jsonl|hidden-\d{5}|statistics-\d{5}\.safetensors)"
+    rf"(?P<partial>{re.escape(durable.PARTIAL)})?"
+)
+"""What a run writes in its work folder, the lock aside."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +68,9 @@ class Journal:
 
     machine: dict[str, Any]
     """What was chosen for the machine the run began on, and is kept when it resumes."""
+
+    files: tuple[str, ...] = ()
+    """Names of all that the run writes in OUTPUT, whether it is there yet or not."""
 
     layers: list[LayerRecord] = field(default_factory=list)
     """Committed layers, from the first on."""
@@ -106,10 +118,22 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[str | None]:
-        """Create the work folder and keep other runs out of it for the length of the block."""
+        """Create both folders and keep other runs out of them for the length of the block.
+
+        Raises
+        ------
+        OtherRunError
+            The output folder holds something else, or a living process is at work in it.
+        """
+        self.check_is_ours()
         durable.make_directory(self.work)
+        durable.make_directory(self.output)
         with durable.lock(self.work / "lock") as left_by:
             yield left_by
+
+    def holder(self) -> str | None:
+        """Return the process that keeps other runs out now; None if none does."""
+        return durable.lock_holder(self.work / "lock")
 
     def check_is_ours(self) -> None:
         """Refuse an output folder that holds something else.
@@ -132,16 +156,15 @@ class Workspace:
 
     def remove_strays(self, journal: Journal) -> None:
         """Delete files of ours that the journal does not name."""
-        hidden = journal.layers[-1].hidden if journal.layers else None
-        named = {record.statistics.name for record in journal.layers if record.statistics}
-        for path in [*self.work.iterdir(), *self.output.iterdir()]:
-            stray = (
-                path.name.endswith(durable.PARTIAL)
-                or (path.name.startswith("hidden-") and path.name != hidden)
-                or (path.name.startswith("statistics-") and path.name not in named)
-            )
-            if stray:
+        named = {self.journal.name, self.tokens.name, self.log.name}
+        named |= {record.statistics.name for record in journal.layers if record.statistics}
+        if journal.layers and journal.layers[-1].hidden:
+            named.add(journal.layers[-1].hidden)
+        for path in self.work.iterdir():
+            if _OURS.fullmatch(path.name) and path.name not in named:
                 durable.remove(path)
+        for name in journal.files:
+            durable.remove(self.output / (name + durable.PARTIAL))
 
     def check_committed(self, journal: Journal) -> None:
         """Make sure that what the journal names is there, by name and size.
@@ -164,17 +187,28 @@ class Workspace:
                     )
 
     def discard(self) -> None:
-        """Delete everything this run wrote, the lock aside; nothing else is touched."""
-        journal = load(self) if self.journal.is_file() else None
+        """Delete everything this run wrote, the lock aside; nothing else is touched.
+
+        First the journal stops naming what it named, and it goes last: killed on
+        the way, the folder is still known for ours and can be discarded again.
+
+        Raises
+        ------
+        DamagedError
+            There is no telling which files are ours.
+        """
+        if self.journal.is_file():
+            journal = load(self)
+            journal.layers, journal.outside = [], []
+            save(self, journal)
+            # the last to be written goes first: an index never outlives a shard
+            for name in reversed(journal.files):
+                durable.remove(self.output / name)
+                durable.remove(self.output / (name + durable.PARTIAL))
+        for path in sorted(self.work.iterdir()):
+            if _OURS.fullmatch(path.name) and path != self.journal:
+                durable.remove(path)
         durable.remove(self.journal)
-        final = ("config.json", "model.safetensors.index.json", "ream_stream.json", "README.md")
-        names = {shard.name for shard in journal.shards()} if journal else set()
-        for path in self.output.iterdir():
-            if path.name in names or path.name in final or path.name.endswith(durable.PARTIAL):
-                durable.remove(path)
-        for path in self.work.iterdir():
-            if path.name != "lock":
-                durable.remove(path)
 
 
 def load(workspace: Workspace) -> Journal:
@@ -191,15 +225,19 @@ def load(workspace: Workspace) -> Journal:
             raise OtherRunError(
                 f"{workspace.journal} is of format {value['format']}, not {FORMAT}"
             )
+        if any(Path(name).name != name for name in value["files"]):
+            raise ValueError("it names files outside the folder")  # noqa: TRY301
         return Journal(
             fingerprint=value["fingerprint"],
             machine=value["machine"],
+            files=tuple(value["files"]),
             layers=[_record(record) for record in value["layers"]],
             outside=[Written(**file) for file in value["outside"]],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(
-            f"{workspace.journal} is damaged ({error}); start over with --restart"
+            f"{workspace.journal} is damaged ({error}); "
+            f"delete {workspace.output} and {workspace.work} and start over"
         ) from error
 
 

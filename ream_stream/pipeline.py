@@ -15,7 +15,7 @@ from .calibration.tokens import Tokens
 from .checkpoint.shards import write_shard
 from .errors import InterruptedRunError
 from .events import Event, Finished, LayerDone, Started
-from .finish import MANIFEST, write_rest
+from .finish import MANIFEST, output_files, write_rest
 from .journal import Journal, LayerRecord, Workspace, check_fingerprint, load, save
 from .layer import Context, LayerJob
 from .memory import Gauge, gauge
@@ -80,7 +80,11 @@ def compress(
         journal = load(workspace)
         check_fingerprint(journal, wanted, workspace.output)
     else:
-        journal = Journal(fingerprint=wanted, machine={"batch_sequences": plan.batch_sequences})
+        journal = Journal(
+            fingerprint=wanted,
+            machine={"batch_sequences": plan.batch_sequences},
+            files=output_files(plan),
+        )
         save(workspace, journal)
     workspace.check_committed(journal)
     workspace.remove_strays(journal)
