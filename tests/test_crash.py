@@ -1,0 +1,515 @@
+"""Runs killed at every durable step, resumed, and compared byte for byte with a clean one.
+
+Letters in shapes: S sequences, L tokens of a sequence.
+"""
+
+import dataclasses
+import itertools
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from crash import (
+    Ending,
+    JobFailedError,
+    Kill,
+    digests,
+    kills,
+    overwritten,
+    run_in_child,
+    unsynced,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ream_stream import durable, journal, layer, model, pipeline
+from ream_stream.calibration import hidden
+from ream_stream.calibration.tokens import from_tensors
+from ream_stream.checkpoint.source import INDEX, open_checkpoint
+from ream_stream.errors import DamagedError, OtherRunError, ReamStreamError
+from ream_stream.events import LayerDone
+from ream_stream.finish import MANIFEST
+from ream_stream.journal import Workspace
+from ream_stream.pipeline import compress
+from ream_stream.plan import Plan, make_plan
+from ream_stream.settings import Method, Settings
+
+pytestmark = pytest.mark.crash
+
+WORK = ".ream-stream"
+SEQUENCES, LENGTH, BATCH = 5, 8, 2
+"""Three batches, the last one short."""
+
+VARIANTS = {
+    "ream": Settings(experts=3, method=Method(group_size=2)),
+    "ream-all-at-once": Settings(experts=3, method=Method(group_size=2), sequential=False),
+    "prune": Settings(experts=3, method=Method(grouping="none")),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Three layers of four experts, the middle one dense, and files beside the weights."""
+    folder = tmp_path_factory.mktemp("source")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    )
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(folder, max_shard_size=4000)
+    (folder / "tokenizer.json").write_text("{}")
+    return open_checkpoint(folder)
+
+
+@dataclass(frozen=True)
+class Control:
+    """An undisturbed run."""
+
+    plan: Plan
+    ending: Ending
+    output: dict[str, str]
+    """Digests of all files, the finished work folder included."""
+    boundaries: dict[str, dict[str, str]]
+    """Digests of the files of each hidden-state store, by its name."""
+
+
+class Runs:
+    """Runs of one variant in folders of a test."""
+
+    def __init__(self, source, settings, folder, *, patch=lambda _: None):
+        settings = dataclasses.replace(settings, compute_dtype="bfloat16", max_shard_bytes=2500)
+        plan = make_plan(source, settings, SEQUENCES, LENGTH)
+        self.plan = dataclasses.replace(plan, batch_sequences=BATCH)
+        ids_SL = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) * 7 % 32
+        self.tokens = from_tensors({"input_ids": ids_SL}, description="counted")
+        self.report = folder / "report.json"
+        self.folder = folder
+        self.patch = patch
+        # forked children find the two models built: that is most of the time of a tiny run
+        self.skeletons = [
+            model.build_skeleton(config, self.plan.dtype, torch.device("cpu"))
+            for config in (source.config, self.plan.config)
+        ]
+
+    def run(self, output, kill=None):
+        """Run or resume in a child."""
+        workspace = Workspace(output=output, work=output / WORK)
+        return run_in_child(
+            lambda: self._job(workspace),
+            self.report,
+            kill=kill,
+            committed=lambda: committed_if_whole(workspace),
+        )
+
+    def _job(self, workspace):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            skeletons = iter(self.skeletons)
+            monkeypatch.setattr(model, "build_skeleton", lambda *_: next(skeletons))
+            self.patch(monkeypatch)
+            boundaries = {}
+            with workspace.locked():
+                for event in compress(
+                    self.plan, self.tokens, workspace, device=torch.device("cpu"), threads=1
+                ):
+                    if isinstance(event, LayerDone):
+                        for path in workspace.work.glob("hidden-*"):
+                            boundaries[path.name] = digests(path)
+            return boundaries
+
+    def control(self):
+        output = self.folder / "control"
+        ending = self.run(output)
+        return Control(self.plan, ending, digests(output), ending.value)
+
+    def check_killed_and_resumed(self, control, kill):
+        """Kill a run, look at what is left, resume it, compare."""
+        output = self.folder / f"{kill.step}-{kill.moment}"
+        assert not self.run(output, kill).finished
+        check_what_is_left(output, control)
+        before = identities(output)
+        self.run(output)
+        assert digests(output) == control.output, f"other bytes after {kill}"
+        changed = [name for name, was in before.items() if identities(output)[name] != was]
+        assert not changed, f"committed before the kill, written again after: {changed}"
+        shutil.rmtree(output)
+
+
+def committed(workspace):
+    """Return the paths that the journal names now."""
+    if not workspace.journal.is_file():
+        return []
+    saved = journal.load(workspace)
+    paths = [workspace.output / shard.name for shard in saved.shards()]
+    paths += [workspace.work / r.statistics.name for r in saved.layers if r.statistics]
+    if saved.layers and saved.layers[-1].hidden:
+        paths.append(workspace.work / saved.layers[-1].hidden)
+    return [str(path) for path in paths]
+
+
+def committed_if_whole(workspace):
+    """Return the same, or nothing where a planted fault writes the journal in place."""
+    try:
+        return committed(workspace)
+    except DamagedError:
+        return []
+
+
+def identities(output):
+    """Return what changes if a committed file is written again, by name."""
+    workspace = Workspace(output=output, work=output / WORK)
+    found = {}
+    for name in committed(workspace):
+        path = Path(name)
+        if path.is_file():
+            found[path.name] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found
+
+
+def check_what_is_left(output, control):
+    """Check the invariants on the disk of a killed run."""
+    workspace = Workspace(output=output, work=output / WORK)
+    left = digests(output) if output.exists() else {}
+    for name, digest in left.items():
+        if "/" not in name and not name.endswith((durable.PARTIAL, WORK)):
+            assert digest == control.output[name], f"{name} is under its final name, not whole"
+    for path in committed(workspace):
+        name = Path(path).name
+        if name.startswith("hidden-"):
+            assert digests(Path(path)) == control.boundaries[name]
+        else:
+            relative = str(Path(path).relative_to(output))
+            assert left[relative] == control.output[relative]
+    if (output / INDEX).exists():
+        whole = open_checkpoint(output).entries
+        planned = control.plan.output_checkpoint(output).entries
+        assert whole.keys() == planned.keys()
+    if (output / MANIFEST).exists():
+        assert {n for n in control.output if "/" not in n} <= left.keys()
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """Return runs and control of a variant, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            runs = Runs(source, VARIANTS[name], tmp_path_factory.mktemp(name))
+            made[name] = runs, runs.control()
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_killed_anywhere_resumes_to_the_same_bytes(name, finished):
+    runs, control = finished(name)
+    points = kills(control.ending.steps, thin=True)
+    # all of them for one variant; the others take the same steps with other numbers
+    for kill in points if name == "ream" else points[::9]:
+        runs.check_killed_and_resumed(control, kill)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_killed_at_any_piece_of_any_file_resumes_to_the_same_bytes(name, finished):
+    runs, control = finished(name)
+    for kill in kills(control.ending.steps):
+        runs.check_killed_and_resumed(control, kill)
+
+
+def test_a_resume_that_is_killed_too_resumes_to_the_same_bytes(finished, tmp_path):
+    runs, control = finished("ream")
+    points = kills(control.ending.steps, thin=True)
+    for first, second in zip(points[5::11], itertools.cycle(points[3::17]), strict=False):
+        output = tmp_path / f"{first.step}-{second.step}"
+        runs.run(output, first)
+        runs.run(output, second)
+        check_what_is_left(output, control)
+        runs.run(output)
+        assert digests(output) == control.output, f"{first} then {second}"
+
+
+def test_every_file_is_synced_before_its_rename_and_the_folder_after(finished):
+    for name in VARIANTS:
+        assert list(unsynced(finished(name)[1].ending.steps)) == []
+
+
+def test_what_the_journal_names_is_never_changed(finished):
+    for name in VARIANTS:
+        steps = finished(name)[1].ending.steps
+        assert list(overwritten(steps)) == []
+        assert any(step.committed for step in steps)
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished):
+    runs, control = finished("ream")
+    again = runs.run(runs.folder / "control")
+    assert [step for step in again.steps if step.kind != "sync" and not step.idle] == []
+    assert digests(runs.folder / "control") == control.output
+
+
+def test_a_resume_with_less_memory_gives_the_same_bytes(source, finished, tmp_path):
+    runs, control = finished("ream")
+    poor = Runs(source, VARIANTS["ream"], tmp_path)
+    assert poor.plan.memory["attention outputs"] > 0
+    # attention is then computed twice instead of kept, as under a small --ram
+    memory = {**poor.plan.memory, "attention outputs": 0}
+    poor.plan = dataclasses.replace(poor.plan, memory=memory)
+    runs.run(tmp_path / "output", step_of(control, "replace", "hidden-00001"))
+    poor.run(tmp_path / "output")
+    assert digests(tmp_path / "output") == control.output
+
+
+def test_foreign_files_stay_and_strays_of_ours_go(finished, tmp_path):
+    runs, control = finished("ream")
+    foreign = [
+        "notes.txt",
+        "notes.partial",
+        "model-00001-of-00002.safetensors",
+        f"{WORK}/hidden-notes",
+        f"{WORK}/hidden-00001.old",
+        f"{WORK}/statistics-all.csv",
+        f"{WORK}/journal.json.partial.mine",
+    ]
+    ours = [
+        "config.json.partial",
+        f"{WORK}/hidden-00001",
+        f"{WORK}/hidden-00003.partial",
+        f"{WORK}/journal.json.partial",
+        f"{WORK}/statistics-00002.safetensors",
+    ]
+    output = tmp_path / "output"
+    runs.run(output, step_of(control, "remove_empty", "hidden-00001", last=True))
+    for name in foreign + ours:
+        (output / name).write_text("by hand")
+    runs.run(output)
+    for name in foreign:
+        assert (output / name).read_text() == "by hand", name
+        (output / name).unlink()
+    assert digests(output) == control.output
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(finished, tmp_path):
+    runs, _ = finished("ream")
+    (tmp_path / "thesis.tex").write_text("by hand")
+    with pytest.raises(JobFailedError, match=f"{OtherRunError.__name__}.*thesis.tex"):
+        runs.run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_boundaries_are_on_disk_at_most_and_the_plan_has_room_for_all(finished, tmp_path):
+    runs, _ = finished("ream")
+    workspace = Workspace(output=tmp_path / "output", work=tmp_path / "work")
+    most_boundaries = most_bytes = 0
+
+    def job():
+        nonlocal most_boundaries, most_bytes
+        with workspace.locked():
+            for _ in compress(
+                runs.plan, runs.tokens, workspace, device=torch.device("cpu"), threads=1
+            ):
+                most_boundaries = max(
+                    most_boundaries, len(list(workspace.work.glob("hidden-*")))
+                )
+                files = [
+                    *workspace.output.glob("*.safetensors"),
+                    *workspace.work.rglob("c/*/*/*"),
+                ]
+                most_bytes = max(most_bytes, sum(path.stat().st_size for path in files))
+        return most_boundaries, most_bytes
+
+    boundaries, num_bytes = run_in_child(job, tmp_path / "report.json").value
+    assert boundaries == 2
+    # a last batch that is not full takes a whole chunk, and each chunk has its checksum
+    chunks = 2 * runs.plan.num_batches
+    row = runs.plan.hidden_bytes // SEQUENCES
+    assert num_bytes <= runs.plan.disk_bytes + chunks * 4 + 2 * row
+
+
+def test_a_run_can_be_discarded_for_another_even_if_that_is_killed(finished, tmp_path):
+    old, control = finished("ream")
+    new, wanted = finished("prune")
+
+    def discard(output):
+        workspace = Workspace(output=output, work=output / WORK)
+        with workspace.locked():
+            workspace.discard()
+
+    template = old.folder / "control"
+    copy = tmp_path / "copy"
+    shutil.copytree(template, copy)
+    steps = run_in_child(lambda: discard(copy), tmp_path / "report.json").steps
+    assert {path.name for path in copy.rglob("*")} == {WORK, "lock"}
+    for kill in kills(steps)[::3]:
+        output = tmp_path / str(kill.step)
+        shutil.copytree(template, output)
+        (output / WORK / "mine.txt").write_text("by hand")
+        run_in_child(lambda: discard(output), tmp_path / "report.json", kill=kill)  # noqa: B023
+        check_what_is_left(output, control)
+        run_in_child(lambda: discard(output), tmp_path / "report.json")  # noqa: B023
+        assert (output / WORK / "mine.txt").read_text() == "by hand"
+        (output / WORK / "mine.txt").unlink()
+        new.run(output)
+        assert digests(output) == wanted.output
+
+
+def delete_hidden_before_the_commit(monkeypatch):
+    save = pipeline.save
+
+    def hasty(workspace, journal):
+        if journal.layers:
+            durable.remove(workspace.hidden(journal.layers[-1].index))
+        save(workspace, journal)
+
+    monkeypatch.setattr(pipeline, "save", hasty)
+
+
+def commit_before_the_data(monkeypatch):
+    save, publish, late = pipeline.save, hidden.HiddenWriter.publish, []
+
+    def first(workspace, journal):
+        save(workspace, journal)
+        while late:
+            publish(late.pop())
+
+    monkeypatch.setattr(hidden.HiddenWriter, "publish", lambda self: late.append(self))
+    monkeypatch.setattr(pipeline, "save", first)
+
+
+def sync_nothing(monkeypatch):
+    monkeypatch.setattr(durable, "_sync", lambda _: None)
+
+
+def sync_no_folder(monkeypatch):
+    monkeypatch.setattr(durable, "_sync_directory", lambda _: None)
+
+
+def sync_no_chunk(monkeypatch):
+    monkeypatch.setattr(durable, "publish_directory", durable._publish)
+
+
+def write_in_place(monkeypatch):
+    @contextmanager
+    def in_place(path):
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            durable._sync(file.fileno())
+
+    monkeypatch.setattr(durable, "_partial", in_place)
+
+
+def redo_the_last_layer(monkeypatch):
+    load = pipeline.load
+
+    def forgetful(workspace):
+        journal = load(workspace)
+        del journal.layers[-1:]
+        return journal
+
+    monkeypatch.setattr(pipeline, "load", forgetful)
+
+
+def keep_strays(monkeypatch):
+    monkeypatch.setattr(Workspace, "remove_strays", lambda *_: None)
+
+
+def keep_all_boundaries_in_one_store(monkeypatch):
+    remove = durable.remove
+
+    def publish(writer):
+        remove(writer._path)
+        durable.publish_directory(writer._partial, writer._path)
+
+    monkeypatch.setattr(Workspace, "hidden", lambda self, _: self.work / "hidden-00000")
+    monkeypatch.setattr(hidden.HiddenWriter, "publish", publish)
+    monkeypatch.setattr(
+        durable, "remove", lambda path: path.name == "hidden-00000" or remove(path)
+    )
+
+
+def write_the_index_early(monkeypatch):
+    write_rest = pipeline.write_rest
+    finish = pipeline._finish
+
+    def early(plan, tokens, workspace, journal):
+        write_rest(plan, tokens, workspace, journal)
+        finish(plan, tokens, workspace, journal)
+
+    monkeypatch.setattr(pipeline, "_finish", early)
+
+
+def go_on_with_the_wrong_boundary(monkeypatch):
+    reader = layer.Context.hidden_reader
+
+    def confused(self, boundary):
+        stores = sorted(self.workspace.work.glob("hidden-0000?"))
+        return hidden_of(self, stores[0]) if stores and boundary else reader(self, boundary)
+
+    def hidden_of(context, path):
+        plan = context.plan
+        return hidden.HiddenStates(path, plan.hidden_shape, plan.dtype, BATCH)
+
+    monkeypatch.setattr(layer.Context, "hidden_reader", confused)
+    monkeypatch.setattr(Workspace, "remove_strays", lambda *_: None)
+
+
+FAULTS = [
+    (delete_hidden_before_the_commit, "", "while the journal names"),
+    (commit_before_the_data, "", "while the journal names"),
+    (sync_nothing, "", "was not synced before the rename"),
+    (sync_no_folder, "", "was not synced after the rename"),
+    (sync_no_chunk, "", "was not synced before the rename"),
+    (write_in_place, "model-00001", "is under its final name, not whole"),
+    (write_in_place, "journal.json", "is damaged"),
+    (redo_the_last_layer, "model-00003", "written again after"),
+    (keep_strays, "journal.json", "other bytes"),
+    (keep_all_boundaries_in_one_store, "", "while the journal names"),
+    (write_the_index_early, INDEX, "which its index names"),
+    (go_on_with_the_wrong_boundary, "journal.json", "other bytes"),
+]
+"""What is planted, the steps at which kills show it, and what is then said."""
+
+
+@pytest.mark.parametrize(("plant", "near", "seen"), FAULTS)
+def test_a_planted_fault_is_seen(plant, near, seen, source, finished, tmp_path):
+    control = finished("ream")[1]
+    faulty = Runs(source, VARIANTS["ream"], tmp_path, patch=plant)
+    assert seen in next(complaints(faulty, control, near))
+
+
+def complaints(runs, control, near):
+    """Yield what the tests above find wrong with a run."""
+    steps = runs.control().ending.steps
+    yield from unsynced(steps)
+    yield from overwritten(steps)
+    for kill in kills(steps, thin=True):
+        if near in steps[kill.step].path:
+            try:
+                runs.check_killed_and_resumed(control, kill)
+            except (AssertionError, ReamStreamError) as error:
+                yield str(error)
+
+
+def step_of(control, kind, name, *, last=False):
+    """Return the kill after the first or last step of a kind on a path with this name in it."""
+    steps = control.ending.steps
+    numbers = [
+        i for i, s in enumerate(steps) if s.kind == kind and name in s.path and not s.idle
+    ]
+    return Kill(numbers[-1 if last else 0], "after")
