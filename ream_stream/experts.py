@@ -21,6 +21,14 @@ from .checkpoint.layouts import ExpertStack
 from .checkpoint.source import MappedTensors
 
 
+ROW_MULTIPLE = 64
+"""Rows of a bf16 product on the CPU are rounded up to a multiple of this.
+
+oneDNN compiles and keeps a kernel for every number of rows: 6 ms and 0.9 MB
+each, a gigabyte after a few layers. Rows do not change each other's bits.
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routed:
     """What the experts of one layer saw and did for one batch."""
@@ -52,6 +60,7 @@ class ExpertWeights:
         device: torch.device,
     ) -> None:
         self.stack = stack
+        self.dtype, self.device = dtype, device
         self._tensors = tensors
         inner, hidden = stack.inner, stack.hidden
         self._gate_up_2IH = torch.empty(2 * inner, hidden, dtype=dtype, device=device)
@@ -75,12 +84,21 @@ class StreamedExperts(nn.Module):
         self.weights = weights
         self.listener: Callable[[Routed], None] | None = None
         self.only_listening = False
+        # float32 products on the CPU are of another library, which compiles nothing
+        self._rounds_up = weights.device.type == "cpu" and weights.dtype != torch.float32
         self._gate: Any = original._apply_gate
 
     def inner(self, hidden_RH: Tensor, gate_up_2IH: Tensor) -> Tensor:
         """Return act(gate) * up, (R, I): what the down projection is applied to."""
         inner_RI: Tensor = self._gate(functional.linear(hidden_RH, gate_up_2IH))
         return inner_RI
+
+    def _run(self, expert: int, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
+        """Return one expert's outputs (R, H) for some rows of the batch."""
+        gate_up_2IH, down_HI = self.weights.load(expert)
+        padded_R = _round_up(token_R) if self._rounds_up else token_R
+        inner_RI = self.inner(hidden_TH.index_select(0, padded_R), gate_up_2IH)
+        return functional.linear(inner_RI, down_HI)[: len(token_R)]
 
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, (T, H); zeros if only listening.
@@ -96,13 +114,12 @@ class StreamedExperts(nn.Module):
         slots_SH = hidden_TH.new_empty(num_slots, hidden_TH.shape[1], dtype=dtype)
         norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
         for expert, slot_R in slots_by_expert(index_TK, len(self.weights.stack.experts)):
-            gate_up_2IH, down_HI = self.weights.load(expert)
-            inner_RI = self.inner(hidden_TH[slot_R // top_k], gate_up_2IH)
-            output_RH = functional.linear(inner_RI, down_HI)
+            output_RH = self._run(expert, hidden_TH, slot_R // top_k)
             if self.listener is not None:
-                norm_S[slot_R] = torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)
+                norm_R = torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)
+                norm_S.index_copy_(0, slot_R, norm_R)
             if not self.only_listening:
-                slots_SH[slot_R] = output_RH * weight_S[slot_R, None]
+                slots_SH.index_copy_(0, slot_R, output_RH * weight_S[slot_R, None])
         if self.listener is not None:
             self.listener(
                 Routed(
@@ -115,6 +132,12 @@ class StreamedExperts(nn.Module):
         if self.only_listening:
             return torch.zeros_like(hidden_TH)
         return slots_SH.view(tokens, top_k, -1).sum(dim=1).to(hidden_TH.dtype)
+
+
+def _round_up(token_R: Tensor) -> Tensor:
+    """Return the rows with the first repeated up to the next multiple of `ROW_MULTIPLE`."""
+    missing = -len(token_R) % ROW_MULTIPLE
+    return torch.cat([token_R, token_R[:1].expand(missing)]) if missing else token_R
 
 
 def slots_by_expert(index_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:

@@ -1,0 +1,144 @@
+"""Time the compression of a 107M-parameter random Qwen3-MoE on one thread.
+
+Makes the checkpoint (4 layers, hidden 512, inner 256, 64 experts, top-8, bf16), compresses
+it to 48 experts over 128 x 256 random tokens with the default settings, merging (REAM) and
+pruning (REAP), each in a process of its own, and prints seconds by phase, the peak of
+anonymous memory, the products' GFLOP/s and the machine's own rate in the same run.
+
+    python tools/bench_compress.py [--threads 1] [--compute-dtype auto]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SEQUENCES, LENGTH = 128, 256
+EXPERTS, KEEP, TOP_K, LAYERS, HIDDEN, INNER = 64, 48, 8, 4, 512, 256
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Write the random model, in the layout of the hub."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=2048,
+        hidden_size=HIDDEN,
+        intermediate_size=4 * INNER,
+        moe_intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        norm_topk_prob=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters", file=sys.stderr)
+    model.save_pretrained(folder)
+
+
+def product_rate(dtype_name: str) -> float:
+    """Return GFLOP/s of a product the size of one expert on its share of a batch."""
+    import torch
+
+    dtype = getattr(torch, dtype_name)
+    left, right = torch.randn(1024, HIDDEN).to(dtype), torch.randn(2 * INNER, HIDDEN).to(dtype)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 1.0:
+        torch.nn.functional.linear(left, right)
+        count += 1
+    return 2 * 1024 * HIDDEN * 2 * INNER * count / (time.perf_counter() - start) / 1e9
+
+
+def measure(source: Path, output: Path, grouping: str, threads: int, dtype: str) -> None:
+    """Compress once and print a JSON object; run in a process of its own."""
+    import torch
+
+    torch.set_num_threads(threads)
+    from ream_stream.calibration.tokens import from_tensors
+    from ream_stream.checkpoint.source import open_checkpoint
+    from ream_stream.device import compute_dtype
+    from ream_stream.events import Finished
+    from ream_stream.journal import Workspace
+    from ream_stream.pipeline import compress
+    from ream_stream.plan import make_plan
+    from ream_stream.settings import Method, Settings
+
+    device = torch.device("cpu")
+    checkpoint = open_checkpoint(source)
+    chosen = str(compute_dtype(dtype, torch.bfloat16, device)).removeprefix("torch.")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, checkpoint.config["vocab_size"], (SEQUENCES, LENGTH), generator=generator)
+    tokens = from_tensors({"input_ids": ids}, description="random tokens")
+    method = Method(grouping=grouping)
+    settings = Settings(experts=KEEP, method=method, compute_dtype=chosen)
+    start = time.perf_counter()
+    plan = make_plan(checkpoint, settings, SEQUENCES, LENGTH)
+    workspace = Workspace(output=output, work=output / ".ream-stream")
+    with workspace.locked():
+        for event in compress(plan, tokens, workspace, device=device, threads=threads):
+            finished = event
+    assert isinstance(finished, Finished)
+    sample = min(method.similarity_tokens, ids.numel()) if grouping != "none" else 0
+    pair = 2 * HIDDEN * INNER
+    flop = {
+        "observe": LAYERS * ids.numel() * TOP_K * 3 * pair,
+        "compare": LAYERS * sample * EXPERTS * 2 * pair,
+        "propagate": (LAYERS - 1) * ids.numel() * TOP_K * 3 * pair,
+    }
+    result = {
+        "grouping": grouping,
+        "compute_dtype": chosen,
+        "threads": threads,
+        "seconds": time.perf_counter() - start,
+        "seconds_by_phase": finished.seconds,
+        "expert_gflops": {k: flop[k] / finished.seconds.get(k, 1) / 1e9 for k in flop if flop[k]},
+        "machine_gflops": product_rate(chosen),
+        "peak_anonymous_mb": finished.peak_anonymous_bytes / 1e6,
+        "planned_mb": plan.memory_bytes / 1e6,
+    }
+    print(json.dumps(result))
+
+
+def main() -> None:
+    """Run both methods and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compute-dtype", default="auto")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        source, output, grouping = options.one
+        measure(Path(source), Path(output), grouping, options.threads, options.compute_dtype)
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source")
+        make_checkpoint(source)
+        for name, grouping in (("REAM", "ream"), ("REAP", "none")):
+            command = [sys.executable, __file__, "--threads", str(options.threads)]
+            command += ["--compute-dtype", options.compute_dtype]
+            command += ["--one", str(source), str(Path(folder, grouping)), grouping]
+            run = subprocess.run(command, env=environment, check=True, capture_output=True)
+            result = json.loads(run.stdout)
+            phases = ", ".join(f"{k} {v:.1f}" for k, v in result["seconds_by_phase"].items())
+            rates = ", ".join(f"{k} {v:.0f}" for k, v in result["expert_gflops"].items())
+            print(
+                f"{name}: {result['seconds']:.1f} s ({phases}); "
+                f"{result['compute_dtype']}, {options.threads} thread(s); "
+                f"peak {result['peak_anonymous_mb']:.0f} MB anonymous, "
+                f"planned {result['planned_mb']:.0f} MB; GFLOP/s of expert products: {rates}; "
+                f"the machine's own: {result['machine_gflops']:.0f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
