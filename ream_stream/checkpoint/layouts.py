@@ -1,5 +1,6 @@
 """How experts lie in a checkpoint: read from the tensors' names, never from the family's."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def _stack(
 
 
 def _gaps(numbers: Iterable[int]) -> str:
+    """Return the first few missing numbers, without counting up to the largest."""
     present = set(numbers)
-    missing = [str(number) for number in range(max(present)) if number not in present]
-    return ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+    absent = (str(number) for number in range(max(present)) if number not in present)
+    return ", ".join(itertools.islice(absent, 5))
