@@ -110,9 +110,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        described: Any = config["quantization_config"]
+        method = described.get("quant_method") if isinstance(described, Mapping) else None
         raise UnsupportedModelError(
-            f"the checkpoint is quantized ({method}): quantized sources are not supported yet"
+            f"the checkpoint is quantized ({method or 'an unnamed method'}): "
+            "quantized sources are not supported yet"
         )
     return FAMILIES[model_type]
 

@@ -97,6 +97,11 @@ class StreamedModel:
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        layers = checkpoint.config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(checkpoint.entries):
+            raise DamagedError(
+                f"config.json says {layers} layers, there are {len(checkpoint.entries)} tensors"
+            )
         self.model = build_skeleton(checkpoint.config, dtype, device)
         self._layers_path, self._decoder = find_decoder(self.model)
         self._active: int | None = None

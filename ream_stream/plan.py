@@ -205,7 +205,8 @@ def make_plan(
     if any(len(stack.experts) != num_experts for stack in stacks):
         raise UnsupportedModelError("layers have different numbers of experts")
     routing_groups = family.groups(model.model.config)
-    check_counts(settings, num_experts, top_k, routing_groups)
+    groups_per_token = int(getattr(model.model.config, "topk_group", None) or routing_groups)
+    check_counts(settings, num_experts, top_k, routing_groups, groups_per_token)
     layers, outside = _lay_out(model, family, num_experts, settings)
     batch = max(1, min(sequences, BATCH_TOKENS // sequence_length))
     plan = Plan(

@@ -69,7 +69,13 @@ class Settings:
         return {**values.pop("method"), **values}
 
 
-def check_counts(settings: Settings, num_experts: int, top_k: int, routing_groups: int) -> None:
+def check_counts(
+    settings: Settings,
+    num_experts: int,
+    top_k: int,
+    routing_groups: int,
+    groups_per_token: int = 1,
+) -> None:
     """Refuse counts that give no usable model.
 
     Parameters
@@ -82,6 +88,8 @@ def check_counts(settings: Settings, num_experts: int, top_k: int, routing_group
         Experts a token is sent to.
     routing_groups
         ``n_group`` of group-limited routers, otherwise 1.
+    groups_per_token
+        ``topk_group`` of such routers: groups whose experts a token may be sent to.
 
     Raises
     ------
@@ -97,6 +105,12 @@ def check_counts(settings: Settings, num_experts: int, top_k: int, routing_group
         raise UsageError(
             f"--experts {keep}: the router works in {routing_groups} groups, so the count "
             f"must be a multiple of {routing_groups} with at least 2 experts in each"
+        )
+    within = keep // routing_groups * groups_per_token
+    if routing_groups > 1 and within < top_k:
+        raise UsageError(
+            f"--experts {keep}: the router sends each token to {top_k} experts of "
+            f"{groups_per_token} in {routing_groups} groups, which would have {within}"
         )
     if method.grouping == "ream" and keep < num_experts:
         if method.group_size < 2:

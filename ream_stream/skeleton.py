@@ -29,7 +29,25 @@ HEAD_BYTES = 64_000_000
 def build_skeleton(
     config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Build the model class of a config on the meta device, its computed buffers filled."""
+    """Build the model class of a config on the meta device, its computed buffers filled.
+
+    Raises
+    ------
+    UnsupportedModelError
+        transformers cannot make a model of the config.
+    """
+    try:
+        return _build(config, dtype, device)
+    except Exception as error:  # anything: transformers trusts a config
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"transformers cannot build the model of config.json: {reason}"
+        ) from error
+
+
+def _build(
+    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     values = {key: value for key, value in config.items() if key != "auto_map"}
     loaded = CONFIG_MAPPING[config["model_type"]].from_dict(values)
     loaded.dtype = dtype

@@ -18,6 +18,9 @@ from ream_stream.errors import DamagedError
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
+MAX_AXES = 64
+"""torch's own limit; the product of a million sizes would take hours."""
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -108,6 +111,10 @@ def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:  # noqa
     try:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = [*shape, start, stop]
+        if not isinstance(dtype, str) or not isinstance(shape, list):
+            raise TypeError("its dtype is no word or its shape no list")  # noqa: TRY301
+        if len(shape) > MAX_AXES:
+            raise ValueError(f"it has {len(shape)} axes")  # noqa: TRY301
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             raise ValueError("sizes and offsets must be whole numbers >= 0")  # noqa: TRY301
     except (KeyError, TypeError, ValueError) as error:

@@ -148,7 +148,11 @@ def _inside(folder: Path, shard: str) -> Path:
             "itself are read"
         )
     path = folder / shard
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # a name longer than any file's
+        found = False
+    if not found:
         raise DamagedError(f"{folder} lacks {shard}, which its index names: fetch it again")
     return path
 
