@@ -26,6 +26,9 @@ _BITS: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.float32: (torch.uint32, np.uint32),
 }
 
+_NOT_A_STORE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)
+"""What zarr 3.1 raises for a description that is missing or not one."""
+
 
 class HiddenWriter:
     """Writes the states (S, L, H) that enter one layer, batch after batch.
@@ -91,11 +94,15 @@ class HiddenStates:
         self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, batch: int
     ) -> None:
         self._path, self._dtype, self._batch = path, dtype, batch
-        chunks = [path / "c" / str(i) / "0" / "0" for i in range(-(-shape[0] // batch))]
-        if not all(chunk.is_file() for chunk in chunks):
-            raise DamagedError(f"{path} lacks hidden states; start over with --restart")
-        self._array = zarr.open_array(LocalStore(path, read_only=True), mode="r")
-        stored = (self._array.shape, self._array.attrs["dtype"])
+        for index in range(-(-shape[0] // batch)):
+            self._check_is_there(index)
+        try:
+            self._array = zarr.open_array(LocalStore(path, read_only=True), mode="r")
+            stored = (self._array.shape, self._array.attrs["dtype"])
+        except _NOT_A_STORE as error:
+            raise DamagedError(
+                f"{path} is damaged ({error}); start over with --restart"
+            ) from error
         if stored != (shape, str(dtype).removeprefix("torch.")):
             raise DamagedError(f"{path} holds {stored}, expected {shape} of {dtype}")
 
@@ -105,9 +112,10 @@ class HiddenStates:
         Raises
         ------
         DamagedError
-            The chunk's checksum is wrong.
+            The chunk is missing or its checksum is wrong.
         """
         start = index * self._batch
+        self._check_is_there(index)
         try:
             bits = np.asarray(self._array[start : start + self._batch])
         except ValueError as error:
@@ -115,3 +123,9 @@ class HiddenStates:
                 f"{self._path}: batch {index} is damaged ({error}); start over with --restart"
             ) from error
         return torch.from_numpy(bits).view(self._dtype)
+
+    def _check_is_there(self, index: int) -> None:
+        if not (self._path / "c" / str(index) / "0" / "0").is_file():
+            raise DamagedError(
+                f"{self._path} lacks hidden states of batch {index}; start over with --restart"
+            )

@@ -61,7 +61,7 @@ class Shard:
                 "data_offsets": offsets,
             }
             position = offsets[1]
-        text = json.dumps(described, separators=(",", ":")).encode()
+        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 

@@ -1,0 +1,181 @@
+"""Letters in shapes: S sequences, B sequences of a batch, L tokens of a sequence, H hidden."""
+
+import errno
+import os
+
+import pytest
+import torch
+import zarr.storage._local
+from crash import run_in_child
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ream_stream import durable
+from ream_stream.calibration.hidden import HiddenStates, HiddenWriter
+from ream_stream.errors import DamagedError, OverBudgetError
+
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+SHAPE, BATCH = (5, 3, 4), 2
+
+
+def states(shape, dtype, seed=0):
+    """Return random bits: NaN payloads, infinities and denormals are among them."""
+    generator = torch.Generator().manual_seed(seed)
+    info = torch.iinfo(BITS[dtype])
+    bits = torch.randint(info.min, info.max, shape, generator=generator).to(BITS[dtype])
+    return bits.view(dtype)
+
+
+def write(path, hidden_SLH, batch):
+    writer = HiddenWriter(path, tuple(hidden_SLH.shape), hidden_SLH.dtype, batch)
+    for index, hidden_BLH in enumerate(hidden_SLH.split(batch)):
+        writer.write(index, hidden_BLH)
+    writer.publish()
+
+
+def read(path, shape, dtype, batch):
+    store = HiddenStates(path, shape, dtype, batch)
+    return torch.cat([store.read(index) for index in range(-(-shape[0] // batch))])
+
+
+def same_bits(one, other):
+    kind = BITS[one.dtype]
+    return one.dtype == other.dtype and torch.equal(one.view(kind), other.view(kind))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hidden")
+
+
+@given(
+    dtype=st.sampled_from(sorted(BITS, key=str)),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4)),
+    batch=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_every_bit_comes_back_and_the_last_batch_may_be_short(
+    folder, dtype, shape, batch, seed
+):
+    written = states(shape, dtype, seed)
+    write(folder / "store", written, batch)
+    assert same_bits(read(folder / "store", shape, dtype, batch), written)
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("fill", [0, -1])
+def test_batches_of_nothing_but_the_fill_value_are_stored_like_any_other(fill, dtype, tmp_path):
+    # zarr leaves out chunks that equal its fill value unless told not to; -1 is all bits set
+    written = torch.full(SHAPE, fill, dtype=BITS[dtype]).view(dtype)
+    write(tmp_path / "store", written, BATCH)
+    assert len([p for p in (tmp_path / "store" / "c").rglob("*") if p.is_file()]) == 3
+    assert same_bits(read(tmp_path / "store", SHAPE, dtype, BATCH), written)
+
+
+def test_a_view_of_a_larger_tensor_is_stored_as_what_it_shows(tmp_path):
+    wide = states((4, 3, 8), torch.bfloat16)
+    write(tmp_path / "store", wide[:, :, ::2], BATCH)
+    assert same_bits(
+        read(tmp_path / "store", (4, 3, 4), torch.bfloat16, BATCH), wide[:, :, ::2]
+    )
+
+
+def test_a_store_has_its_name_only_when_it_is_published(tmp_path):
+    writer = HiddenWriter(tmp_path / "store", SHAPE, torch.bfloat16, BATCH)
+    writer.write(0, states((2, 3, 4), torch.bfloat16))
+    assert [path.name for path in tmp_path.iterdir()] == ["store.partial"]
+    with pytest.raises(DamagedError, match="lacks hidden states"):
+        HiddenStates(tmp_path / "store", SHAPE, torch.bfloat16, BATCH)
+    # what a killed run left is thrown away by the next
+    write(tmp_path / "store", states(SHAPE, torch.bfloat16), BATCH)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.fixture
+def store(tmp_path):
+    write(tmp_path / "store", states(SHAPE, torch.bfloat16), BATCH)
+    return tmp_path / "store"
+
+
+def test_a_missing_chunk_is_damaged_and_not_read_as_fill_value(store):
+    (store / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(DamagedError, match="lacks hidden states"):
+        HiddenStates(store, SHAPE, torch.bfloat16, BATCH)
+
+
+@pytest.mark.parametrize("position", [0, 17, -1])
+def test_a_flipped_byte_is_damaged(position, store):
+    chunk = store / "c" / "1" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[position] ^= 1
+    chunk.write_bytes(data)
+    opened = HiddenStates(store, SHAPE, torch.bfloat16, BATCH)
+    opened.read(0)
+    with pytest.raises(DamagedError, match="batch 1 is damaged"):
+        opened.read(1)
+
+
+@pytest.mark.parametrize("size", [0, 3, 20])
+def test_a_cut_chunk_is_damaged(size, store):
+    chunk = store / "c" / "2" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:size])
+    with pytest.raises(DamagedError, match="batch 2 is damaged"):
+        HiddenStates(store, SHAPE, torch.bfloat16, BATCH).read(2)
+
+
+def test_a_chunk_that_goes_missing_after_opening_is_damaged(store):
+    opened = HiddenStates(store, SHAPE, torch.bfloat16, BATCH)
+    (store / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(DamagedError, match="lacks hidden states of batch 1"):
+        opened.read(1)
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"zarr_format": 3', "[]"])
+def test_a_store_without_a_readable_description_is_damaged(text, store):
+    (store / "zarr.json").unlink()
+    if text is not None:
+        (store / "zarr.json").write_text(text)
+    with pytest.raises(DamagedError, match="store"):
+        HiddenStates(store, SHAPE, torch.bfloat16, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((5, 3, 5), torch.bfloat16), (SHAPE, torch.float16)]
+)
+def test_a_store_of_another_shape_or_dtype_is_damaged(shape, dtype, store):
+    with pytest.raises(DamagedError, match="expected"):
+        HiddenStates(store, shape, dtype, BATCH)
+
+
+def test_a_full_disk_is_over_budget(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.storage._local, "_put", full)
+        with pytest.raises(OverBudgetError, match="no space left"):
+            HiddenWriter(tmp_path / "store", SHAPE, torch.bfloat16, BATCH)
+    writer = HiddenWriter(tmp_path / "store", SHAPE, torch.bfloat16, BATCH)
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.storage._local, "_put", full)
+        with pytest.raises(OverBudgetError, match="no space left"):
+            writer.write(0, states((2, 3, 4), torch.bfloat16))
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "_sync", full)
+        with pytest.raises(OverBudgetError, match="no space left"):
+            writer.publish()
+    assert not (tmp_path / "store").exists()
+    write(tmp_path / "store", states(SHAPE, torch.bfloat16), BATCH)
+
+
+def test_zarr_works_in_a_forked_child_after_it_has_worked_in_the_parent(store, tmp_path):
+    # the crash tests stand on this: zarr's thread does not survive a fork and is started anew
+    read(store, SHAPE, torch.bfloat16, BATCH)
+
+    def job():
+        write(tmp_path / "child", read(store, SHAPE, torch.bfloat16, BATCH), BATCH)
+
+    assert run_in_child(job, tmp_path / "report.json").finished
+    assert same_bits(
+        read(tmp_path / "child", SHAPE, torch.bfloat16, BATCH), states(SHAPE, torch.bfloat16)
+    )
