@@ -1,0 +1,201 @@
+import errno
+import hashlib
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+import torch
+from crash import run_in_child
+from safetensors.torch import load_file
+
+from ream_stream import durable
+from ream_stream.durable import FileRange
+from ream_stream.errors import DamagedError, OtherRunError, OverBudgetError
+
+
+@pytest.fixture
+def umask():
+    """Set the umask for a test."""
+    was = os.umask(0o022)
+    yield os.umask
+    os.umask(was)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_permissions_are_those_that_the_umask_gives_a_new_file(mask, mode, tmp_path, umask):
+    umask(mask)
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
+    source.chmod(0o400)
+    durable.write_bytes(tmp_path / "bytes", b"x")
+    durable.write_json(tmp_path / "json", {})
+    durable.write_tensors(tmp_path / "tensors", {"x": torch.zeros(2)})
+    durable.copy_file(source, tmp_path / "copy")
+    for name in ("bytes", "json", "tensors", "copy"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode, name
+
+
+def test_size_and_digest_are_those_of_the_file(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(bytes(range(200)))
+    parts = [b"head", FileRange(path=source, start=10, stop=150), memoryview(b"tail")]
+    written = durable.write_stream(tmp_path / "file", parts)
+    data = b"head" + bytes(range(10, 150)) + b"tail"
+    assert (tmp_path / "file").read_bytes() == data
+    assert (written.name, written.size) == ("file", len(data))
+    assert written.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_a_small_safetensors_file_reads_back_with_its_metadata(tmp_path):
+    tensors = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+    written = durable.write_tensors(tmp_path / "x.safetensors", tensors, {"note": "n"})
+    back = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert written.sha256 == hashlib.sha256(data).hexdigest()
+    assert b'"note":"n"' in data
+
+
+def test_a_file_being_written_is_not_under_its_name_and_the_old_one_stays(tmp_path):
+    path = tmp_path / "file"
+    durable.write_bytes(path, b"old")
+
+    def parts():
+        yield b"new"
+        assert path.read_bytes() == b"old"
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        durable.write_stream(path, parts())
+    assert path.read_bytes() == b"old"
+    durable.write_bytes(path, b"again")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_source_cut_while_it_is_read_is_damaged(tmp_path):
+    (tmp_path / "source").write_bytes(b"12345")
+    part = FileRange(path=tmp_path / "source", start=2, stop=9)
+    with pytest.raises(DamagedError, match="ends before byte 9"):
+        durable.write_stream(tmp_path / "file", [part])
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_over_budget_and_leaves_nothing_under_the_name(
+    number, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "_fill", full)
+        with pytest.raises(OverBudgetError, match=r"no space left for .*run the same command"):
+            durable.write_bytes(tmp_path / "file", b"data")
+        with pytest.raises(OverBudgetError, match="no space left"):
+            durable.write_tensors(tmp_path / "file", {"x": torch.zeros(2)})
+    assert not (tmp_path / "file").exists()
+    durable.write_bytes(tmp_path / "file", b"data")
+    assert (tmp_path / "file").read_bytes() == b"data"
+
+
+def test_other_errors_of_the_disk_are_not_called_full(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(durable, "_fill", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        durable.write_bytes(tmp_path / "file", b"data")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)]
+    try:
+        done = subprocess.run(mount, capture_output=True, check=False)
+    except OSError:
+        done = None
+    if done is None or done.returncode:
+        pytest.skip("mounting a small disk is not permitted")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full_is_over_budget(small_disk):
+    with pytest.raises(OverBudgetError, match="no space left"):
+        durable.write_stream(small_disk / "file", [bytes(50_000)] * 2)
+    assert not (small_disk / "file").exists()
+    durable.write_bytes(small_disk / "file", bytes(50_000))
+    assert (small_disk / "file").stat().st_size == 50_000
+
+
+def test_a_sync_that_the_file_system_lacks_is_no_error_and_a_failed_one_is(
+    tmp_path, monkeypatch
+):
+    def sync(number):
+        def fail(_):
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    monkeypatch.setattr(os, "fsync", sync(errno.EINVAL))
+    durable.write_bytes(tmp_path / "file", b"data")
+    monkeypatch.setattr(os, "fsync", sync(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        durable.write_bytes(tmp_path / "other", b"data")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_is_removed_with_all_in_it_and_a_link_without_what_it_points_to(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("x")
+    gone = tmp_path / "gone"
+    (gone / "deep").mkdir(parents=True)
+    (gone / "deep" / "file").write_text("x")
+    (gone / "link").symlink_to(kept)
+    durable.remove(gone)
+    durable.remove(gone)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (kept / "file").exists()
+
+
+def test_free_space_is_that_of_the_nearest_folder_there_is(tmp_path):
+    assert durable.free_bytes(tmp_path / "not" / "there") > 0
+
+
+def test_a_second_process_is_refused_and_told_which_one_holds_the_lock(tmp_path):
+    path = tmp_path / "lock"
+
+    def second():
+        with pytest.raises(OtherRunError) as caught, durable.lock(path):
+            pass
+        return str(caught.value)
+
+    with durable.lock(path) as left_by:
+        assert left_by is None
+        message = run_in_child(second, tmp_path / "report.json").value
+    assert f"process {os.getpid()} on " in message
+    with durable.lock(path) as left_by:
+        assert left_by is None
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_and_tells_its_number(tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        with durable.lock(tmp_path / "lock"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with durable.lock(tmp_path / "lock") as left_by:
+        assert re.fullmatch(rf"process {pid} on \S+", left_by)
+
+
+def test_a_lock_whose_run_failed_is_not_taken_for_that_of_a_dead_process(tmp_path):
+    with pytest.raises(RuntimeError), durable.lock(tmp_path / "lock"):
+        raise RuntimeError
+    with durable.lock(tmp_path / "lock") as left_by:
+        assert left_by is None

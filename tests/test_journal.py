@@ -1,0 +1,163 @@
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ream_stream import durable, journal
+from ream_stream.durable import Written
+from ream_stream.errors import DamagedError, OtherRunError
+from ream_stream.journal import Journal, LayerRecord, Workspace
+
+NAMES = st.text("abc-.", min_size=1).filter(lambda name: name.strip("."))
+FILES = st.builds(
+    Written, name=NAMES, size=st.integers(0, 1 << 50), sha256=st.text("0123456789abcdef")
+)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+LAYERS = st.builds(
+    LayerRecord,
+    index=st.integers(0, 99),
+    shards=st.lists(FILES, max_size=3).map(tuple),
+    hidden=st.none() | NAMES,
+    statistics=st.none() | FILES,
+    saliency=st.none() | st.lists(FLOATS, max_size=4).map(tuple),
+    groups=st.none() | st.lists(st.lists(st.integers(0, 9), min_size=1).map(tuple)).map(tuple),
+)
+FIELDS = st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text())
+JOURNALS = st.builds(
+    Journal,
+    fingerprint=FIELDS,
+    machine=FIELDS,
+    files=st.lists(NAMES).map(tuple),
+    layers=st.lists(LAYERS, max_size=3),
+    outside=st.lists(FILES, max_size=3),
+)
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    made = Workspace(output=tmp_path / "output", work=tmp_path / "output" / ".ream-stream")
+    durable.make_directory(made.work)
+    return made
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scratch")
+    return Workspace(output=folder, work=folder)
+
+
+@given(JOURNALS)
+def test_what_is_saved_is_what_is_loaded(scratch, written):
+    journal.save(scratch, written)
+    assert journal.load(scratch) == written
+
+
+def committed(workspace):
+    """Return a journal of one layer, with the files it names."""
+    shard = durable.write_bytes(workspace.output / "model-00001-of-00001.safetensors", b"1234")
+    statistics = durable.write_bytes(workspace.statistics(0), b"12")
+    record = LayerRecord(
+        index=0, shards=(shard,), hidden=None, statistics=statistics, saliency=None, groups=None
+    )
+    return Journal(
+        fingerprint={"seed": 0},
+        machine={},
+        files=(shard.name, "config.json"),
+        layers=[record],
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"format": 1}', '{"format": 1, "layers": 3}', '"text"', "\0\0"],
+)
+def test_a_damaged_journal_is_named_and_nothing_is_deleted(text, workspace):
+    committed(workspace)
+    workspace.journal.write_text(text, encoding="utf-8")
+    before = sorted(path.name for path in workspace.output.rglob("*"))
+    for attempt in (lambda: journal.load(workspace), workspace.discard):
+        with pytest.raises(DamagedError, match=r"journal\.json is damaged"):
+            attempt()
+    assert sorted(path.name for path in workspace.output.rglob("*")) == before
+
+
+def test_a_journal_that_names_files_elsewhere_is_damaged(workspace):
+    thesis = workspace.output.parent / "thesis.tex"
+    thesis.write_text("by hand")
+    journal.save(workspace, replace(committed(workspace), files=("../thesis.tex",)))
+    with pytest.raises(DamagedError, match="outside the folder"):
+        workspace.discard()
+    assert thesis.exists()
+
+
+def test_a_journal_of_another_format_is_another_program_s(workspace):
+    workspace.journal.write_text('{"format": 2}')
+    with pytest.raises(OtherRunError, match="format 2"):
+        journal.load(workspace)
+
+
+def test_other_settings_are_refused_with_the_fields_that_differ():
+    begun = Journal(fingerprint={"seed": 0, "experts": 6, "version": "1"}, machine={})
+    journal.check_fingerprint(begun, dict(begun.fingerprint), "out")
+    wanted = {"seed": 1, "experts": 6, "calibration": "ab"}
+    with pytest.raises(OtherRunError) as caught:
+        journal.check_fingerprint(begun, wanted, "out")
+    message = str(caught.value)
+    assert "seed: 0 then, 1 now" in message
+    assert "version: '1' then, None now" in message
+    assert "calibration: None then, 'ab' now" in message
+    assert "experts" not in message
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "statistics-00000"])
+def test_a_committed_file_that_is_missing_or_cut_is_damaged(name, workspace):
+    saved = committed(workspace)
+    workspace.check_committed(saved)
+    path = next(workspace.output.rglob(f"{name}*"))
+    path.write_bytes(b"1")
+    with pytest.raises(DamagedError, match=rf"{name}.* has 1 bytes, the journal says \d bytes"):
+        workspace.check_committed(saved)
+    path.unlink()
+    with pytest.raises(DamagedError, match=f"{name}.* is missing"):
+        workspace.check_committed(saved)
+
+
+def test_an_output_folder_that_is_a_file_or_not_empty_is_refused_before_the_first_write(
+    tmp_path,
+):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("by hand")
+    for output in (tmp_path, thesis):
+        workspace = Workspace(output=output, work=output / ".ream-stream")
+        with pytest.raises(OtherRunError, match=r"thesis\.tex"), workspace.locked():
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_work_may_lie_in_a_folder_with_other_things_which_stay(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "results.csv").write_text("by hand")
+    (scratch / "log.txt").write_text("by hand")
+    workspace = Workspace(output=tmp_path / "output", work=scratch)
+    with workspace.locked():
+        saved = committed(workspace)
+        journal.save(workspace, saved)
+        workspace.hidden(1).mkdir()
+        (workspace.output / "config.json.partial").write_text("{")
+        workspace.remove_strays(saved)
+        assert not workspace.hidden(1).exists()
+        assert [path.name for path in workspace.output.iterdir()] == [saved.files[0]]
+        workspace.discard()
+    assert list(workspace.output.iterdir()) == []
+    left = {path.name for path in scratch.iterdir()}
+    assert left == {"results.csv", "log.txt", "lock"}
+
+
+def test_the_journal_is_a_document_people_can_read(workspace):
+    journal.save(workspace, committed(workspace))
+    text = workspace.journal.read_text(encoding="utf-8")
+    assert json.loads(text)["layers"][0]["shards"][0]["size"] == 4
+    assert text.startswith('{\n  "format": 1,\n')
