@@ -351,12 +351,12 @@ def plan_for(source: Path, tokens: Tokens, wanted: Settings) -> Plan:
     )
 
 
-def run_plan(plan: Plan, tokens: Tokens, output: Path) -> Run:
+def run_plan(plan: Plan, tokens: Tokens, output: Path, *, threads: int = 1) -> Run:
     """Compress, and read each boundary's hidden states while they are there."""
     workspace = Workspace(output=output, work=output / ".ream-stream")
     events, hidden = [], {}
     with workspace.locked():
-        for event in compress(plan, tokens, workspace, device=CPU, threads=1):
+        for event in compress(plan, tokens, workspace, device=CPU, threads=threads):
             events.append(event)
             if isinstance(event, LayerDone) and event.layer + 1 < len(plan.layers):
                 hidden[event.layer] = _read_states(plan, workspace, event.layer + 1)
