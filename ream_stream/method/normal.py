@@ -1,0 +1,156 @@
+"""Sums over routed tokens for the normal equations of a layer's down projections.
+
+What they are for is in `refit`. With a_e(x) the gated activations of expert e, the
+matrix of the equations has E x E blocks, sum over x of a_e^T a_f. Blocks of two
+experts can be had in two ways: by a pass over the tokens for each product with the
+matrix (`predict`, then `project`), or by gathering them once (`NormalMatrix`).
+
+Letters in shapes: T tokens of a batch, R rows routed to one expert, E experts,
+H hidden (or some of its columns), I inner.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Served(NamedTuple):
+    """The tokens of a batch, padding left out, that one expert serves."""
+
+    expert: int
+    """Number among the kept experts."""
+
+    token_R: Tensor
+    """Their rows in the batch, each at most once."""
+
+    inner_RI: Tensor
+    """The expert's activations, times the coefficient the model multiplies it by."""
+
+
+def predict(batch: Iterable[Served], change_EIH: Tensor, num_tokens: int) -> Tensor:
+    """Return sum over e of a_e D_e for each token of a batch, (T, H)."""
+    output_TH = change_EIH.new_zeros(num_tokens, change_EIH.shape[2])
+    for expert, token_R, inner_RI in batch:
+        wide_RI = inner_RI.to(change_EIH.dtype)
+        # rows of an expert are distinct: no two additions meet, so this is reproducible
+        output_TH[token_R] += wide_RI @ change_EIH[expert]
+    return output_TH
+
+
+def project(batch: Iterable[Served], value_TH: Tensor, total_EIH: Tensor) -> None:
+    """Add a_e^T value over the tokens of a batch to the total of each expert."""
+    for expert, token_R, inner_RI in batch:
+        total_EIH[expert].addmm_(inner_RI.T.to(total_EIH.dtype), value_TH[token_R])
+
+
+class NormalSums:
+    """What the normal equations need besides the operator; additive over batches.
+
+    For each expert e the blocks A_e = sum of a_e^T a_e, and B_e = sum of a_e^T r::
+
+        count_E       tokens routed to e
+        diagonal_EI   diagonal of A_e, float64
+        gram_EII      A_e, float32; None without `blocks`
+        target_EIH    B_e, float32
+        energy        sum of ||r||^2, float64
+
+    Parameters
+    ----------
+    num_experts, inner, hidden
+        E, I and H, or the number of columns that are refitted.
+    blocks
+        Whether A_e is kept, for the preconditioner; its diagonal always is.
+    device
+        Where the sums are.
+    """
+
+    def __init__(
+        self, num_experts: int, inner: int, hidden: int, *, blocks: bool, device: torch.device
+    ) -> None:
+        self.count_E = torch.zeros(num_experts, dtype=torch.int64)
+        self.diagonal_EI = torch.zeros(num_experts, inner, dtype=torch.float64, device=device)
+        self.gram_EII: Tensor | None = None
+        if blocks:
+            self.gram_EII = torch.zeros(num_experts, inner, inner, device=device)
+        self.target_EIH = torch.zeros(num_experts, inner, hidden, device=device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, batch: Sequence[Served], residual_TH: Tensor) -> None:
+        """Add a batch; `residual_TH` is what its tokens' outputs lack to their targets."""
+        for expert, token_R, inner_RI in batch:
+            wide_RI = inner_RI.float()
+            self.count_E[expert] += len(token_R)
+            self.diagonal_EI[expert] += wide_RI.square().sum(dim=0, dtype=torch.float64)
+            if self.gram_EII is not None:
+                self.gram_EII[expert].addmm_(wide_RI.T, wide_RI)
+        residual_TH = residual_TH.float()
+        project(batch, residual_TH, self.target_EIH)
+        self.energy += residual_TH.square().sum(dtype=torch.float64)
+
+    def penalties(self, penalty: float) -> Tensor:
+        """Return l_e for each expert, float64; 0 where no token came.
+
+        Raises
+        ------
+        ValueError
+            The penalty is negative or not a finite number.
+        """
+        if not 0 <= penalty < math.inf:
+            raise ValueError(f"the penalty of a refit is {penalty}; it must be 0 or more")
+        return penalty * self.diagonal_EI.mean(dim=1)
+
+
+class NormalMatrix:
+    """All blocks sum of a_e^T a_f, gathered in one pass: (E I)^2 numbers in float32.
+
+    Gathering takes I I (K + 1) operations a token and expert, for K experts a
+    token; a product with the matrix 2 (E I)^2 H, whatever the tokens.
+
+    Parameters
+    ----------
+    num_experts, inner
+        E and I.
+    device
+        Where the matrix is.
+    """
+
+    def __init__(self, num_experts: int, inner: int, *, device: torch.device) -> None:
+        self._inner = inner
+        size = num_experts * inner
+        # blocks above the diagonal and on it; those below stay zero
+        self._matrix_NN = torch.zeros(size, size, device=device)
+
+    def add(self, batch: Sequence[Served], num_tokens: int) -> None:
+        """Add a batch of `num_tokens`."""
+        batch = sorted(batch, key=lambda served: served.expert)
+        wide = [inner_RI.float() for _, _, inner_RI in batch]
+        place_T = self._matrix_NN.new_zeros(num_tokens, dtype=torch.int64)
+        shared_T = self._matrix_NN.new_zeros(num_tokens, dtype=torch.bool)
+        for first, (expert, token_R, _) in enumerate(batch):
+            place_T[token_R] = torch.arange(len(token_R), device=place_T.device)
+            shared_T.zero_()[token_R] = True
+            for second in range(first, len(batch)):
+                other, other_R, _ = batch[second]
+                both_R = shared_T[other_R]
+                block_II = self._rows(expert)[:, self._columns(other)]
+                block_II.addmm_(wide[first][place_T[other_R[both_R]]].T, wide[second][both_R])
+
+    def __call__(self, change_EIH: Tensor) -> Tensor:
+        """Return the products of the matrix with D, (E, I, H)."""
+        change_NH = change_EIH.flatten(0, 1)
+        product_NH = torch.zeros_like(change_NH)
+        for expert in range(len(change_EIH)):
+            own = self._columns(expert)
+            strip_IN = self._rows(expert)[:, own.start :]
+            product_NH[own] += strip_IN @ change_NH[own.start :]
+            product_NH[own.stop :] += strip_IN[:, self._inner :].T @ change_NH[own]
+        return product_NH.view_as(change_EIH)
+
+    def _columns(self, expert: int) -> slice:
+        return slice(expert * self._inner, (expert + 1) * self._inner)
+
+    def _rows(self, expert: int) -> Tensor:
+        return self._matrix_NN[self._columns(expert)]

@@ -1,0 +1,285 @@
+"""Refitting the down projections of the kept experts to what the original layer said.
+
+Routing and inner activations of the compressed layer are fixed, so its output is
+linear in the down projections. With a_e(x) = g_e(x) act(gate_e x) (up_e x) for a
+token routed to expert e, r(x) what the compressed layer's output lacks to its
+target, and D_e the transposed change of W_down,e::
+
+    minimise   sum over x ||r(x) - sum over e a_e(x) D_e||^2 + sum over e l_e ||D_e||^2
+
+with l_e = penalty * mean diagonal of A_e, A_e = sum over x of a_e^T a_e. The normal
+equations are solved for all experts at once by conjugate gradients, preconditioned
+by each expert's own A_e + l_e. Columns of D (hidden channels) share the matrix but
+not the step sizes: they are problems of their own, so any set of columns can be
+solved alone, with the same result, where not all fit in memory.
+
+Cost: each iteration is one pass over the tokens, 2 I H operations a token and
+expert for a D, 2 I H for a^T of it, and 4 I H for the activations unless they were
+kept: 8 I H, where the layer itself takes 6 I H. The sums are one more pass (with
+2 I I for A_e). Held are 4 x E I H numbers (change, residual, direction and product)
+and E I I for the preconditioner; no array grows with the tokens. Where its (E I)^2
+numbers fit, `normal.NormalMatrix` takes the place of all passes but one.
+
+Letters in shapes: T tokens of a batch, E experts, H hidden (or some of its
+columns), I inner.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .normal import NormalSums
+from .preconditioning import PRECONDITIONERS, Preconditioner
+
+Apply = Callable[[Tensor], Tensor]
+"""From D (E, I, H), the products sum over x of a_e^T (sum over f of a_f D_f)."""
+
+
+class ConjugateGradients:
+    """The iterations, one at a time: the caller makes the product in between.
+
+    ::
+
+        solver = ConjugateGradients(sums.target_EIH, penalty_E, preconditioner, energy)
+        while not solver.finished:
+            solver.advance(apply(solver.direction_EIH))
+
+    Vectors are float32, inner products and step sizes float64. The objective
+    falls by construction of the step sizes; nothing else is assumed of `apply`
+    than that it is linear, symmetric and not negative.
+
+    Parameters
+    ----------
+    target_EIH
+        B_e; overwritten, it becomes the residual of the normal equations.
+    penalty_E
+        l_e of each expert.
+    preconditioner
+        May be made for another penalty than `penalty_E`.
+    energy
+        Objective at D = 0.
+
+    Raises
+    ------
+    ValueError
+        The sums are not finite numbers.
+    """
+
+    def __init__(
+        self,
+        target_EIH: Tensor,
+        penalty_E: Tensor,
+        preconditioner: Preconditioner,
+        energy: float,
+    ) -> None:
+        self.objectives = [energy]
+        self.change_EIH = torch.zeros_like(target_EIH)
+        self.direction_EIH = torch.zeros_like(target_EIH)
+        self._residual_EIH = target_EIH
+        self._penalty_E = penalty_E.tolist()
+        self._preconditioner = preconditioner
+        if not math.isfinite(energy) or not target_EIH.sum(dtype=torch.float64).isfinite():
+            raise ValueError("the outputs to refit are not finite numbers")
+        self._size_H = torch.zeros(
+            target_EIH.shape[2], dtype=torch.float64, device=target_EIH.device
+        )
+        self._turn(torch.empty_like(target_EIH))
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to gain in any column."""
+        return not bool((self._size_H > 0).any())
+
+    def advance(self, product_EIH: Tensor) -> None:
+        """Go along the direction, and choose the next.
+
+        Parameters
+        ----------
+        product_EIH
+            What `Apply` gives for the direction; overwritten.
+        """
+        curvature_H = torch.zeros_like(self._size_H)
+        for expert, penalty in enumerate(self._penalty_E):
+            direction_IH, product_IH = self.direction_EIH[expert], product_EIH[expert]
+            product_IH.add_(direction_IH, alpha=penalty)
+            curvature_H += _dot(direction_IH, product_IH)
+        # a column without curvature or without residual has arrived
+        moves_H = (curvature_H > 0) & (self._size_H > 0)
+        step_H = torch.where(moves_H, self._size_H / curvature_H, 0)
+        self.objectives.append(self.objectives[-1] - (step_H * self._size_H).sum().item())
+        step32_H = step_H.float()
+        for expert in range(len(self._penalty_E)):
+            self.change_EIH[expert].addcmul_(self.direction_EIH[expert], step32_H)
+            self._residual_EIH[expert].addcmul_(product_EIH[expert], step32_H, value=-1)
+        self._size_H = torch.where(moves_H, self._size_H, 0)
+        self._turn(product_EIH)
+
+    def _turn(self, scratch_EIH: Tensor) -> None:
+        """Choose the next direction, conjugate to all before; `scratch_EIH` is overwritten."""
+        before_H = self._size_H
+        size_H = torch.zeros_like(before_H)
+        for expert, residual_IH in enumerate(self._residual_EIH):
+            scratch_EIH[expert] = self._preconditioner.solve(expert, residual_IH)
+            size_H += _dot(residual_IH, scratch_EIH[expert])
+        keep32_H = torch.where(before_H > 0, size_H / before_H, 0).float()
+        self.direction_EIH.mul_(keep32_H).add_(scratch_EIH)
+        self._size_H = size_H
+
+
+def _dot(left_IH: Tensor, right_IH: Tensor) -> Tensor:
+    """Return the inner products of columns in float64."""
+    product_H: Tensor = torch.linalg.vecdot(left_IH.double(), right_IH.double(), dim=0)
+    return product_H
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refit:
+    """A solution and how it was found."""
+
+    change_EIH: Tensor
+    """D_e: what is added to the transposed down projections, float32."""
+
+    penalty: float
+    """Of the grid, the one it was found with."""
+
+    objectives: tuple[float, ...]
+    """Objective before the first iteration and after each."""
+
+
+def solve(
+    sums: NormalSums,
+    apply: Apply,
+    *,
+    penalty: float,
+    iterations: int = 3,
+    tolerance: float = 0.0,
+    preconditioner: str = "blocks",
+) -> Refit:
+    """Solve for one penalty; ``sums.target_EIH`` is left as it is.
+
+    Parameters
+    ----------
+    sums
+        Over all tokens that `apply` runs over.
+    apply
+        One pass over the tokens.
+    penalty
+        lambda, in shares of the mean diagonal of A_e.
+    iterations
+        Passes at most.
+    tolerance
+        Share of the objective at D = 0 that an iteration must gain for another.
+    preconditioner
+        Key of `preconditioning.PRECONDITIONERS`.
+
+    Raises
+    ------
+    ValueError
+        The penalty is negative, the sums are not finite or, with blocks, the
+        penalty is 0 and the tokens do not determine D.
+    """
+    penalty_E = sums.penalties(penalty)
+    solver = ConjugateGradients(
+        sums.target_EIH.clone(),
+        penalty_E,
+        PRECONDITIONERS[preconditioner](sums, penalty_E),
+        sums.energy.item(),
+    )
+    objectives = solver.objectives
+    for _ in range(iterations):
+        if solver.finished:
+            break
+        solver.advance(apply(solver.direction_EIH))
+        if objectives[-2] - objectives[-1] < tolerance * objectives[0]:
+            break
+    return Refit(
+        change_EIH=solver.change_EIH,
+        penalty=penalty,
+        objectives=tuple(objectives),
+    )
+
+
+class Misfit:
+    """How far outputs are from their targets, over tokens the solution has not seen."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.after = 0.0
+
+    def add(self, residual_TH: Tensor, predicted_TH: Tensor) -> None:
+        """Add a batch: what is lacking, and `predict` of the change that should be it."""
+        residual_TH = residual_TH.float()
+        self.before += residual_TH.square().sum(dtype=torch.float64).item()
+        left_TH = residual_TH - predicted_TH
+        self.after += left_TH.square().sum(dtype=torch.float64).item()
+
+    @property
+    def share(self) -> float:
+        """What is left of the squared error; 1 where there was none."""
+        return self.after / self.before if self.before else 1.0
+
+
+def select(errors: Mapping[float, float]) -> float | None:
+    """Return the penalty that leaves least of the held-back error.
+
+    Parameters
+    ----------
+    errors
+        `Misfit.share` of the solution for each penalty.
+
+    Returns
+    -------
+    float or None
+        None if no solution is better than no change; of equals the larger.
+    """
+    best, least = None, 1.0
+    for penalty in sorted(errors, reverse=True):
+        if errors[penalty] < least:
+            best, least = penalty, errors[penalty]
+    return best
+
+
+def refit(
+    sums: NormalSums,
+    apply: Apply,
+    misfit: Callable[[Tensor], Misfit],
+    penalties: Sequence[float],
+    *,
+    iterations: int = 3,
+    tolerance: float = 0.0,
+    preconditioner: str = "blocks",
+) -> tuple[Refit | None, dict[float, float]]:
+    """Solve for each penalty of a grid and keep the solution that held-back tokens prefer.
+
+    Parameters
+    ----------
+    sums, apply, iterations, tolerance, preconditioner
+        As in `solve`.
+    misfit
+        One pass over the held-back tokens, which are not in `sums` nor in `apply`.
+    penalties
+        The grid.
+
+    Returns
+    -------
+    tuple
+        The best solution, None if none improves on no change, and what each
+        penalty left of the held-back error.
+    """
+    best, errors = None, {}
+    for penalty in penalties:
+        found = solve(
+            sums,
+            apply,
+            penalty=penalty,
+            iterations=iterations,
+            tolerance=tolerance,
+            preconditioner=preconditioner,
+        )
+        errors[penalty] = misfit(found.change_EIH).share
+        if select(errors) == penalty:
+            best = found
+    return best, errors
