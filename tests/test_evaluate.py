@@ -8,7 +8,7 @@ import tiny
 import torch
 from tiny import CPU, TINY, some_tokens
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ream_stream import evaluate as module
 from ream_stream.calibration.tokens import from_tensors
@@ -23,6 +23,7 @@ from ream_stream.errors import (
 )
 from ream_stream.evaluate import Evaluation, difference, evaluate, scored, summarize
 from ream_stream.events import Step
+from ream_stream.memory import gauge
 
 
 def demo_tokens(sequences=6, length=64, *, padded=False):
@@ -89,7 +90,7 @@ def test_the_result_does_not_depend_on_how_sequences_are_cut_into_batches(
     tmp_path, monkeypatch
 ):
     tokens, results = demo_tokens(padded=True), []
-    for batch_tokens, logits_bytes in ((64, 1), (200, 100_000), (10_000, 10**9)):
+    for batch_tokens, logits_bytes in ((64, 120_000), (200, 500_000), (10_000, 10**9)):
         monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
         monkeypatch.setattr(module, "LOGITS_BYTES", logits_bytes)
         results.append(streamed(CHECKPOINT, tokens, tmp_path))
@@ -233,3 +234,35 @@ def test_a_model_that_gives_no_numbers_is_an_error_and_not_a_perplexity(
     with pytest.raises(ReamStreamError, match="sequence 0 of drawn is not finite"):
         streamed(folder, some_tokens(), tmp_path / "work")
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    peaks = []
+    for layers in (2, 8):
+        folder = write_wide(tmp_path / str(layers), layers)
+        tokens = some_tokens(8, 64)
+        with gauge(0.002) as meter:
+            before = meter.highest
+            streamed(folder, tokens, tmp_path / "work")
+            meter.sample()
+            peaks.append(meter.highest - before)
+    # a layer is 13 MB in float32
+    assert peaks[1] - peaks[0] < 13_000_000
+
+
+def write_wide(folder, layers):
+    """Write a model whose layers can be seen in the process's memory."""
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=256,
+        moe_intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=32,
+        num_experts_per_tok=4,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
