@@ -103,14 +103,59 @@ def pack(
     UsageError
         The documents are too short, or have tokens that the checkpoint does not know.
     """
-    wanted = num_sequences * sequence_length
+    ids = _ids(documents, tokenizer, num_sequences * sequence_length)
+    if len(ids) < num_sequences * sequence_length:
+        raise UsageError(_too_short(description, len(ids), num_sequences, sequence_length))
+    return _cut(ids, num_sequences, sequence_length, description, vocab_size)
+
+
+def pack_up_to(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None,
+    sequence_length: int,
+    description: str,
+    vocab_size: int | None = None,
+) -> Tokens:
+    """Fill as many whole sequences as there is text for, `max_tokens` tokens at most.
+
+    Documents are joined as `pack` does it; None takes all of them.
+
+    Raises
+    ------
+    UsageError
+        They do not fill one sequence, or have tokens that the checkpoint does not know.
+    """
+    ids = _ids(documents, tokenizer, max_tokens)
+    found = len(ids) if max_tokens is None else min(len(ids), max_tokens)
+    if found < sequence_length:
+        raise UsageError(
+            f"{description}: {found} tokens do not fill a sequence of {sequence_length}"
+        )
+    return _cut(ids, found // sequence_length, sequence_length, description, vocab_size)
+
+
+def _ids(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None
+) -> "array[int]":
+    """Return the tokens of the documents, at least as many as wanted if there are."""
     ids = array("q")
     for part in _token_parts(documents, tokenizer):
         ids.extend(part)
-        if len(ids) >= wanted:
+        if wanted is not None and len(ids) >= wanted:
             break
-    else:
-        raise UsageError(_too_short(description, len(ids), num_sequences, sequence_length))
+    return ids
+
+
+def _cut(
+    ids: "array[int]",
+    num_sequences: int,
+    sequence_length: int,
+    description: str,
+    vocab_size: int | None,
+) -> Tokens:
+    wanted = num_sequences * sequence_length
     input_ids_SL = torch.frombuffer(ids, dtype=torch.int64, count=wanted)
     return from_tensors(
         {"input_ids": input_ids_SL.view(num_sequences, sequence_length).clone()},

@@ -1,15 +1,36 @@
 """The command line: each verb parses, calls one function and prints.
 
-Only light modules are imported here, so that ``--help`` is quick: a verb
-imports what it runs inside its function.
+Only light modules are imported at the top of a verb's file, so that every
+``--help`` is quick: torch, transformers and rich are imported inside the verbs.
+Results go to stdout, progress and everything said along the way to stderr.
 """
 
 import click
 
 from ream_stream import __version__
 
+from .compress import compress
+from .demo import demo
+from .eval import evaluate
+from .inspect import inspect
+from .plan import plan
+from .status import status
+from .style import Root
+from .verify import verify
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ream-stream")
 def cli() -> None:
-    """Make a Mixture-of-Experts checkpoint smaller, one layer at a time."""
+    """Make a Mixture-of-Experts checkpoint smaller, one layer at a time.
+
+    Example:
+
+    \b
+        ream-stream demo
+        ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --calibration text.jsonl
+    """
+
+
+for _verb in (compress, plan, inspect, status, verify, evaluate, demo):
+    cli.add_command(_verb)

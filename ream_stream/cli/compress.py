@@ -1,0 +1,61 @@
+"""The verb `compress`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import RunOptions, run_options
+from .style import Verb, exit_statuses, json_option, option, resume_command
+
+
+@click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
+@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@run_options(calibration_required=True)
+@option("Output", "--dry-run", is_flag=True, help="Print the plan and stop; write nothing.")
+@option("Output", "--restart", is_flag=True, help="Discard the run that is in OUTPUT.")
+@json_option
+@click.pass_context
+def compress(
+    ctx: click.Context,
+    /,
+    source: Path,
+    output: Path,
+    *,
+    dry_run: bool,
+    restart: bool,
+    as_json: bool,
+    **values: Any,  # noqa: ANN401 - the fields of RunOptions
+) -> None:
+    """Compress SOURCE into OUTPUT; run it again to go on after a stop.
+
+    SOURCE is a checkpoint folder and only read. OUTPUT is a new folder. The plan and the
+    progress go to stderr.
+
+    Example:
+
+    \b
+        ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B \\
+            --keep 75% --calibration text.jsonl
+        ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B-REAP \\
+            --method reap --experts 96 --calibration text.jsonl --ram 16GB
+    """
+    from .job import prepare
+    from .report import outcome_facts, say_start, say_summary
+    from .running import run
+    from .tables import console, plan_facts, print_json
+
+    options = RunOptions(source=source, output=output, **values)
+    job = prepare(options, restart=restart)
+    shown = console(stderr=True)
+    say_start(job, options, shown, restart=restart)
+    if dry_run or job.workspace is None:
+        if as_json:
+            print_json(plan_facts(job))
+        return
+    command = resume_command(ctx)
+    outcome = run(job, job.workspace, shown, command=command, restart=restart)
+    say_summary(job, outcome, shown)
+    if as_json:
+        print_json(plan_facts(job) | outcome_facts(outcome))

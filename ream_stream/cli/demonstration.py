@@ -1,0 +1,243 @@
+"""The demo: the packaged checkpoint, compressed twice and measured by the verbs' own code."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ream_stream import durable
+from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
+from ream_stream.calibration.tokens import from_tensors
+from ream_stream.demo import CHECKPOINT
+from ream_stream.demo.texts import DOMAINS, documents
+from ream_stream.errors import DamagedError
+from ream_stream.evaluate import Evaluation, difference
+from ream_stream.sizes import format_size
+from ream_stream.verify import verify
+
+from . import scoring
+from .compress import compress
+from .job import prepare
+from .options import RunOptions
+from .running import run
+from .signals import stop_requests
+from .tables import columns, format_seconds
+
+SEQUENCE_LENGTH = 256
+METHODS = {"REAM": "ream", "REAP": "reap"}
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Amount:
+    """How much text is used."""
+
+    calibration_sequences: int
+    """Of each domain."""
+
+    test_tokens: int
+    """Of each domain at most."""
+
+
+FULL = Amount(calibration_sequences=128, test_tokens=40_000)
+QUICK = Amount(calibration_sequences=8, test_tokens=4_000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One checkpoint of the demo."""
+
+    folder: Path
+    """Where it is."""
+
+    num_bytes: int
+    """Its weights."""
+
+    seconds: float | None
+    """Time of the compression; None for the original."""
+
+    peak_bytes: int | None
+    """Its peak of anonymous memory."""
+
+    scores: Mapping[str, Evaluation]
+    """By domain."""
+
+
+def demonstrate(folder: Path, console: Console, *, quick: bool) -> dict[str, Measured]:
+    """Compress with each method and measure; the keys are `ORIGINAL` and those of `METHODS`.
+
+    Raises
+    ------
+    DamagedError
+        An output does not pass its verification.
+    """
+    amount = QUICK if quick else FULL
+    source = folder / ORIGINAL
+    durable.make_directory(source)
+    for path in sorted(CHECKPOINT.iterdir()):
+        durable.copy_file(path, source / path.name)
+    tests = write_texts(folder, amount)
+    made = {name: _compress(folder, name, console) for name in METHODS}
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    measured = {
+        ORIGINAL: Measured(
+            folder=source, num_bytes=size, seconds=None, peak_bytes=None, scores={}
+        ),
+        **made,
+    }
+    scores = _score(folder, [each.folder for each in measured.values()], tests, console)
+    return {
+        name: Measured(
+            folder=each.folder,
+            num_bytes=each.num_bytes,
+            seconds=each.seconds,
+            peak_bytes=each.peak_bytes,
+            scores={domain: scores[domain][number] for domain in tests},
+        )
+        for number, (name, each) in enumerate(measured.items())
+    }
+
+
+def write_texts(folder: Path, amount: Amount) -> dict[str, Path]:
+    """Write one calibration set of all domains and a test set of each; return the latter."""
+    tokenizer = load_tokenizer(CHECKPOINT)
+    calibration, tests = [], {}
+    for domain in DOMAINS:
+        packed = pack(
+            documents(domain, "calibration"),
+            tokenizer,
+            num_sequences=amount.calibration_sequences,
+            sequence_length=SEQUENCE_LENGTH,
+            description=domain,
+        )
+        calibration.append(packed.input_ids_SL)
+        test = pack_up_to(
+            documents(domain, "test"),
+            tokenizer,
+            max_tokens=amount.test_tokens,
+            sequence_length=SEQUENCE_LENGTH,
+            description=domain,
+        )
+        tests[domain] = folder / f"test-{domain}.safetensors"
+        durable.write_tensors(tests[domain], test.tensors())
+    # domains in turn: the token sample and every batch have all of them
+    mixed = torch.stack(calibration, dim=1).flatten(0, 1)
+    tokens = from_tensors({"input_ids": mixed}, description="all domains")
+    durable.write_tensors(folder / "calibration.safetensors", tokens.tensors())
+    return tests
+
+
+def arguments(folder: Path, name: str) -> list[str]:
+    """Return what follows ``ream-stream compress`` for one of `METHODS`."""
+    return [
+        str(folder / ORIGINAL),
+        str(folder / METHODS[name]),
+        *("--method", METHODS[name], "--keep", "75%"),
+        *("--calibration", str(folder / "calibration.safetensors")),
+        # the same work on every machine: its matrices are too small for more threads to help
+        *("--compute-dtype", "float32", "--device", "cpu", "--threads", "1"),
+    ]
+
+
+def _compress(folder: Path, name: str, console: Console) -> Measured:
+    context = compress.make_context("compress", [*arguments(folder, name), "--restart"])
+    values = {k: v for k, v in context.params.items() if k in RunOptions.__slots__}
+    job = prepare(RunOptions(**values), restart=True)
+    assert job.workspace is not None
+    command = " ".join(["ream-stream", "compress", *arguments(folder, name)])
+    console.print(command, soft_wrap=True)
+    outcome = run(job, job.workspace, console, command=command, restart=True)
+    failed = [each for each in verify(job.workspace.output) if not each.ok]
+    if failed:
+        raise DamagedError(f"{job.workspace.output}: {failed[0].message}")
+    return Measured(
+        folder=job.workspace.output,
+        num_bytes=outcome.finished.output_bytes,
+        seconds=outcome.seconds,
+        peak_bytes=outcome.finished.peak_anonymous_bytes,
+        scores={},
+    )
+
+
+def _score(
+    folder: Path, checkpoints: Sequence[Path], tests: Mapping[str, Path], console: Console
+) -> dict[str, list[Evaluation]]:
+    """Return, by domain, the scores of the checkpoints in their order."""
+    scores: dict[str, list[Evaluation]] = {}
+    with stop_requests() as asked:
+        for domain, path in tests.items():
+            job = scoring.prepare(
+                checkpoints,
+                text=path,
+                text_field="text",
+                sequence_length=SEQUENCE_LENGTH,
+                max_tokens=None,
+                device="cpu",
+                compute_dtype="float32",
+            )
+            scores[domain] = [
+                scoring.score(job, each, folder, console, asked) for each in job.checkpoints
+            ]
+    return scores
+
+
+def facts_of(result: Mapping[str, Measured]) -> dict[str, Any]:
+    """Return the result, for ``--json``."""
+    return {
+        name: {
+            "folder": str(each.folder),
+            "bytes": each.num_bytes,
+            "seconds": each.seconds,
+            "peak_anonymous_bytes": each.peak_bytes,
+            "perplexity": {
+                domain: scoring.finite(score.perplexity)
+                for domain, score in each.scores.items()
+            },
+            "nats": {
+                domain: scoring.finite(score.nats) for domain, score in each.scores.items()
+            },
+        }
+        for name, each in result.items()
+    } | {"verdict": verdict(result)}
+
+
+def say(result: Mapping[str, Measured], console: Console) -> None:
+    """Print the result."""
+    rows = [
+        (
+            name,
+            format_size(each.num_bytes),
+            "-" if each.seconds is None else format_seconds(each.seconds),
+            "-" if each.peak_bytes is None else format_size(each.peak_bytes),
+            *(f"{score.perplexity:.2f}" for score in each.scores.values()),
+        )
+        for name, each in result.items()
+    ]
+    domains = result[ORIGINAL].scores
+    heads = ("", "weights", "time", "peak memory", *domains)
+    console.print(columns(heads, rows))
+    tokens = sum(score.predicted for score in domains.values())
+    console.print(f"Perplexity by domain, lower is better, on {tokens} unseen tokens.")
+    for line in verdict(result):
+        console.print(line, soft_wrap=True)
+
+
+def verdict(result: Mapping[str, Measured]) -> list[str]:
+    """Say for each domain which method lost less, if the tokens can tell."""
+    (first, ream), (second, reap) = ((name, result[name]) for name in METHODS)
+    lines = []
+    for domain in ream.scores:
+        gap = difference(ream.scores[domain], reap.scores[domain])
+        better = second if gap.nats > 0 else first
+        told = f"{abs(gap.nats):.4f} +- {gap.stderr:.4f} nats a token"
+        sure = not math.isnan(gap.stderr) and abs(gap.nats) > 2 * gap.stderr
+        lines.append(
+            f"{domain}: {better} is better by {told}"
+            if sure
+            else f"{domain}: no difference that these tokens can show ({told})"
+        )
+    return lines

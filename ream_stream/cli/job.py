@@ -1,0 +1,201 @@
+"""From parsed options to a run that may begin: all that can be refused is refused here.
+
+Nothing is written. The order is from cheap to dear: what the options say, the
+source's headers, the output folder, the plan, and the calibration text last.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ream_stream import device as devices
+from ream_stream.calibration.tokens import Tokens, from_file
+from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.layouts import find_experts
+from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
+from ream_stream.errors import OtherRunError, UnsupportedModelError
+from ream_stream.families import family_of
+from ream_stream.finish import MANIFEST
+from ream_stream.journal import Journal, Workspace, check_fingerprint, load
+from ream_stream.memory import available_bytes
+from ream_stream.pipeline import fingerprint
+from ream_stream.plan import RAM_SHARE, Plan, check_disk, make_plan
+from ream_stream.settings import Settings
+
+from .options import RunOptions, check_usage, settings_for
+from .tokens import Request, changed, is_token_file, read, stored
+
+WORK_FOLDER = ".ream-stream"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A run that may begin."""
+
+    plan: Plan
+    """What it does."""
+
+    workspace: Workspace | None
+    """Where it writes; None if no output was named."""
+
+    journal: Journal | None
+    """Of the run that is gone on with, if there is one."""
+
+    tokens: Tokens | None
+    """The calibration set; None if none was named."""
+
+    request: Request | None
+    """What text the tokens were made from; None for a token file."""
+
+    device: torch.device
+    """Where layers are run."""
+
+    threads: int
+    """Processor threads."""
+
+    budget: int
+    """Host memory to stay within, bytes."""
+
+
+def prepare(options: RunOptions, *, restart: bool = False) -> Job:
+    """Work out what the options come to.
+
+    Parameters
+    ----------
+    options
+        As parsed.
+    restart
+        Whether a run in the output folder is to be discarded.
+
+    Raises
+    ------
+    ReamStreamError
+        The run cannot begin; the class says why.
+    """
+    check_usage(options)
+    checkpoint = open_checkpoint(options.source)
+    device = devices.choose_device(options.device)
+    settings = _settings(options, checkpoint, device)
+    workspace = workspace_of(options.output, options.work_dir) if options.output else None
+    journal = None if workspace is None else _journal(workspace, restart=restart)
+    tokens = _token_file(options, checkpoint)
+    budget = int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram
+    plan = make_plan(
+        checkpoint,
+        settings,
+        options.sequences if tokens is None else tokens.num_sequences,
+        options.sequence_length if tokens is None else tokens.sequence_length,
+        ram=budget,
+    )
+    if workspace is not None:
+        check_disk(plan, workspace.output)
+    job = Job(
+        plan=plan,
+        workspace=workspace,
+        journal=journal,
+        tokens=tokens,
+        request=None,
+        device=device,
+        threads=_threads(options),
+        budget=budget,
+    )
+    return _with_tokens(job, options)
+
+
+def workspace_of(output: Path, work_dir: Path | None) -> Workspace:
+    """Return where a run writes."""
+    return Workspace(output=output, work=work_dir or output / WORK_FOLDER)
+
+
+def is_complete(workspace: Workspace) -> bool:
+    """Tell whether the output is whole: its manifest is the last file written."""
+    return (workspace.output / MANIFEST).is_file()
+
+
+def num_experts(checkpoint: Checkpoint) -> int:
+    """Return the routed experts of a layer.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model is of no known family, or dense.
+    """
+    family_of(checkpoint.config)
+    stacks = find_experts(checkpoint.entries).values()
+    if not stacks:
+        raise UnsupportedModelError(f"{checkpoint.folder} is a dense model: it has no experts")
+    return max(len(stack.experts) for stack in stacks)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype that most of a checkpoint's bytes are in."""
+    total: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        total[entry.dtype] = total.get(entry.dtype, 0) + entry.nbytes
+    return DTYPES[max(total, key=lambda name: total[name])]
+
+
+def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """Return what ``--compute-dtype`` means for a checkpoint."""
+    return devices.compute_dtype(name, stored_dtype(checkpoint), device)
+
+
+def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device) -> Settings:
+    dtype = compute_dtype(options.compute_dtype, checkpoint, device)
+    return settings_for(
+        options,
+        num_experts(checkpoint),
+        compute_dtype=str(dtype).removeprefix("torch."),
+        device_kind=device.type,
+    )
+
+
+def _journal(workspace: Workspace, *, restart: bool) -> Journal | None:
+    """Return the journal of a run to go on with; refuse a folder that is not ours or in use."""
+    workspace.check_is_ours()
+    holder = workspace.holder()
+    if holder is not None:
+        raise OtherRunError(f"{workspace.work} is in use by {holder}; wait for it or stop it")
+    return None if restart or not workspace.journal.is_file() else load(workspace)
+
+
+def _token_file(options: RunOptions, checkpoint: Checkpoint) -> Tokens | None:
+    path = options.calibration
+    if path is None or not is_token_file(path):
+        return None
+    return from_file(path, vocab_size=checkpoint.config.get("vocab_size"))
+
+
+def _with_tokens(job: Job, options: RunOptions) -> Job:
+    """Return the job with its tokens; of a begun run, with the ones it began with.
+
+    Raises
+    ------
+    OtherRunError
+        The run was begun differently. This is told before any text is read,
+        since making tokens of a large one takes minutes.
+    """
+    if options.calibration is None:
+        return job
+    tokens, request, differs = job.tokens, None, None
+    journal, workspace = job.journal, job.workspace
+    if tokens is None:
+        request = Request.of(options)
+        if journal is not None and workspace is not None:
+            tokens = stored(workspace.tokens, journal.fingerprint["calibration"])
+            differs = changed(request, workspace.tokens)
+    if tokens is None:
+        tokens = read(options, vocab_size=job.plan.source.config.get("vocab_size"))
+    if journal is not None and workspace is not None:
+        wanted = fingerprint(job.plan, tokens)
+        if differs is not None:
+            wanted["calibration"] = differs
+        check_fingerprint(journal, wanted, workspace.output)
+    return replace(job, tokens=tokens, request=request)
+
+
+def _threads(options: RunOptions) -> int:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return torch.get_num_threads()

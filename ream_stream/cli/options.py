@@ -1,0 +1,327 @@
+"""What a compression can be asked for, and the settings it comes to.
+
+`plan` and `compress` take the same options. The names of methods are written
+here again because their tables import torch, which every ``--help`` would wait
+for; tests/test_cli.py compares them with the tables.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import click
+
+from ream_stream.errors import UsageError
+from ream_stream.settings import Method, Settings
+
+from .style import F, Percent, Size, option, together
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "saliency": (
+        "reap", "reap-softmax", "reap-squared", "reap-sum", "energy", "frequency", "ean",
+    ),
+    "similarity": ("gated", "plain"),
+    "grouping": ("ream", "mc-smoe", "hc-smoe", "none"),
+    "alignment": ("both", "activations", "weights", "none"),
+    "merge": ("saliency", "mean"),
+}  # fmt: skip
+"""Keys of the method's tables, in their order."""
+
+PRESETS: Mapping[str, Mapping[str, str]] = {
+    "ream": {"grouping": "ream", "saliency": "reap"},
+    "reap": {"grouping": "none", "saliency": "reap"},
+    "mc-smoe": {"grouping": "mc-smoe", "saliency": "frequency"},
+    "hc-smoe": {"grouping": "hc-smoe", "saliency": "frequency"},
+}
+"""What ``--method`` stands for; an option given beside it counts more."""
+
+_MANY_EXPERTS = 512
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """The values of the options, as parsed; None means that the default is worked out."""
+
+    source: Path
+    output: Path | None
+    experts: int | None
+    keep: Fraction | None
+    method: str
+    saliency: str | None
+    grouping: str | None
+    group_size: int | None
+    similarity: str
+    gate_term: bool
+    similarity_tokens: int
+    alignment: str
+    alignment_tokens: int
+    merge: str
+    sequential: bool
+    calibration: Path | None
+    text_field: str
+    sequences: int
+    sequence_length: int
+    seed: int
+    device: str
+    compute_dtype: str
+    threads: int | None
+    ram: int | None
+    max_shard_size: int
+    work_dir: Path | None
+
+
+def settings_for(
+    options: RunOptions, num_experts: int, *, compute_dtype: str, device_kind: str
+) -> Settings:
+    """Return the settings that the options come to for a source.
+
+    Parameters
+    ----------
+    options
+        What was asked for.
+    num_experts
+        Experts of a source layer.
+    compute_dtype, device_kind
+        What ``--compute-dtype`` and ``--device`` mean on this machine.
+    """
+    experts = kept_experts(options, num_experts)
+    preset = PRESETS[options.method]
+    return Settings(
+        experts=experts,
+        method=Method(
+            saliency=options.saliency or preset["saliency"],
+            similarity=options.similarity,
+            gate_term=options.gate_term,
+            grouping=options.grouping or preset["grouping"],
+            group_size=(
+                default_group_size(experts, num_experts)
+                if options.group_size is None
+                else options.group_size
+            ),
+            alignment=options.alignment,
+            merge=options.merge,
+            similarity_tokens=options.similarity_tokens,
+            alignment_tokens=options.alignment_tokens,
+        ),
+        sequential=options.sequential,
+        compute_dtype=compute_dtype,
+        seed=options.seed,
+        device_kind=device_kind,
+        max_shard_bytes=options.max_shard_size,
+    )
+
+
+def check_usage(options: RunOptions) -> None:
+    """Refuse what is wrong whatever the source is.
+
+    Raises
+    ------
+    UsageError
+        Options are missing, exclude each other, or would write to the source.
+    """
+    if (options.experts is None) == (options.keep is None):
+        raise UsageError("say how many experts to keep: either --experts or --keep")
+    source = options.source.resolve()
+    for folder in (options.output, options.work_dir):
+        if folder is not None and (target := folder.resolve()).is_relative_to(source):
+            raise UsageError(f"{target} is in SOURCE, which is never written to")
+
+
+def kept_experts(options: RunOptions, num_experts: int) -> int:
+    """Return how many experts a layer keeps; a share is rounded down.
+
+    Raises
+    ------
+    UsageError
+        The share is less than one expert.
+    """
+    if options.keep is None:
+        return options.experts or 0
+    experts = int(options.keep * num_experts)
+    if experts < 1:
+        raise UsageError(
+            f"--keep {float(100 * options.keep):g}%: of {num_experts} experts that is none"
+        )
+    return experts
+
+
+def default_group_size(experts: int, num_experts: int) -> int:
+    """Return the paper's C: 16, or 32 for very many experts or where half of them go."""
+    return 32 if num_experts >= _MANY_EXPERTS or 2 * experts <= num_experts else 16
+
+
+def run_options(*, calibration_required: bool) -> Callable[[F], F]:
+    """Return a decorator that gives a command all options of `RunOptions` but the folders."""
+    method, calibration, machine = "Method", "Calibration", "Machine"
+    count = click.IntRange(min=1)
+    options = [
+        option("Experts", "--experts", type=count, help="Experts to keep in each MoE layer."),
+        option(
+            "Experts",
+            "--keep",
+            type=Percent(),
+            metavar="PERCENT",
+            help="The same as a share, such as 75%; rounded down to whole experts.",
+        ),
+        option(
+            method,
+            "--method",
+            type=click.Choice(list(PRESETS)),
+            default="ream",
+            show_default=True,
+            help="A known method: sets --grouping and --saliency. reap drops experts, "
+            "the others merge them.",
+        ),
+        _choice(method, "grouping", help="How experts that go are given to those that stay."),
+        _choice(method, "saliency", help="How experts are ranked."),
+        option(
+            method,
+            "--group-size",
+            type=click.IntRange(min=2),
+            help="Experts a group of ream has at most.  [default: 16; 32 from 512 experts on, "
+            "or if half or less are kept]",
+        ),
+        _choice(
+            method, "similarity", default="gated", help="Weight of tokens in mean outputs."
+        ),
+        option(
+            method,
+            "--gate-term/--no-gate-term",
+            default=True,
+            show_default=True,
+            help="Count the similarity of router columns as half.",
+        ),
+        option(
+            method,
+            "--similarity-tokens",
+            type=click.IntRange(min=0),
+            default=8192,
+            show_default=True,
+            help="Tokens on which every expert is run; 0 is all of them.",
+        ),
+        _choice(method, "alignment", default="both", help="What neurons are matched by."),
+        option(
+            method,
+            "--alignment-tokens",
+            type=count,
+            default=2048,
+            show_default=True,
+            help="Tokens on which neurons are compared.",
+        ),
+        _choice(method, "merge", default="saliency", help="Weights in a merge."),
+        option(
+            method,
+            "--sequential/--no-sequential",
+            default=True,
+            show_default=True,
+            help="Observe each layer on what the compressed layers before it give.",
+        ),
+        option(
+            calibration,
+            "--calibration",
+            type=_FILE,
+            required=calibration_required,
+            metavar="FILE",
+            help="Text (.txt), records (.jsonl) or tokens (.safetensors with input_ids)."
+            + ("" if calibration_required else " Without it only its size counts."),
+        ),
+        option(
+            calibration,
+            "--text-field",
+            default="text",
+            show_default=True,
+            help="Field of each record that holds the text.",
+        ),
+        option(
+            calibration,
+            "--sequences",
+            type=count,
+            default=3072,
+            show_default=True,
+            help="Sequences to fill with text.",
+        ),
+        option(
+            calibration,
+            "--sequence-length",
+            type=click.IntRange(min=2),
+            default=512,
+            show_default=True,
+            help="Tokens of each.",
+        ),
+        option(
+            calibration,
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Start of every random choice.",
+        ),
+        *machine_options(),
+        option(
+            machine,
+            "--ram",
+            type=Size(auto=True),
+            default="auto",
+            show_default=True,
+            help="Host memory to stay within, such as 16GB; auto is 80% of what is free.",
+        ),
+        option(
+            machine,
+            "--threads",
+            type=count,
+            help="Processor threads to use.  [default: torch's own choice]",
+        ),
+        option(
+            machine,
+            "--max-shard-size",
+            type=Size(),
+            default="5GB",
+            show_default=True,
+            help="Size of an output file, unless one tensor is larger.",
+        ),
+        option(
+            machine,
+            "--work-dir",
+            type=_FOLDER,
+            metavar="DIR",
+            help="Where the journal and hidden states go.  [default: OUTPUT/.ream-stream]",
+        ),
+    ]
+    return together(options)
+
+
+def machine_options() -> list[Callable[[F], F]]:
+    """Return the options that say where layers are run, and in what."""
+    return [
+        option(
+            "Machine",
+            "--device",
+            default="auto",
+            show_default=True,
+            help="auto, cpu, cuda or cuda:N.",
+        ),
+        option(
+            "Machine",
+            "--compute-dtype",
+            type=click.Choice(["auto", "checkpoint", "float32"]),
+            default="auto",
+            show_default=True,
+            help="What layers are run in; auto is float32 where bf16 is slow.",
+        ),
+    ]
+
+
+def _choice(
+    section: str, name: str, *, help: str, default: str | None = None
+) -> Callable[[F], F]:
+    return option(
+        section,
+        f"--{name}",
+        type=click.Choice(CHOICES[name]),
+        default=default,
+        show_default=default is not None,
+        help=help if default else f"{help}  [default: that of --method]",
+    )

@@ -1,0 +1,43 @@
+"""The verb `plan`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import RunOptions, run_options
+from .style import Verb, exit_statuses, json_option
+
+
+@click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12))
+@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path), required=False)
+@run_options(calibration_required=False)
+@json_option
+def plan(
+    source: Path,
+    output: Path | None,
+    *,
+    as_json: bool,
+    **values: Any,  # noqa: ANN401 - the fields of RunOptions
+) -> None:
+    """Tell what `compress` would do, with the same arguments; write nothing.
+
+    The exit status is the one compress would begin with: 0 if it can run. Only headers are
+    read, so it takes seconds for any size of model.
+
+    Example:
+
+    \b
+        ream-stream plan ./Qwen3-30B-A3B --keep 75%
+        ream-stream plan ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --ram 16GB --json
+    """
+    from .job import prepare
+    from .tables import console, plan_facts, plan_table, print_json
+
+    options = RunOptions(source=source, output=output, **values)
+    job = prepare(options)
+    if as_json:
+        print_json(plan_facts(job))
+    else:
+        console(stderr=False).print(plan_table(job, options))

@@ -1,0 +1,113 @@
+"""A prepared run, carried out: lock, tokens, log, display, signals."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ream_stream import durable
+from ream_stream.errors import InterruptedRunError, ReamStreamError
+from ream_stream.events import Finished
+from ream_stream.journal import Workspace
+from ream_stream.pipeline import compress
+
+from .job import Job
+from .progress import Log, display
+from .signals import stop_requests
+from .tokens import store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """A run that came to its end."""
+
+    finished: Finished
+    """Its last event."""
+
+    seconds: float
+    """Wall time of this run."""
+
+
+def run(
+    job: Job,
+    workspace: Workspace,
+    console: Console,
+    *,
+    command: str,
+    restart: bool = False,
+) -> Outcome:
+    """Carry out a job.
+
+    Parameters
+    ----------
+    job
+        With tokens.
+    workspace
+        Where it writes.
+    console
+        Where progress is shown.
+    command
+        What goes on with it; kept in the log and told when it is interrupted.
+    restart
+        Discard the run that is there.
+
+    Raises
+    ------
+    InterruptedRunError
+        A signal asked it to stop.
+    """
+    if job.tokens is None:
+        raise ValueError("a run needs calibration tokens")
+    start = time.monotonic()
+    with ExitStack() as stack:
+        stack.enter_context(workspace.locked())
+        if restart and workspace.journal.is_file():
+            workspace.discard()
+        if job.request is not None and job.journal is None:
+            store(workspace.tokens, job.tokens, job.request)
+        log = Log(stack.enter_context(durable.open_log(workspace.log)))
+        log.write("command", {"command": command, "directory": str(Path.cwd())})
+        asked = stack.enter_context(stop_requests())
+        try:
+            finished = _follow(job, workspace, console, log, asked)
+        except ReamStreamError as error:
+            log.write("failed", {"status": error.exit_status, "message": str(error)})
+            if isinstance(error, InterruptedRunError):
+                number = error.exit_status - 128
+                message = f"{error}\nresume with: {command}"
+                raise InterruptedRunError(message, signal_number=number) from error
+            raise
+    return Outcome(finished=finished, seconds=time.monotonic() - start)
+
+
+def _follow(
+    job: Job,
+    workspace: Workspace,
+    console: Console,
+    log: Log,
+    asked: Callable[[], int | None],
+) -> Finished:
+    plan, tokens = job.plan, job.tokens
+    assert tokens is not None
+    entries = plan.source.entries
+    sizes = [sum(entries[name].nbytes for name in layer.keys.names) for layer in plan.layers]
+    events = compress(
+        plan,
+        tokens,
+        workspace,
+        device=job.device,
+        threads=job.threads,
+        stop_requested=asked,
+    )
+    finished = None
+    with display(console, sizes) as shown:
+        for event in events:
+            log.show(event)
+            shown.show(event)
+            if isinstance(event, Finished):
+                finished = event
+    assert finished is not None
+    return finished

@@ -1,0 +1,121 @@
+"""The verb `status`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .style import Verb, exit_statuses, json_option, option
+
+if TYPE_CHECKING:
+    from ream_stream.journal import Workspace
+
+
+@click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
+@click.argument("output", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@option(
+    "Machine",
+    "--work-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="The --work-dir of the run, if it had one.",
+)
+@json_option
+def status(output: Path, work_dir: Path | None, *, as_json: bool) -> None:
+    """Tell how far the run in OUTPUT is, and how to go on with it.
+
+    Its state is complete, running or stopped. Nothing is read but the journal and the log,
+    so this may be asked at any time.
+
+    Example:
+
+    \b
+        ream-stream status ./Qwen3-23B
+        ream-stream status ./Qwen3-23B --json
+    """
+    from .job import workspace_of
+    from .tables import console, facts, print_json
+
+    known = gather(workspace_of(output, work_dir))
+    if as_json:
+        print_json(known)
+    else:
+        console(stderr=False).print(facts(_rows(known)))
+
+
+def gather(workspace: "Workspace") -> dict[str, Any]:
+    """Return what journal, lock and log tell of a run.
+
+    Raises
+    ------
+    UsageError
+        There is no run.
+    """
+    from ream_stream.errors import UsageError
+    from ream_stream.journal import load
+
+    from .job import is_complete
+
+    holder = workspace.holder()
+    if not workspace.journal.is_file() and holder is None:
+        raise UsageError(f"{workspace.output} holds no run of ream-stream")
+    journal = load(workspace) if workspace.journal.is_file() else None
+    log = read_log(workspace.log)
+    started, command = log.get("started", {}), log.get("command", {})
+    state = "complete" if is_complete(workspace) else "running" if holder else "stopped"
+    return {
+        "output": str(workspace.output),
+        "state": state,
+        "held_by": holder,
+        "committed_layers": len(journal.layers) if journal else 0,
+        "layers": started.get("layers"),
+        "written_bytes": sum(shard.size for shard in journal.shards()) if journal else 0,
+        "last_event": log.get("last"),
+        "directory": command.get("directory"),
+        "resume": None if state == "complete" else command.get("command"),
+    }
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """Return the newest line of each kind of event, and the newest of all as ``last``.
+
+    A line cut by a kill is passed over.
+    """
+    newest: dict[str, Any] = {}
+    if not path.is_file():
+        return newest
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                event = json.loads(line)
+                newest[event["event"]] = newest["last"] = event
+            except (ValueError, KeyError, TypeError):
+                continue
+    return newest
+
+
+def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
+    from ream_stream.sizes import format_size
+
+    count = known["layers"] or "?"
+    rows = [
+        ("state", known["state"] + (f" ({known['held_by']})" if known["held_by"] else "")),
+        ("layers", f"{known['committed_layers']} of {count} committed"),
+        ("written", format_size(known["written_bytes"])),
+    ]
+    if (last := known["last_event"]) is not None:
+        rows.append(("last event", _sentence(last)))
+    if known["state"] == "stopped" and known["resume"]:
+        rows.append(("resume with", known["resume"]))
+        rows.append(("  in", known["directory"]))
+    return rows
+
+
+def _sentence(event: dict[str, Any]) -> str:
+    words = [event.get("time", "")[:19].replace("T", " "), event["event"]]
+    if "layer" in event:
+        words.append(f"(layer {event['layer'] + 1}, {event.get('phase', 'committed')})")
+    if "message" in event:
+        words.append(f"- {event['message']}")
+    return " ".join(words)

@@ -1,0 +1,152 @@
+"""What the verbs print for people, and the same facts for machines."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ream_stream.durable import free_bytes
+from ream_stream.sizes import format_size
+
+from .job import Job
+from .options import RunOptions
+
+
+def console(*, stderr: bool) -> Console:
+    """Return a console that prints text as it is: paths may hold brackets and colons."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON object to stdout."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def facts(rows: Iterable[tuple[str, str]], *, title: str | None = None) -> Table:
+    """Return a table of names and values, one a line."""
+    table = Table(
+        show_header=False, box=None, title=title, title_justify="left", pad_edge=False
+    )
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def columns(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table whose first column is text and whose others are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in the units that matter: ``41 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.1f} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def plan_facts(job: Job) -> dict[str, Any]:
+    """Return all that is known before the run."""
+    plan = job.plan
+    output = job.workspace.output if job.workspace else None
+    return {
+        "source": str(plan.source.folder),
+        "output": str(output) if output else None,
+        "family": plan.config["model_type"],
+        "layers": len(plan.layers),
+        "moe_layers": len(plan.moe_layers),
+        "experts_before": plan.num_experts,
+        "experts_after": plan.settings.experts,
+        "experts_per_token": plan.top_k,
+        "settings": plan.settings.fields(),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "calibration_sequences": plan.sequences,
+        "calibration_sequence_length": plan.sequence_length,
+        "batch_sequences": plan.batch_sequences,
+        "memory_bytes": plan.memory_bytes,
+        "memory_parts": dict(plan.memory),
+        "memory_budget_bytes": job.budget,
+        "disk_bytes": plan.disk_bytes,
+        "disk_free_bytes": free_bytes(output) if output else None,
+        "device": str(job.device),
+        "threads": job.threads,
+        "committed_layers": len(job.journal.layers) if job.journal else 0,
+    }
+
+
+def plan_table(job: Job, options: RunOptions) -> Table:
+    """Return the plan as a table."""
+    plan, known = job.plan, plan_facts(job)
+    dense = len(plan.layers) - len(plan.moe_layers)
+    parts = [(f"  {name}", format_size(size)) for name, size in plan.memory.items() if size]
+    budget = f"{format_size(plan.memory_bytes)} of {format_size(job.budget)} allowed"
+    free = known["disk_free_bytes"]
+    return facts(
+        [
+            ("family", known["family"]),
+            ("layers", f"{len(plan.layers)}" + (f", {dense} of them dense" if dense else "")),
+            ("experts a layer", _experts(job, options)),
+            ("experts a token", str(plan.top_k)),
+            ("method", _method(job, options)),
+            (
+                "weights",
+                f"{format_size(plan.source_bytes)} -> {format_size(plan.output_bytes)} "
+                f"({plan.output_bytes / plan.source_bytes:.1%})",
+            ),
+            (
+                "calibration",
+                f"{plan.sequences} sequences of {plan.sequence_length} tokens, "
+                f"{plan.batch_sequences} at a time",
+            ),
+            ("run in", f"{plan.settings.compute_dtype} on {job.device}, {job.threads} threads"),
+            ("memory", budget),
+            *parts,
+            (
+                "disk",
+                f"{format_size(plan.disk_bytes)} at most"
+                + (f", {format_size(free)} free" if free is not None else ""),
+            ),
+        ],
+        title="Plan",
+    )
+
+
+def _experts(job: Job, options: RunOptions) -> str:
+    before, after = job.plan.num_experts, job.plan.settings.experts
+    text = f"{before} -> {after}"
+    if options.keep is None:
+        return text
+    exact = options.keep * before
+    rounded = "" if exact == after else f" is {float(exact):g}, rounded down"
+    return f"{text} ({float(100 * options.keep):g}%{rounded})"
+
+
+def _method(job: Job, options: RunOptions) -> str:
+    method = job.plan.settings.method
+    if method.grouping == "none":
+        return f"drop experts of low {method.saliency}"
+    size = ""
+    if method.grouping == "ream":
+        chosen = " by default" if options.group_size is None else ""
+        size = f", groups of {method.group_size} at most{chosen}"
+    return f"merge by {method.grouping}, ranked by {method.saliency}{size}"
+
+
+def phases(seconds: Mapping[str, float]) -> str:
+    """Return the time of each phase in one line."""
+    return ", ".join(f"{name} {format_seconds(time)}" for name, time in seconds.items())

@@ -1,0 +1,48 @@
+"""The verb `verify`."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from .style import Verb, exit_statuses, json_option, option
+
+
+@click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10))
+@click.argument("output", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@option(
+    "Checks",
+    "--scan/--no-scan",
+    default=True,
+    show_default=True,
+    help="Read all tensors: digests, and numbers that are not finite.",
+)
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, /, output: Path, *, scan: bool, as_json: bool) -> None:
+    """Check that OUTPUT is whole, consistent and loads.
+
+    Example:
+
+    \b
+        ream-stream verify ./Qwen3-23B
+        ream-stream verify ./Qwen3-23B --no-scan --json
+    """
+    from ream_stream.verify import verify as findings_of
+
+    from .tables import console, facts, print_json
+
+    findings = list(findings_of(output, scan=scan))
+    ok = all(finding.ok for finding in findings)
+    if as_json:
+        print_json({"ok": ok, "findings": [asdict(finding) for finding in findings]})
+    else:
+        rows = [
+            (f"{'ok    ' if finding.ok else 'FAILED'}  {finding.check}", finding.message)
+            for finding in findings
+        ]
+        console(stderr=False).print(facts(rows))
+    if not ok:
+        failed = sum(not finding.ok for finding in findings)
+        click.echo(f"error: {output}: {failed} of {len(findings)} checks failed", err=True)
+        ctx.exit(3)
