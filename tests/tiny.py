@@ -278,8 +278,12 @@ Inputs = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
 
 @torch.no_grad()
 def forward_in_transformers(folder: Path, dtype: torch.dtype, inputs: Inputs) -> list[Forward]:
-    """Load the whole model as users do, and run it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    """Load the whole model as users do, all its tensors and no others, and run it."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    model.eval()
     hidden: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _module, _args, output: hidden.append(output))
