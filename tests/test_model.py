@@ -114,6 +114,25 @@ def test_only_the_open_layer_has_data_and_its_experts_never_do(checkpoints, name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_tensors_have_the_dtypes_transformers_runs_them_in(checkpoints, name):
+    """A correction bias stays float32 in a bf16 model, which a few tokens need not show."""
+    folder = checkpoints(name)
+    full = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    want = {key: tensor.dtype for key, tensor in full.state_dict().items()}
+    if name in {"deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe"}:
+        assert torch.float32 in want.values()
+    model = StreamedModel(open_checkpoint(folder), torch.bfloat16, CPU)
+    for layer in model.layers:
+        with model.open_layer(layer.index):
+            have = {
+                key: tensor.dtype
+                for key, tensor in model.model.state_dict().items()
+                if key in layer.dense
+            }
+        assert have == {key: want[key] for key in layer.dense}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_layer_run_twice_gives_the_same_and_leaves_its_input_alone(checkpoints, name):
     model = StreamedModel(open_checkpoint(checkpoints(name)), torch.float32, CPU)
     tokens = tiny.some_tokens(padded=True)
