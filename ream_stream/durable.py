@@ -134,9 +134,12 @@ def remove(path: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Return what the file system of the nearest existing folder has free."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Tell whether what is written to either takes space from both."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
 
 
 def open_log(path: Path) -> TextIO:
@@ -211,6 +214,12 @@ def lock_holder(path: Path) -> str | None:
     except FileNotFoundError:
         pass
     return None
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from .checkpoint.header import DTYPES, TensorEntry
 from .checkpoint.layouts import find_experts
 from .checkpoint.shards import PlannedTensor, Shard, cut, name_shards
 from .checkpoint.source import Checkpoint
-from .durable import free_bytes
+from .durable import free_bytes, same_disk
 from .errors import DamagedError, OverBudgetError, UnsupportedModelError
 from .families import Family, family_of, with_expert_count
+from .journal import Journal
 from .memory import anonymous_bytes, available_bytes
 from .model import LayerKeys, StreamedModel
 from .settings import Settings, check_counts
@@ -237,22 +238,41 @@ def make_plan(
     return plan
 
 
-def check_disk(plan: Plan, output: Path) -> None:
-    """Refuse a run that the output's disk cannot hold.
+def check_disk(
+    plan: Plan, output: Path, work: Path | None = None, journal: Journal | None = None
+) -> None:
+    """Refuse a run that a disk cannot hold.
+
+    Parameters
+    ----------
+    plan
+        The run.
+    output, work
+        Where its shards and its hidden states go; they may be on different disks.
+    journal
+        Of the run that is gone on with: what it names is on the disk already.
 
     Raises
     ------
     OverBudgetError
         With what is needed and what is free.
     """
-    free = free_bytes(output)
-    if plan.disk_bytes > free:
-        raise OverBudgetError(
-            f"the run needs {format_size(plan.disk_bytes)} on the disk of {output} "
-            f"({format_size(plan.output_bytes)} of shards, "
-            f"{format_size(2 * plan.hidden_bytes)} of hidden states), {format_size(free)} are "
-            "free; fewer --sequences need less"
-        )
+    work, shards, hidden = work or output, plan.output_bytes, 2 * plan.hidden_bytes
+    if journal is not None:
+        shards -= sum(shard.size for shard in journal.shards())
+        left = len(plan.layers) - len(journal.layers)
+        # one boundary is there already; after the last layer there is none
+        hidden -= plan.hidden_bytes * (2 if not left else 1 if journal.layers else 0)
+    together = same_disk(output, work)
+    for place, needed in ((output, shards + hidden * together), (work, hidden)):
+        free = free_bytes(place)
+        if needed > free:
+            raise OverBudgetError(
+                f"the run needs {format_size(needed)} on the disk of {place} "
+                f"({format_size(shards)} of shards, {format_size(hidden)} of hidden states"
+                f"{'' if together else ' elsewhere'}), {format_size(free)} are free; "
+                "fewer --sequences need less"
+            )
 
 
 def _top_k(model: StreamedModel) -> int:

@@ -168,6 +168,15 @@ def test_free_space_is_that_of_the_nearest_folder_there_is(tmp_path):
     assert durable.free_bytes(tmp_path / "not" / "there") > 0
 
 
+def test_a_lock_tells_its_holder_to_those_who_do_not_want_it(tmp_path):
+    path = tmp_path / "lock"
+    assert durable.lock_holder(path) is None
+    with durable.lock(path):
+        assert durable.lock_holder(path).startswith(f"process {os.getpid()} on ")
+    assert durable.lock_holder(path) is None
+    assert durable.same_disk(tmp_path / "not" / "there", tmp_path)
+
+
 def test_a_second_process_is_refused_and_told_which_one_holds_the_lock(tmp_path):
     path = tmp_path / "lock"
 

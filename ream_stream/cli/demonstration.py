@@ -43,7 +43,7 @@ class Amount:
     """Of each domain at most."""
 
 
-FULL = Amount(calibration_sequences=128, test_tokens=40_000)
+FULL = Amount(calibration_sequences=96, test_tokens=30_000)
 QUICK = Amount(calibration_sequences=8, test_tokens=4_000)
 
 

@@ -18,7 +18,7 @@ from ream_stream.errors import OtherRunError, UnsupportedModelError
 from ream_stream.families import family_of
 from ream_stream.finish import MANIFEST
 from ream_stream.journal import Journal, Workspace, check_fingerprint, load
-from ream_stream.memory import available_bytes
+from ream_stream.memory import available_bytes, trim
 from ream_stream.pipeline import fingerprint
 from ream_stream.plan import RAM_SHARE, Plan, check_disk, make_plan
 from ream_stream.settings import Settings
@@ -80,6 +80,7 @@ def prepare(options: RunOptions, *, restart: bool = False) -> Job:
     workspace = workspace_of(options.output, options.work_dir) if options.output else None
     journal = None if workspace is None else _journal(workspace, restart=restart)
     tokens = _token_file(options, checkpoint)
+    threads = _threads(options)  # the plan counts them
     budget = int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram
     plan = make_plan(
         checkpoint,
@@ -89,7 +90,7 @@ def prepare(options: RunOptions, *, restart: bool = False) -> Job:
         ram=budget,
     )
     if workspace is not None:
-        check_disk(plan, workspace.output)
+        check_disk(plan, workspace.output, workspace.work, journal)
     job = Job(
         plan=plan,
         workspace=workspace,
@@ -97,7 +98,7 @@ def prepare(options: RunOptions, *, restart: bool = False) -> Job:
         tokens=tokens,
         request=None,
         device=device,
-        threads=_threads(options),
+        threads=threads,
         budget=budget,
     )
     return _with_tokens(job, options)
@@ -187,6 +188,7 @@ def _with_tokens(job: Job, options: RunOptions) -> Job:
             differs = changed(request, workspace.tokens)
     if tokens is None:
         tokens = read(options, vocab_size=job.plan.source.config.get("vocab_size"))
+        trim()  # a tokenizer takes hundreds of megabytes, which no plan counts
     if journal is not None and workspace is not None:
         wanted = fingerprint(job.plan, tokens)
         if differs is not None:

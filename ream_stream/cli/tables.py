@@ -50,7 +50,7 @@ def columns(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 def format_seconds(seconds: float) -> str:
     """Return a duration in the units that matter: ``41 s``, ``3 min 05 s``, ``2 h 10 min``."""
     whole = round(seconds)
-    if whole < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
     if whole < 60:
         return f"{whole} s"

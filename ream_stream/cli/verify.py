@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from ream_stream.errors import DamagedError
+
 from .style import Verb, exit_statuses, json_option, option
 
 
@@ -30,19 +32,17 @@ def verify(ctx: click.Context, /, output: Path, *, scan: bool, as_json: bool) ->
     """
     from ream_stream.verify import verify as findings_of
 
-    from .tables import console, facts, print_json
+    from .tables import print_json
 
-    findings = list(findings_of(output, scan=scan))
-    ok = all(finding.ok for finding in findings)
+    findings = []
+    for finding in findings_of(output, scan=scan):
+        findings.append(finding)
+        if not as_json:  # as they come: reading a large output takes minutes
+            word = "ok" if finding.ok else "FAILED"
+            click.echo(f"{word:6}  {finding.check:9}  {finding.message}")
+    failed = sum(not finding.ok for finding in findings)
     if as_json:
-        print_json({"ok": ok, "findings": [asdict(finding) for finding in findings]})
-    else:
-        rows = [
-            (f"{'ok    ' if finding.ok else 'FAILED'}  {finding.check}", finding.message)
-            for finding in findings
-        ]
-        console(stderr=False).print(facts(rows))
-    if not ok:
-        failed = sum(not finding.ok for finding in findings)
-        click.echo(f"error: {output}: {failed} of {len(findings)} checks failed", err=True)
-        ctx.exit(3)
+        print_json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
+    if failed:
+        click.echo(f"error: {output}: {failed} of {len(findings)} findings are bad", err=True)
+        ctx.exit(DamagedError.exit_status)
