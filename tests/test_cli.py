@@ -1,5 +1,6 @@
 """The command line as its user meets it: words in, files, words and an exit status out."""
 
+import io
 import json
 import os
 import shlex
@@ -11,13 +12,14 @@ from fractions import Fraction
 import click
 import pytest
 import tiny
+from rich.console import Console
 from safetensors.torch import save_file
 
 from ream_stream import plan
 from ream_stream.__main__ import main
 from ream_stream.cli import cli, job, options, progress, style, tables
 from ream_stream.demo import CHECKPOINT
-from ream_stream.events import LayerDone, Started
+from ream_stream.events import LayerDone, Started, Step
 from ream_stream.method import alignment, grouping, merging, saliency, similarity
 
 VERBS = sorted(cli.commands)
@@ -646,19 +648,40 @@ def test_durations_are_told_in_two_units(seconds, text):
     assert tables.format_seconds(seconds) == text
 
 
-def test_a_terminal_gets_a_bar_and_a_line_for_each_layer(words, tmp_path):
-    reading, terminal = os.openpty()
-    command = [sys.executable, "-m", "ream_stream", *map(str, words(tmp_path / "output"))]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    with subprocess.Popen(command, stderr=terminal, env=environment) as process:
-        os.close(terminal)
-        shown = bytearray()
-        while True:
-            try:
-                shown += os.read(reading, 1 << 16)
-            except OSError:  # the other end is closed
-                break
-    os.close(reading)
-    assert process.returncode == 0
-    assert b"memory" in shown
-    assert shown.count(b"experts, ") >= 2
+LAYER_DONE = LayerDone(
+    layer=1,
+    experts_before=8,
+    experts_after=6,
+    changed=2,
+    read_bytes=2_000_000,
+    written_bytes=1_500_000,
+    seconds={"observe": 40.0, "write": 1.2},
+    peak_anonymous_bytes=700_000_000,
+)
+
+
+def shown(*, terminal):
+    """Show three layers, of which the first was committed before; return what is printed."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=120, highlight=False)
+    with progress.display(console, [1_000_000, 2_000_000, 4_000_000]) as display:
+        display.show(Started(layers=3, committed=1))
+        display.show(Step(layer=1, phase="observe", done=3, total=4))
+        display.show(LAYER_DONE)
+        display.show(Step(layer=2, phase="observe", done=1, total=4))
+    return file.getvalue()
+
+
+def test_a_log_gets_one_line_for_each_layer():
+    (line,) = shown(terminal=False).splitlines()
+    assert line.startswith(
+        "layer 2/3  8 -> 6 experts, 2 merged  2.00 MB -> 1.50 MB  41 s  peak 700 MB  "
+    )
+    assert line.endswith(" left")
+
+
+def test_a_terminal_gets_a_bar_beside_the_lines():
+    text = shown(terminal=True)
+    assert "layer 2/3  8 -> 6 experts, 2 merged" in text
+    assert "layer 3/3  observe 1/4" in text
+    assert "3.00 MB of 7.00 MB  memory " in text
