@@ -351,6 +351,21 @@ def test_the_size_of_a_batch_does_not_matter(checkpoints, tmp_path, name, batch)
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("grouping", ["ream", "mc-smoe", "none"])
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_the_routers_groups_stay_equal_even_if_all_in_one_matter_less(tmp_path, name, grouping):
+    source = tiny.write_checkpoint(tmp_path / "source", name, torch.bfloat16)
+    tensors = tiny.load_tensors(source)
+    for key in tensors:
+        if re.search(r"\.experts\.[0-3]\.down_proj", key):
+            tensors[key] /= 100
+    tiny.save_tensors(source, tensors)
+    done = run(source, tmp_path / "out", settings(KEEP, grouping=grouping))
+    for layer in done.manifest["layers"]:
+        assert max(layer["saliency"][:4]) < min(layer["saliency"][4:])
+        assert [group[0] // 4 for group in layer["groups"]] == [0, 0, 0, 1, 1, 1]
+
+
 def test_a_run_that_is_complete_is_left_alone(checkpoints, tmp_path):
     done = run(checkpoints("mixtral"), tmp_path / "out", settings(KEEP))
     times = {path: path.stat().st_mtime_ns for path in done.output.iterdir() if path.is_file()}
