@@ -1,0 +1,38 @@
+"""Storage schemes of weights: stored tensors to floats and back, one matrix at a time.
+
+`detect` tells from headers how the matrix at a prefix is stored and gives the
+codec that decodes and encodes it. Only merged experts pass through a codec on
+their way to the output; all else is copied byte for byte.
+"""
+
+from collections.abc import Mapping
+
+from .detect import ACTIVATION_SUFFIXES, Stored, detect, weight_settings
+from .fp8 import Fp8Block, Fp8Scaled
+from .int4 import Int4
+from .mxfp4 import Mxfp4
+from .nvfp4 import Nvfp4
+from .skipped import rename_skipped
+from .stored import Codec, Part, Plain
+
+SCHEMES: Mapping[str, type[Codec]] = {
+    codec.scheme: codec for codec in (Plain, Fp8Block, Fp8Scaled, Int4, Mxfp4, Nvfp4)
+}
+"""Every scheme by name; a codec is an instance, with the parameters of a checkpoint."""
+
+__all__ = [
+    "ACTIVATION_SUFFIXES",
+    "SCHEMES",
+    "Codec",
+    "Fp8Block",
+    "Fp8Scaled",
+    "Int4",
+    "Mxfp4",
+    "Nvfp4",
+    "Part",
+    "Plain",
+    "Stored",
+    "detect",
+    "rename_skipped",
+    "weight_settings",
+]
