@@ -22,7 +22,7 @@ from .checkpoint.layouts import ExpertStack, find_experts
 from .checkpoint.source import Checkpoint, MappedTensors
 from .errors import DamagedError, UnsupportedModelError
 from .experts import ExpertWeights, StreamedExperts
-from .memory import trim
+from .memory import bound_kernel_caches, trim
 from .skeleton import (
     build_skeleton,
     embed_rows,
@@ -96,6 +96,7 @@ class StreamedModel:
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     ) -> None:
+        bound_kernel_caches()
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         layers = checkpoint.config.get("num_hidden_layers")
         if isinstance(layers, int) and layers > len(checkpoint.entries):

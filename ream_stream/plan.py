@@ -22,8 +22,9 @@ from .errors import DamagedError, OverBudgetError, UnsupportedModelError
 from .families import Family, family_of, with_expert_count
 from .journal import Journal
 from .memory import anonymous_bytes, available_bytes
+from .method.alignment import ALIGNMENTS
 from .model import LayerKeys, StreamedModel
-from .settings import Settings, check_counts
+from .settings import Method, Settings, check_counts
 from .sizes import format_size
 
 BATCH_TOKENS = 8192
@@ -31,6 +32,9 @@ BATCH_TOKENS = 8192
 
 RAM_SHARE = 0.8
 """Share of the free memory that is used if no budget is given."""
+
+LIBRARY_BYTES = 32_000_000
+"""What libraries take once they are used: 4 MB at once, up to 20 MB for oneDNN's kernels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,10 +372,14 @@ def _memory(
     )
     compares = method.grouping != "none"
     sample = min(method.similarity_tokens or tokens, tokens) if compares else 0
+    # any expert may be sent every token of a batch
+    at_work = batch_tokens * (4 * stack.inner + 3 * stack.hidden)
     parts = {
-        "interpreter and libraries": anonymous_bytes(),
+        "interpreter and libraries": anonymous_bytes() + LIBRARY_BYTES,
+        "token ids": 3 * 8 * tokens,
         "dense weights of a layer": dense * size,
-        "one expert": expert * size,
+        "one expert": (expert + at_work) * size,
+        "aligning two experts": _alignment_bytes(method, expert, stack.inner),
         "merging one expert": 3 * expert * 4 if compares else 0,
         "batch": batch_tokens * stack.hidden * (4 * (top_k + 2) + 4 * size),
         "token sample": sample * (stack.hidden * size + 4 * len(stack.experts)),
@@ -389,3 +397,14 @@ def _memory(
         outputs if settings.sequential and needed + outputs <= ram else 0
     )
     return parts
+
+
+def _alignment_bytes(method: Method, expert: int, inner: int) -> int:
+    """Return what the cost of one pair takes while others are matched on torch's threads."""
+    alignment = ALIGNMENTS[method.alignment]
+    if method.grouping == "none" or not (alignment.activations or alignment.weights):
+        return 0
+    # scipy makes a float64 copy of each float32 cost that it works on
+    matching = torch.get_num_threads() * inner**2 * (4 + 8)
+    sample = 3 * method.alignment_tokens * inner * 4
+    return matching + 4 * inner**2 * 4 + expert * 4 + sample

@@ -1,0 +1,102 @@
+"""Compresses a checkpoint in a process of its own and tells how much memory that took.
+
+Usage: python measure.py SOURCE OUTPUT DTYPE [leak]
+"""
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from ream_stream import plan
+from ream_stream.calibration.tokens import from_tensors
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.events import Finished, LayerDone
+from ream_stream.experts import ExpertWeights
+from ream_stream.journal import Workspace
+from ream_stream.pipeline import compress
+from ream_stream.settings import Method, Settings
+
+SEQUENCES, LENGTH = 16, 128
+BATCH_TOKENS = 1024
+"""Two batches."""
+
+
+def rss_anon():
+    """Read it from the kernel, not through the product's own gauge."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+class Sampler(threading.Thread):
+    """Reads anonymous memory every two milliseconds."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.done = threading.Event()
+
+    def run(self):
+        while not self.done.wait(0.002):
+            self.peak = max(self.peak, rss_anon())
+
+
+def leak_experts():
+    """Keep a copy of every expert that is ever loaded."""
+    kept, load = {}, ExpertWeights.load
+
+    def keep(self, expert):
+        loaded = load(self, expert)
+        kept.setdefault(self.stack.experts[expert].gate, [part.clone() for part in loaded])
+        return loaded
+
+    ExpertWeights.load = keep
+
+
+def main(source, output, dtype, *faults):
+    torch.set_num_threads(1)
+    plan.BATCH_TOKENS = BATCH_TOKENS
+    if faults:
+        leak_experts()
+    checkpoint = open_checkpoint(Path(source))
+    settings = Settings(
+        experts=24,
+        method=Method(group_size=4, similarity_tokens=512, alignment_tokens=256),
+        compute_dtype=dtype,
+    )
+    planned = plan.make_plan(checkpoint, settings, SEQUENCES, LENGTH)
+    base = rss_anon()
+    ids_SL = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) * 7 % 64
+    tokens = from_tensors({"input_ids": ids_SL}, description="counted")
+    workspace = Workspace(output=Path(output), work=Path(output) / ".ream-stream")
+    sampler = Sampler()
+    sampler.start()
+    layers = []
+    with workspace.locked():
+        for event in compress(
+            planned, tokens, workspace, device=torch.device("cpu"), threads=1
+        ):
+            if isinstance(event, LayerDone):
+                layers.append(event.peak_anonymous_bytes)
+            if isinstance(event, Finished):
+                reported = event.peak_anonymous_bytes
+    sampler.done.set()
+    sampler.join()
+    told = {
+        "base": base,
+        "peak": sampler.peak,
+        "layers": layers,
+        "reported": reported,
+        "planned": planned.memory_bytes,
+        "parts": dict(planned.memory),
+    }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
