@@ -41,7 +41,8 @@ def make_checkpoint(folder: Path) -> None:
         norm_topk_prob=True,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters", file=sys.stderr)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters / 1e6:.0f}M parameters", file=sys.stderr)
     model.save_pretrained(folder)
 
 
@@ -76,7 +77,8 @@ def measure(source: Path, output: Path, grouping: str, threads: int, dtype: str)
     checkpoint = open_checkpoint(source)
     chosen = str(compute_dtype(dtype, torch.bfloat16, device)).removeprefix("torch.")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, checkpoint.config["vocab_size"], (SEQUENCES, LENGTH), generator=generator)
+    vocabulary = checkpoint.config["vocab_size"]
+    ids = torch.randint(0, vocabulary, (SEQUENCES, LENGTH), generator=generator)
     tokens = from_tensors({"input_ids": ids}, description="random tokens")
     method = Method(grouping=grouping)
     settings = Settings(experts=KEEP, method=method, compute_dtype=chosen)
@@ -100,7 +102,11 @@ def measure(source: Path, output: Path, grouping: str, threads: int, dtype: str)
         "threads": threads,
         "seconds": time.perf_counter() - start,
         "seconds_by_phase": finished.seconds,
-        "expert_gflops": {k: flop[k] / finished.seconds.get(k, 1) / 1e9 for k in flop if flop[k]},
+        "expert_gflops": {
+            phase: count / finished.seconds[phase] / 1e9
+            for phase, count in flop.items()
+            if count
+        },
         "machine_gflops": product_rate(chosen),
         "peak_anonymous_mb": finished.peak_anonymous_bytes / 1e6,
         "planned_mb": plan.memory_bytes / 1e6,
