@@ -14,6 +14,9 @@ _INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own, and return its exit status."""
+    # threads that spin while they wait make a run 8 times as long where others use the
+    # processors too (2 threads, load 11: 317 s, or 37 s asleep); torch reads it when imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = cli.main(arguments, prog_name="ream-stream", standalone_mode=False)
         sys.stdout.flush()

@@ -82,7 +82,7 @@ def compress(
     else:
         journal = Journal(
             fingerprint=wanted,
-            machine={"batch_sequences": plan.batch_sequences},
+            machine={"batch_sequences": plan.batch_sequences, "threads": threads},
             files=output_files(plan),
         )
         save(workspace, journal)

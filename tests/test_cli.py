@@ -12,6 +12,7 @@ from fractions import Fraction
 import click
 import pytest
 import tiny
+import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -187,6 +188,16 @@ def test_percent_and_size_take_values_that_are_converted_already():
 # --- compress
 
 
+def stop_at_start(monkeypatch):
+    """Let runs get a Ctrl-C as they begin."""
+
+    def stop(_log, event):
+        if isinstance(event, Started):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(progress.Log, "show", stop)
+
+
 def test_a_compressed_checkpoint_loads_with_fewer_experts(capsys, words, tmp_path):
     output = tmp_path / "output"
     status, out, err = call(capsys, *words(output, "--keep", "80%"))
@@ -247,14 +258,22 @@ def test_a_signal_stops_after_a_commit_and_the_next_run_gives_the_same_bytes(
     assert files(output) == files(finished)
 
 
+def test_a_run_goes_on_with_the_threads_it_began_with(capsys, monkeypatch, words, tmp_path):
+    output = tmp_path / "output"
+    stop_at_start(monkeypatch)
+    try:
+        assert call(capsys, *words(output, "--threads", 2))[0] == 130
+        torch.set_num_threads(1)
+        known = json.loads(call(capsys, *words(output, "--dry-run", "--json"))[1])
+        assert known["threads"] == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_resume_command_does_not_discard_what_there_is(
     capsys, monkeypatch, words, tmp_path
 ):
-    def stop(_log, event):
-        if isinstance(event, Started):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(progress.Log, "show", stop)
+    stop_at_start(monkeypatch)
     _, _, err = call(capsys, *words(tmp_path / "output", "--restart"))
     assert "resume with: ream-stream compress" in err
     assert "--restart" not in err.partition("resume with: ")[2]

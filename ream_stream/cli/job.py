@@ -80,7 +80,7 @@ def prepare(options: RunOptions, *, restart: bool = False) -> Job:
     workspace = workspace_of(options.output, options.work_dir) if options.output else None
     journal = None if workspace is None else _journal(workspace, restart=restart)
     tokens = _token_file(options, checkpoint)
-    threads = _threads(options)  # the plan counts them
+    threads = _threads(options, journal)  # the plan counts them
     budget = int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram
     plan = make_plan(
         checkpoint,
@@ -197,7 +197,13 @@ def _with_tokens(job: Job, options: RunOptions) -> Job:
     return replace(job, tokens=tokens, request=request)
 
 
-def _threads(options: RunOptions) -> int:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    return torch.get_num_threads()
+def _threads(options: RunOptions, journal: Journal | None) -> int:
+    """Return the number of threads to use, and let torch use them.
+
+    A run goes on with the number it began with: products that are summed in
+    another order differ in their last bits.
+    """
+    begun = journal.machine.get("threads") if journal else None
+    threads: int = options.threads or begun or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return threads
