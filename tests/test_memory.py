@@ -146,6 +146,7 @@ def test_the_reported_peak_is_the_measured_one(measured):
     assert abs(told["reported"] - told["peak"]) < LAYER_BYTES / 4
 
 
+@pytest.mark.slow
 def test_a_leak_is_seen(measured):
     healthy, leaking = measured(4, "bfloat16"), measured(16, "bfloat16", "leak")
     assert leaking["peak"] - healthy["peak"] > LAYER_BYTES
