@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import durable
+from .budget import MAX_BATCH_TOKENS
 from .calibration.hidden import HiddenStates, HiddenWriter
 from .calibration.tokens import Tokens
 from .checkpoint.source import Checkpoint
@@ -26,7 +27,6 @@ from .errors import InterruptedRunError, ReamStreamError, UsageError
 from .events import Phase, Step
 from .families import family_of
 from .model import Batch, StreamedModel
-from .plan import BATCH_TOKENS
 from .skeleton import get_tensor
 from .stream import Batches, advance
 
@@ -201,7 +201,7 @@ class _Job:
         self, model: StreamedModel, tokens: Tokens, target_SL: Tensor, *, block: int
     ) -> None:
         self.model, self.tokens, self.target_SL, self.block = model, tokens, target_SL, block
-        rows = max(1, BATCH_TOKENS // tokens.sequence_length)
+        rows = max(1, MAX_BATCH_TOKENS // tokens.sequence_length)
         self.batches = Batches(tokens, min(tokens.num_sequences, rows))
 
     def events(self, folder: Path, width: int) -> Iterator[Step | Evaluation]:

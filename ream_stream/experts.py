@@ -9,7 +9,7 @@ Letters in shapes: T tokens, K experts a token, E experts, R rows routed to one
 expert, S = T * K slots, H hidden, I inner.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from .checkpoint.layouts import ExpertStack
 from .checkpoint.source import MappedTensors
-
 
 ROW_MULTIPLE = 64
 """Rows of a bf16 product on the CPU are rounded up to a multiple of this.
@@ -84,6 +83,7 @@ class StreamedExperts(nn.Module):
         self.weights = weights
         self.listener: Callable[[Routed], None] | None = None
         self.only_listening = False
+        self.dispatch: Callable[[Tensor, int], Iterable[tuple[int, Tensor]]] = slots_by_expert
         # float32 products on the CPU are of another library, which compiles nothing
         self._rounds_up = weights.device.type == "cpu" and weights.dtype != torch.float32
         self._gate: Any = original._apply_gate
@@ -113,7 +113,7 @@ class StreamedExperts(nn.Module):
         num_slots = 0 if self.only_listening else tokens * top_k
         slots_SH = hidden_TH.new_empty(num_slots, hidden_TH.shape[1], dtype=dtype)
         norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
-        for expert, slot_R in slots_by_expert(index_TK, len(self.weights.stack.experts)):
+        for expert, slot_R in self.dispatch(index_TK, len(self.weights.stack.experts)):
             output_RH = self._run(expert, hidden_TH, slot_R // top_k)
             if self.listener is not None:
                 norm_R = torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)

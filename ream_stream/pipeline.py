@@ -18,7 +18,7 @@ from .events import Event, Finished, LayerDone, Started
 from .finish import MANIFEST, output_files, write_rest
 from .journal import Journal, LayerRecord, Workspace, check_fingerprint, load, save
 from .layer import Context, LayerJob
-from .memory import Gauge, gauge
+from .memory import Gauge, gauge, return_freed_memory
 from .model import StreamedModel
 from .plan import LayerPlan, Plan
 
@@ -89,6 +89,8 @@ def compress(
     workspace.check_committed(journal)
     workspace.remove_strays(journal)
     yield Started(layers=len(plan.layers), committed=len(journal.layers))
+    if plan.steady:
+        return_freed_memory()
     seconds: dict[str, float] = {}
     complete = (workspace.output / MANIFEST).is_file()
     with gauge() as meter:

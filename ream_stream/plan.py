@@ -13,28 +13,23 @@ from typing import Any
 
 import torch
 
-from .checkpoint.header import DTYPES, TensorEntry
+from .budget import Size, allot
+from .checkpoint.header import TensorEntry
 from .checkpoint.layouts import find_experts
 from .checkpoint.shards import PlannedTensor, Shard, cut, name_shards
 from .checkpoint.source import Checkpoint
 from .durable import free_bytes, same_disk
 from .errors import DamagedError, OverBudgetError, UnsupportedModelError
 from .families import Family, family_of, with_expert_count
+from .footprint import Footprints
 from .journal import Journal
-from .memory import anonymous_bytes, available_bytes
-from .method.alignment import ALIGNMENTS
+from .memory import available_bytes
 from .model import LayerKeys, StreamedModel
-from .settings import Method, Settings, check_counts
+from .settings import Settings, check_counts
 from .sizes import format_size
-
-BATCH_TOKENS = 8192
-"""Tokens that are run together, if the sequences are shorter than that."""
 
 RAM_SHARE = 0.8
 """Share of the free memory that is used if no budget is given."""
-
-LIBRARY_BYTES = 32_000_000
-"""What libraries take once they are used: 4 MB at once, up to 20 MB for oneDNN's kernels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +91,12 @@ class Plan:
 
     memory: Mapping[str, int] = field(repr=False)
     """Anonymous host memory at its peak, by part, bytes."""
+
+    minimum_ram: int
+    """The smallest budget of memory that works, bytes."""
+
+    steady: bool
+    """Whether freed memory goes back to the kernel at once: with a stated budget."""
 
     @property
     def moe_layers(self) -> list[LayerPlan]:
@@ -213,7 +214,13 @@ def make_plan(
     groups_per_token = int(getattr(model.model.config, "topk_group", None) or routing_groups)
     check_counts(settings, num_experts, top_k, routing_groups, groups_per_token)
     layers, outside = _lay_out(model, family, num_experts, settings)
-    batch = max(1, min(sequences, BATCH_TOKENS // sequence_length))
+    allotment = allot(
+        Footprints(source, dtype),
+        settings,
+        Size(sequences=sequences, length=sequence_length, threads=torch.get_num_threads()),
+        ram if ram is not None else int(RAM_SHARE * available_bytes()),
+        steady=ram is not None,
+    )
     plan = Plan(
         settings=settings,
         source=source,
@@ -226,16 +233,11 @@ def make_plan(
         outside=outside,
         sequences=sequences,
         sequence_length=sequence_length,
-        batch_sequences=batch,
+        batch_sequences=allotment.batch_sequences,
         hidden_size=stacks[0].hidden,
-        memory=_memory(
-            model,
-            settings,
-            top_k=top_k,
-            batch_tokens=batch * sequence_length,
-            tokens=sequences * sequence_length,
-            ram=ram if ram is not None else int(RAM_SHARE * available_bytes()),
-        ),
+        memory=allotment.parts,
+        minimum_ram=allotment.minimum,
+        steady=ram is not None,
     )
     # builds the compressed config's own class: refuses shapes that would not load
     StreamedModel(plan.output_checkpoint(source.folder), dtype, torch.device("cpu"))
@@ -345,66 +347,3 @@ def _planned(entry: TensorEntry, axis: int | None, keep: int) -> PlannedTensor:
     if axis is not None:
         shape[axis] = keep
     return PlannedTensor(name=entry.name, dtype=entry.dtype, shape=tuple(shape))
-
-
-def _memory(
-    model: StreamedModel,
-    settings: Settings,
-    *,
-    top_k: int,
-    batch_tokens: int,
-    tokens: int,
-    ram: int,
-) -> dict[str, int]:
-    """Return the parts of the peak of anonymous memory; docs/memory.md explains them."""
-    layer = next(layer for layer in model.layers if layer.stack)
-    stack = layer.stack
-    assert stack is not None
-    entries, size, method = model.checkpoint.entries, model.dtype.itemsize, settings.method
-    expert = 3 * stack.hidden * stack.inner
-    dense = max(
-        sum(
-            entries[name].num_elements
-            for name in layer.dense.values()
-            if DTYPES[entries[name].dtype] != model.dtype
-        )
-        for layer in model.layers
-    )
-    compares = method.grouping != "none"
-    sample = min(method.similarity_tokens or tokens, tokens) if compares else 0
-    # any expert may be sent every token of a batch
-    at_work = batch_tokens * (4 * stack.inner + 3 * stack.hidden)
-    parts = {
-        "interpreter and libraries": anonymous_bytes() + LIBRARY_BYTES,
-        "token ids": 3 * 8 * tokens,
-        "dense weights of a layer": dense * size,
-        "one expert": (expert + at_work) * size,
-        "aligning two experts": _alignment_bytes(method, expert, stack.inner),
-        "merging one expert": 3 * expert * 4 if compares else 0,
-        "batch": batch_tokens * stack.hidden * (4 * (top_k + 2) + 4 * size),
-        "token sample": sample * (stack.hidden * size + 4 * len(stack.experts)),
-    }
-    needed = sum(parts.values())
-    if needed > ram:
-        largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
-        raise OverBudgetError(
-            f"the run needs {format_size(needed)} of memory, the budget is {format_size(ram)}: "
-            + ", ".join(f"{name} {format_size(size)}" for name, size in largest)
-        )
-    outputs = tokens * stack.hidden * size * len(model.mixers(layer.index))
-    # kept only if there is room: without them attention is computed twice
-    parts["attention outputs"] = (
-        outputs if settings.sequential and needed + outputs <= ram else 0
-    )
-    return parts
-
-
-def _alignment_bytes(method: Method, expert: int, inner: int) -> int:
-    """Return what the cost of one pair takes while others are matched on torch's threads."""
-    alignment = ALIGNMENTS[method.alignment]
-    if method.grouping == "none" or not (alignment.activations or alignment.weights):
-        return 0
-    # scipy makes a float64 copy of each float32 cost that it works on
-    matching = torch.get_num_threads() * inner**2 * (4 + 8)
-    sample = 3 * method.alignment_tokens * inner * 4
-    return matching + 4 * inner**2 * 4 + expert * 4 + sample

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from ream_stream import plan
+from ream_stream import budget, plan
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.events import Finished, LayerDone
@@ -60,7 +60,7 @@ def leak_experts():
 
 def main(source, output, dtype, *faults):
     torch.set_num_threads(1)
-    plan.BATCH_TOKENS = BATCH_TOKENS
+    budget.MAX_BATCH_TOKENS = BATCH_TOKENS
     if faults:
         leak_experts()
     checkpoint = open_checkpoint(Path(source))

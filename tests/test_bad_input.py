@@ -695,7 +695,7 @@ def test_a_memory_budget_that_is_too_small(checkpoints):
     source, tokens = open_checkpoint(checkpoints("olmoe")), some_tokens()
     fits = make_plan(source, settings(), 4, 12)
     needed = fits.memory_bytes - fits.memory["attention outputs"]
-    with pytest.raises(OverBudgetError, match=r"needs .* of memory, the budget is 1\.00 MB"):
+    with pytest.raises(OverBudgetError, match=r"needs .* of memory .*, the budget is 1\.00 MB"):
         make_plan(source, settings(), 4, 12, ram=1_000_000)
     # with just enough, what is kept only to save time is left out
     roomy = make_plan(source, settings(), 4, 12, ram=needed + 200_000_000)

@@ -68,7 +68,7 @@ def tokens_of(tokens):
 def test_the_mean_is_that_of_transformers(checkpoints, tmp_path, monkeypatch, name, padded):
     folder, tokens = checkpoints(name, torch.bfloat16), some_tokens(5, 12, padded=padded)
     # batches of 2, 2 and 1 sequences; logits of 3 positions at once
-    monkeypatch.setattr(module, "BATCH_TOKENS", 24)
+    monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 24)
     monkeypatch.setattr(module, "LOGITS_BYTES", 3 * 4 * tiny.VOCABULARY)
     result = streamed(folder, tokens, tmp_path)
     assert result.nats == pytest.approx(whole(folder, tokens), rel=1e-6)
@@ -91,7 +91,7 @@ def test_the_result_does_not_depend_on_how_sequences_are_cut_into_batches(
 ):
     tokens, results = demo_tokens(padded=True), []
     for batch_tokens, logits_bytes in ((64, 120_000), (200, 500_000), (10_000, 10**9)):
-        monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr(module, "MAX_BATCH_TOKENS", batch_tokens)
         monkeypatch.setattr(module, "LOGITS_BYTES", logits_bytes)
         results.append(streamed(CHECKPOINT, tokens, tmp_path))
     for result in results[1:]:
@@ -160,7 +160,7 @@ def test_the_work_folder_holds_two_boundaries_at_most_and_nothing_at_the_end(tmp
 
 
 def test_progress_counts_batches_by_layer_then_sequences(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_TOKENS", 64 * 4)
+    monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 64 * 4)
     checkpoint = open_checkpoint(CHECKPOINT)
     *steps, _ = evaluate(checkpoint, demo_tokens(), tmp_path, dtype=torch.float32, device=CPU)
     assert [(s.layer, s.phase, s.done, s.total) for s in steps] == [

@@ -1,0 +1,209 @@
+"""What a run holds in memory, part by part, and the batch that fits a budget.
+
+Parts that stay (weights, buffers, samples) are counted from shapes. What comes and goes
+is the most that any phase has alive at once: from `footprint` where a layer runs, from
+shapes where experts are compared, aligned and merged. docs/memory.md explains the words.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .checkpoint.header import DTYPES
+from .checkpoint.layouts import ExpertStack
+from .errors import OverBudgetError
+from .footprint import Footprints
+from .memory import anonymous_bytes
+from .method.alignment import ALIGNMENTS
+from .observe import SAMPLE_ROWS
+from .settings import Method, Settings
+from .sizes import format_size
+
+MAX_BATCH_TOKENS = 8192
+"""Tokens that are run together at most: larger batches gain nothing measurable."""
+
+LIBRARY_BYTES = 32_000_000
+"""What libraries take once they are used: 4 MB at once, up to 20 MB for oneDNN's kernels."""
+
+HEAP_SHARE = 0.4
+"""Of what comes and goes, the share that glibc's heap may hold on to.
+
+Measured on the 107M-parameter benchmark: 0.04 to 0.37. With a stated budget freed memory
+goes back to the kernel at once, and the share is 0; that costs a small model a third of
+its speed (the kernel clears every page again) and a large one little.
+"""
+
+OUTPUTS = "attention outputs"
+"""Name of the part that is taken only if there is room: with 0, attention runs twice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """How much there is to run."""
+
+    sequences: int
+    """Calibration sequences."""
+
+    length: int
+    """Tokens of a sequence."""
+
+    threads: int
+    """Assignments matched side by side."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, padding included."""
+        return self.sequences * self.length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allotment:
+    """A batch and the memory that a run with it takes."""
+
+    batch_sequences: int
+    """Sequences of a batch."""
+
+    parts: Mapping[str, int]
+    """Bytes by part; the sum is the promised peak."""
+
+    minimum: int
+    """Bytes of the smallest budget that works."""
+
+
+def allot(
+    footprints: Footprints, settings: Settings, size: Size, ram: int, *, steady: bool
+) -> Allotment:
+    """Choose the largest batch that the budget allows.
+
+    Parameters
+    ----------
+    footprints
+        Of the source.
+    settings
+        What was asked for.
+    size
+        How much is run.
+    ram
+        Budget of anonymous host memory, bytes.
+    steady
+        Whether freed memory goes back to the kernel at once.
+
+    Raises
+    ------
+    OverBudgetError
+        Not even one sequence at a time fits; the smallest budget that works is told.
+    """
+    fixed = _fixed(footprints, settings, size)
+    outputs = _output_bytes(footprints, settings, size)
+
+    def parts(batch: int) -> dict[str, int]:
+        phase, working = _work(footprints, settings, size, batch)
+        heap = 0 if steady else int(HEAP_SHARE * working)
+        return {**fixed, f"work: {phase}": working, "kept by the heap": heap}
+
+    batch = max(1, min(size.sequences, MAX_BATCH_TOKENS // size.length))
+    smallest = parts(1)
+    minimum = sum(smallest.values())
+    if minimum > ram:
+        raise OverBudgetError(_too_little(smallest, minimum, ram))
+    chosen = parts(batch)
+    while sum(chosen.values()) > ram:
+        batch = -(-batch // 2)
+        chosen = parts(batch) if batch > 1 else smallest
+    room = ram - sum(chosen.values())
+    chosen[OUTPUTS] = outputs if settings.sequential and outputs <= room else 0
+    return Allotment(batch_sequences=batch, parts=chosen, minimum=minimum)
+
+
+def _fixed(footprints: Footprints, settings: Settings, size: Size) -> dict[str, int]:
+    """Return what stays for as long as a layer is worked on."""
+    model, method = footprints.model, settings.method
+    entries, itemsize = model.checkpoint.entries, model.dtype.itemsize
+    stack = _stack(footprints)
+    converted = max(
+        sum(
+            entries[name].num_elements
+            for name in layer.dense.values()
+            if DTYPES[entries[name].dtype] != model.dtype
+        )
+        for layer in model.layers
+    )
+    experts = len(stack.experts)
+    sample = min(method.similarity_tokens or size.tokens, size.tokens)
+    compares = method.grouping != "none"
+    return {
+        "interpreter and libraries": anonymous_bytes() + LIBRARY_BYTES,
+        "token ids": 3 * 8 * size.tokens,
+        "dense weights of a layer": converted * itemsize,
+        "buffers of one expert": 3 * stack.hidden * stack.inner * itemsize,
+        "token sample": sample * (stack.hidden * itemsize + 4 * experts) if compares else 0,
+        "mean outputs": experts * stack.hidden * 8 + 3 * experts**2 * 8 if compares else 0,
+    }
+
+
+def _work(
+    footprints: Footprints, settings: Settings, size: Size, batch: int
+) -> tuple[str, int]:
+    """Return the phase that has most alive at once, and those bytes."""
+    model, method = footprints.model, settings.method
+    stack, itemsize = _stack(footprints), model.dtype.itemsize
+    runs = [footprints.of(index, batch, size.length) for index in footprints.kinds()]
+    # what is read of a store is there twice for a moment, and then goes in
+    entering = 2 * batch * size.length * stack.hidden * itemsize
+    most = max(run.run for run in runs)
+    observed = max(run.observe for run in runs) if settings.sequential else most
+    phases = {"observe": observed + entering, "propagate": most + entering}
+    if method.grouping != "none":
+        phases["compare"] = _compare_bytes(stack, itemsize)
+        phases["align"] = _align_bytes(method, stack, itemsize, size.threads)
+        phases["write"] = _merge_bytes(stack)
+    return max(phases.items(), key=lambda phase: phase[1])
+
+
+def _compare_bytes(stack: ExpertStack, itemsize: int) -> int:
+    """Return what running an expert on a block of the sample takes, and its down in float32."""
+    widened = 16 << 20  # `MeanActivations.add` works in blocks of this
+    return SAMPLE_ROWS * 4 * stack.inner * itemsize + widened + stack.hidden * stack.inner * 4
+
+
+def _align_bytes(method: Method, stack: ExpertStack, itemsize: int, threads: int) -> int:
+    """Return what the cost of one pair takes while others are matched."""
+    alignment, square = ALIGNMENTS[method.alignment], stack.inner**2
+    if not (alignment.activations or alignment.weights):
+        return 0
+    # scipy makes a float64 copy of each float32 cost that it works on
+    matching = threads * square * (4 + 8)
+    rows = method.alignment_tokens
+    # of two experts in float32, and of the one being run
+    activations = rows * (2 * 4 + 4 * itemsize) * stack.inner + rows * stack.hidden * itemsize
+    # a part of both experts in float32, and the costs
+    weights = 2 * stack.hidden * stack.inner * 4 + 4 * square * 4
+    return matching + activations + weights
+
+
+def _merge_bytes(stack: ExpertStack) -> int:
+    """Return what merging takes: a float32 sum, a member, its widened part, a result."""
+    matrix, itemsize = stack.hidden * stack.inner, DTYPES[stack.dtype].itemsize
+    return 3 * matrix * 4 + 2 * 3 * matrix * itemsize + 2 * matrix * 4
+
+
+def _output_bytes(footprints: Footprints, settings: Settings, size: Size) -> int:
+    """Return what keeping the mixers' outputs of all tokens takes."""
+    if not settings.sequential:
+        return 0
+    model = footprints.model
+    mixers = max(len(model.mixers(layer.index)) for layer in model.layers if layer.stack)
+    return mixers * size.tokens * _stack(footprints).hidden * model.dtype.itemsize
+
+
+def _stack(footprints: Footprints) -> ExpertStack:
+    return next(layer.stack for layer in footprints.model.layers if layer.stack)
+
+
+def _too_little(parts: Mapping[str, int], minimum: int, ram: int) -> str:
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+    told = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in largest)
+    return (
+        f"the run needs {format_size(minimum)} of memory with one sequence at a time, the "
+        f"budget is {format_size(ram)}; the largest parts are {told}. Give --ram {minimum} "
+        "or more, or shorter sequences (--sequence-length), or fewer --similarity-tokens"
+    )

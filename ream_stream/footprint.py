@@ -1,0 +1,177 @@
+"""How much memory running a layer takes, found without running it.
+
+The layer's own forward is called on tensors that have shapes and no data, and
+every tensor that an operation makes is counted from its birth to its death. So
+the number holds for any family's attention, and needs the headers alone.
+
+Operations' private scratch is not seen; it is small on the CPU.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .checkpoint.header import DTYPES
+from .checkpoint.source import Checkpoint
+from .experts import Routed, StreamedExperts
+from .model import Batch, StreamedModel
+from .skeleton import get_tensor, path_of, put_tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """Bytes of the tensors alive at once while a layer runs on a batch, at most.
+
+    What goes in and what the layer holds (weights, buffers of experts) is not
+    counted; what comes out is.
+    """
+
+    observe: int
+    """As far as its experts, with a listener's statistics."""
+
+    run: int
+    """To its end."""
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors made within the block, and remembers the most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: Any = (),  # noqa: ANN401
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        output = func(*args, **(kwargs or {}))
+        given = {_storage(leaf)[0] for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+        for leaf in tree_leaves(output):
+            if _is_tensor(leaf):
+                self._count(leaf, given)
+        return output
+
+    def _count(self, tensor: Tensor, given: set[int]) -> None:
+        key, storage = _storage(tensor)
+        if key in self._known or key in given:
+            return
+        nbytes = storage.nbytes()
+        self._known.add(key)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, nbytes)
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+
+class _NoData:
+    """Stands in for a checkpoint's mapped tensors: the shapes of its headers, no data."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.entries = checkpoint.entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+
+    @contextmanager
+    def open(self) -> Iterator["_NoData"]:
+        """Give the tensors; there is nothing to close."""
+        yield self
+
+
+class Footprints:
+    """Runs the layers of a model on tensors without data.
+
+    Parameters
+    ----------
+    checkpoint
+        Whose headers tell the layers' shapes.
+    dtype
+        What they are run in.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.model = StreamedModel(checkpoint, dtype, torch.device("cpu"))
+        self.model.checkpoint = _NoData(checkpoint)  # type: ignore[assignment]
+        self._embedding = path_of(self.model.model, self.model.model.get_input_embeddings())
+        self._shape_VH = get_tensor(self.model.model, self._embedding + ".weight").shape
+
+    def kinds(self) -> list[int]:
+        """Return one layer of each kind: layers of equal shapes need equal memory."""
+        entries = self.model.checkpoint.entries
+        kinds: dict[tuple[Any, ...], int] = {}
+        for layer in self.model.layers:
+            names = [target.split(".", 3)[-1] for target in layer.dense]
+            shapes = [entries[name].shape for name in layer.dense.values()]
+            kinds.setdefault((tuple(names), tuple(shapes), layer.stack is None), layer.index)
+        return list(kinds.values())
+
+    def of(self, index: int, sequences: int, length: int) -> Footprint:
+        """Return what running layer `index` on a batch without padding takes."""
+        model, dtype = self.model, self.model.dtype
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            table_VH = torch.empty(self._shape_VH, dtype=dtype)
+            put_tensor(model.model, self._embedding + ".weight", table_VH)
+            ids_BL = torch.zeros(sequences, length, dtype=torch.int64)
+            batch = Batch(input_ids_BL=ids_BL, attention_mask_BL=None)
+            hidden_BLH = torch.empty(sequences, length, self._shape_VH[1], dtype=dtype)
+            with model.open_layer(index) as experts:
+                if experts is not None:
+                    experts.dispatch = _all_to_one
+                run = _peak(lambda: model.run_layer(index, batch, hidden_BLH))
+                if experts is None:
+                    return Footprint(observe=0, run=run)
+                experts.listener = _statistics(experts)
+                observe = _peak(lambda: model.observe_layer(index, batch, hidden_BLH))
+                return Footprint(observe=observe, run=run)
+
+
+def _peak(work: Callable[[], object]) -> int:
+    with LiveBytes() as counter:
+        work()
+    peak: int = counter.peak
+    return peak
+
+
+def _all_to_one(index_TK: Tensor, _num_experts: int) -> list[tuple[int, Tensor]]:
+    """Send all tokens to one expert: the most that its buffers can be asked for."""
+    tokens, top_k = index_TK.shape
+    return [(0, torch.arange(tokens) * top_k)]
+
+
+def _statistics(experts: StreamedExperts) -> Callable[[Routed], None]:
+    """Return a listener that takes the memory of the real one."""
+    count = len(experts.weights.stack.experts)
+
+    def listen(routed: Routed) -> None:
+        tokens, top_k = routed.index_TK.shape
+        scores_TE = torch.empty(tokens, count)
+        wide_TE = torch.empty(tokens, count, dtype=torch.float64)
+        sums = torch.empty(8, tokens * top_k, dtype=torch.float64)
+        del scores_TE, wide_TE, sums
+
+    return listen
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _storage(tensor: Tensor) -> tuple[int, torch.UntypedStorage]:
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage
