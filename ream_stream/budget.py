@@ -65,9 +65,6 @@ class Allotment:
     parts: Mapping[str, int]
     """Bytes by part; the sum is the promised peak."""
 
-    minimum: int
-    """Bytes of the smallest budget that works."""
-
 
 def allot(
     footprints: Footprints, settings: Settings, size: Size, ram: int, *, steady: bool
@@ -101,17 +98,15 @@ def allot(
         return {**fixed, f"work: {phase}": working, "kept by the heap": heap}
 
     batch = max(1, min(size.sequences, MAX_BATCH_TOKENS // size.length))
-    smallest = parts(1)
-    minimum = sum(smallest.values())
-    if minimum > ram:
-        raise OverBudgetError(_too_little(smallest, minimum, ram))
     chosen = parts(batch)
     while sum(chosen.values()) > ram:
+        if batch == 1:
+            raise OverBudgetError(_too_little(chosen, ram))
         batch = -(-batch // 2)
-        chosen = parts(batch) if batch > 1 else smallest
+        chosen = parts(batch)
     room = ram - sum(chosen.values())
-    chosen[OUTPUTS] = outputs if settings.sequential and outputs <= room else 0
-    return Allotment(batch_sequences=batch, parts=chosen, minimum=minimum)
+    chosen[OUTPUTS] = outputs if outputs <= room else 0
+    return Allotment(batch_sequences=batch, parts=chosen)
 
 
 def _fixed(footprints: Footprints, settings: Settings, size: Size) -> dict[str, int]:
@@ -199,7 +194,8 @@ def _stack(footprints: Footprints) -> ExpertStack:
     return next(layer.stack for layer in footprints.model.layers if layer.stack)
 
 
-def _too_little(parts: Mapping[str, int], minimum: int, ram: int) -> str:
+def _too_little(parts: Mapping[str, int], ram: int) -> str:
+    minimum = sum(parts.values())
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
     told = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in largest)
     return (

@@ -92,9 +92,6 @@ class Plan:
     memory: Mapping[str, int] = field(repr=False)
     """Anonymous host memory at its peak, by part, bytes."""
 
-    minimum_ram: int
-    """The smallest budget of memory that works, bytes."""
-
     steady: bool
     """Whether freed memory goes back to the kernel at once: with a stated budget."""
 
@@ -236,7 +233,6 @@ def make_plan(
         batch_sequences=allotment.batch_sequences,
         hidden_size=stacks[0].hidden,
         memory=allotment.parts,
-        minimum_ram=allotment.minimum,
         steady=ram is not None,
     )
     # builds the compressed config's own class: refuses shapes that would not load

@@ -31,7 +31,7 @@ class Method:
     merge: str = "saliency"
     """Key of `method.merging.MERGES`."""
 
-    similarity_tokens: int = 8192
+    similarity_tokens: int = 4096
     """Tokens, sampled once, on which every expert is run; 0 is all of them."""
 
     alignment_tokens: int = 2048

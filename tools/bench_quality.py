@@ -6,8 +6,8 @@
 The second takes groups of at most 3: with the default size of a group all dropped experts
 join the most salient one here, whatever the similarity says.
 
-Calibration is 384 sequences of 256 tokens, a third of each domain; the perplexities are of
-up to 40,000 test tokens a domain. Everything is computed in float32 on the CPU.
+Calibration is 288 sequences of 256 tokens, a third of each domain; the perplexities are of
+up to 30,000 test tokens a domain. Everything is computed in float32 on the CPU.
 """
 
 import argparse

@@ -198,7 +198,7 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
             method,
             "--similarity-tokens",
             type=click.IntRange(min=0),
-            default=8192,
+            default=4096,
             show_default=True,
             help="Tokens on which every expert is run; 0 is all of them.",
         ),
