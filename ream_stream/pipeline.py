@@ -4,6 +4,7 @@
 arguments goes on after the last committed layer and ends in the same bytes.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -103,7 +104,9 @@ def compress(
                         _check_stop(stop_requested, journal, plan)
                 seconds = context.seconds
         if not complete:
+            start = time.perf_counter()
             _finish(plan, tokens, workspace, journal)
+            seconds["finish"] = time.perf_counter() - start
         peak = meter.highest
     yield Finished(
         output_bytes=plan.output_bytes,
