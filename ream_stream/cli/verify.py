@@ -19,23 +19,37 @@ from .style import Verb, exit_statuses, json_option, option
     show_default=True,
     help="Read all tensors: digests, and numbers that are not finite.",
 )
+@option(
+    "Checks",
+    "--against",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="SOURCE",
+    help="The source: all that was not merged must be its bytes.",
+)
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, /, output: Path, *, scan: bool, as_json: bool) -> None:
+def verify(
+    ctx: click.Context, /, output: Path, *, scan: bool, against: Path | None, as_json: bool
+) -> None:
     """Check that OUTPUT is whole, consistent and loads.
 
     Example:
 
     \b
         ream-stream verify ./Qwen3-23B
+        ream-stream verify ./Qwen3-23B --against ./Qwen3-30B-A3B
         ream-stream verify ./Qwen3-23B --no-scan --json
     """
+    from itertools import chain
+
+    from ream_stream.against import against as compare
     from ream_stream.verify import verify as findings_of
 
     from .tables import print_json
 
     findings = []
-    for finding in findings_of(output, scan=scan):
+    compared = compare(output, against) if against else ()
+    for finding in chain(findings_of(output, scan=scan), compared):
         findings.append(finding)
         if not as_json:  # as they come: reading a large output takes minutes
             word = "ok" if finding.ok else "FAILED"
