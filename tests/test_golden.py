@@ -51,7 +51,7 @@ def test_the_release_made_the_same_decisions_and_weights(name):
             assert done.groups == [[centroid] for centroid in sorted(want["centroids"])]
         else:
             assert {group[0]: sorted(group) for group in done.groups} == released_groups(want)
-        # the release aligns centroids as labelled, and members in increasing order
+        # the release aligns centroids as labeled, and members in increasing order
         members = {group[0]: sorted(group[1:]) for group in done.groups}
         orders += [done.orders[j] for c in want["centroids"] for j in members[c]]
     assert orders == (released["permutations"] or [list(range(24))] * len(orders))

@@ -61,7 +61,7 @@ class Pair(NamedTuple):
 
 
 def activation_cost(a_nI: Tensor, b_nI: Tensor) -> Tensor:
-    """Return Euclidean distances between the neurons' normalised activations.
+    """Return Euclidean distances between the neurons' normalized activations.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def activation_cost(a_nI: Tensor, b_nI: Tensor) -> Tensor:
 
 
 def weight_cost(a: Expert, b: Expert) -> Tensor:
-    """Return distances between normalised ``[gate row | up row | down column]``.
+    """Return distances between normalized ``[gate row | up row | down column]``.
 
     Exact, from the inner products of the three parts, which are never put side
     by side in memory. Shape and type as in `activation_cost`.

@@ -5,7 +5,7 @@ linear in the down projections. With a_e(x) = g_e(x) act(gate_e x) (up_e x) for 
 token routed to expert e, r(x) what the compressed layer's output lacks to its
 target, and D_e the transposed change of W_down,e::
 
-    minimise   sum over x ||r(x) - sum over e a_e(x) D_e||^2 + sum over e l_e ||D_e||^2
+    minimize   sum over x ||r(x) - sum over e a_e(x) D_e||^2 + sum over e l_e ||D_e||^2
 
 with l_e = penalty * mean diagonal of A_e, A_e = sum over x of a_e^T a_e. The normal
 equations are solved for all experts at once by conjugate gradients, preconditioned

@@ -65,7 +65,7 @@ class RoutedSums:
             The experts each token is sent to.
         gate_TK
             The coefficient that really multiplies the expert's output: after the
-            top K were taken, renormalised and scaled as the family does.
+            top K were taken, renormalized and scaled as the family does.
         score_TK
             The router's score of that expert among all E, before any of that.
         norm_TK
@@ -124,7 +124,7 @@ def reap(sums: RoutedSums) -> Tensor:
 
 
 def reap_softmax(sums: RoutedSums) -> Tensor:
-    """Score by the mean of p ||f||, the gate before renormalisation: REAM, eq. 3."""
+    """Score by the mean of p ||f||, the gate before renormalization: REAM, eq. 3."""
     return _mean_over_routed(sums.score_norm_E, sums)
 
 

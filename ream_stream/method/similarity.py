@@ -95,9 +95,9 @@ class LogitGram:
 
 
 def distances_of_directions(gram_EE: Tensor) -> Tensor:
-    """Return Euclidean distances between L2-normalised vectors, from their inner products.
+    """Return Euclidean distances between L2-normalized vectors, from their inner products.
 
-    A zero vector stays zero when normalised: at distance 1 from every other
+    A zero vector stays zero when normalized: at distance 1 from every other
     and 0 from other zero vectors.
     """
     norm_E = gram_EE.diagonal().sqrt()
@@ -110,7 +110,7 @@ def distances_of_directions(gram_EE: Tensor) -> Tensor:
 
 
 def gate_similarity(gram_EE: Tensor) -> Tensor:
-    """Return 1 - d/max(d), with d the distances between normalised logit columns."""
+    """Return 1 - d/max(d), with d the distances between normalized logit columns."""
     distance_EE = distances_of_directions(gram_EE)
     largest = distance_EE.max()
     return 1 - distance_EE / torch.where(largest > 0, largest, 1)
