@@ -122,7 +122,11 @@ class Footprints:
         return list(kinds.values())
 
     def of(self, index: int, sequences: int, length: int) -> Footprint:
-        """Return what running layer `index` on a batch without padding takes."""
+        """Return what running layer `index` on a batch takes.
+
+        The data decides whether a mask is made, which is as large as a head's
+        attention weights. It is counted: without data, transformers makes it.
+        """
         model, dtype = self.model, self.model.dtype
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             table_VH = torch.empty(self._shape_VH, dtype=dtype)

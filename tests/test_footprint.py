@@ -1,0 +1,158 @@
+"""What a layer takes, told from headers, against the tensors of a layer that really runs."""
+
+import pytest
+import torch
+from tiny import CPU, TINY, some_tokens
+
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.families import family_of
+from ream_stream.footprint import Footprints, LiveBytes
+from ream_stream.model import Batch, StreamedModel
+from ream_stream.observe import Observer
+
+SEQUENCES, LENGTH = 6, 48
+
+
+def peak_of(work):
+    with LiveBytes() as counter:
+        work()
+    return counter.peak
+
+
+def all_to_one(index_TK, _num_experts):
+    """Send every token to the first expert."""
+    return [(0, torch.arange(len(index_TK)) * index_TK.shape[1])]
+
+
+class Really:
+    """Runs layers of a checkpoint on tokens, all of them sent to one expert."""
+
+    def __init__(self, checkpoint, dtype, *, padded):
+        self.model = StreamedModel(checkpoint, dtype, CPU)
+        self.family = family_of(checkpoint.config)
+        tokens = some_tokens(SEQUENCES, LENGTH, padded=padded)
+        self.batch = Batch(
+            input_ids_BL=tokens.input_ids_SL, attention_mask_BL=tokens.attention_mask_SL
+        )
+        hidden = checkpoint.config["hidden_size"]
+        self.hidden_BLH = torch.ones(SEQUENCES, LENGTH, hidden, dtype=dtype)
+
+    def run(self, index):
+        """Return the most bytes alive at once, to the layer's end."""
+        with self.model.open_outside(), self.model.open_layer(index) as experts:
+            if experts is not None:
+                experts.dispatch = all_to_one
+            return peak_of(lambda: self.model.run_layer(index, self.batch, self.hidden_BLH))
+
+    def observe(self, index):
+        """Return the same as far as the experts, with the statistics of a real run."""
+        with self.model.open_outside(), self.model.open_layer(index) as experts:
+            experts.dispatch = all_to_one
+            count = len(experts.weights.stack.experts)
+            observer = Observer(self.family, count, None, gate_term=True, device=CPU)
+            observer.expect(self.batch, 0)
+            with observer.listening(self.model.router(index), experts):
+                return peak_of(
+                    lambda: self.model.observe_layer(index, self.batch, self.hidden_BLH)
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next", "glm4_moe"])
+def test_a_footprint_is_what_a_padded_batch_takes(family, dtype, checkpoints):
+    checkpoint = open_checkpoint(checkpoints(family))
+    told, really = Footprints(checkpoint, dtype), Really(checkpoint, dtype, padded=True)
+    for index in told.kinds():
+        footprint = told.of(index, SEQUENCES, LENGTH)
+        assert footprint.run == pytest.approx(really.run(index), rel=0.06), index
+        if index not in TINY[family].dense:
+            assert footprint.observe == pytest.approx(really.observe(index), rel=0.06), index
+
+
+@pytest.mark.parametrize("family", ["mixtral", "ernie4_5_moe"])
+def test_a_batch_without_padding_takes_no_more(family, checkpoints):
+    checkpoint = open_checkpoint(checkpoints(family))
+    told = Footprints(checkpoint, torch.float32)
+    really = Really(checkpoint, torch.float32, padded=False)
+    for index in told.kinds():
+        footprint = told.of(index, SEQUENCES, LENGTH)
+        # it has no mask, which is as large as one head's attention
+        assert 0.6 * footprint.run < really.run(index) <= footprint.run
+
+
+def test_a_footprint_does_not_depend_on_the_data(checkpoints, monkeypatch):
+    from ream_stream.checkpoint.source import MappedTensors
+
+    monkeypatch.setattr(MappedTensors, "__getitem__", None)
+    told = Footprints(open_checkpoint(checkpoints("qwen3_moe")), torch.float32)
+    small, large = told.of(0, 1, LENGTH), told.of(0, 2, LENGTH)
+    assert 0 < small.observe <= small.run
+    assert 1.9 * small.run < large.run < 2.1 * small.run
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    # layers without experts, and layers of another attention, are kinds of their own
+    [("mixtral", [0]), ("qwen3_moe", [0, 1]), ("deepseek_v3", [0, 1])],
+)
+def test_layers_of_equal_shapes_are_of_one_kind(family, kinds, checkpoints):
+    told = Footprints(open_checkpoint(checkpoints(family)), torch.float32)
+    assert told.kinds() == kinds
+
+
+def test_linear_attention_full_attention_and_no_experts_are_three_kinds(checkpoints):
+    told = Footprints(open_checkpoint(checkpoints("qwen3_next")), torch.float32)
+    assert told.kinds() == [0, 2, 3]
+
+
+def made(kilobytes):
+    return torch.empty(kilobytes, 256)
+
+
+def test_live_bytes_are_counted_from_birth_to_death():
+    with LiveBytes() as counter:
+        first = made(1)
+        assert (counter.live, counter.peak) == (1024, 1024)
+        second = made(2)
+        assert counter.live == 3 * 1024
+        del first
+        assert counter.live == 2 * 1024
+        third = made(4)
+        assert counter.live == 6 * 1024
+        del second, third
+        assert counter.live == 0
+    assert counter.peak == 6 * 1024
+
+
+def test_views_and_work_in_place_are_not_counted_twice():
+    with LiveBytes() as counter:
+        whole = made(4)
+        half, flat = whole[:2], whole.view(-1)
+        flat.mul_(2).add_(1)
+        assert counter.live == counter.peak == 4 * 1024
+        del whole, flat
+        # a view keeps all of its storage
+        assert counter.live == 4 * 1024
+        del half
+        assert counter.live == 0
+
+
+def test_what_was_there_before_is_not_counted():
+    given = made(8)
+    with LiveBytes() as counter:
+        view = given.view(-1)
+        given.zero_()
+        assert counter.peak == 0
+        added = given + 1
+        assert counter.live == 8 * 1024
+    assert view.shape == (2048,)
+    assert added.shape == given.shape
+
+
+def test_what_an_expression_makes_on_the_way_is_in_the_peak():
+    with LiveBytes() as counter:
+        # the square, its sum with 1 beside it, then the root beside that
+        root = (made(1).square() + 1).sqrt()
+        assert counter.live == 1024
+    assert counter.peak == 2 * 1024
+    assert root.numel() == 256
