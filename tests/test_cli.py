@@ -464,15 +464,17 @@ def copied(source, tmp_path):
     return folder
 
 
-def test_a_model_of_another_kind_is_10_and_a_cut_file_is_3(capsys, copied):
+def test_a_model_of_another_kind_is_10_and_a_cut_file_is_3(capsys, copied, words, tmp_path):
     config = tiny.read_config(copied)
     (copied / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     status, _, err = call(capsys, "plan", copied, "--experts", "6")
     assert (status, "'llama' is not supported" in err) == (10, True)
+    verb, _, *rest = words(tmp_path / "output")
     shard = sorted(copied.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
-    status, _, err = call(capsys, "plan", copied, "--experts", "6")
+    status, _, err = call(capsys, verb, copied, *rest)
     assert (status, shard.name in err) == (3, True)
+    assert not (tmp_path / "output").exists()
 
 
 # --- plan

@@ -78,7 +78,7 @@ def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]
     path
         A safetensors file.
     with_data
-        False for a file cut after its header, which is enough for a plan.
+        False if the file may end anywhere after its header, which is enough for a plan.
 
     Raises
     ------
@@ -103,7 +103,12 @@ def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]
     header.pop("__metadata__", None)
     base = 8 + header_bytes
     entries = {name: _entry(path, name, value, base) for name, value in header.items()}
-    _check_layout(path, entries, base, file_bytes if with_data else None)
+    end = _check_layout(path, entries, base)
+    if file_bytes > end or (with_data and file_bytes < end):
+        raise DamagedError(
+            f"{path} has {file_bytes} bytes, its header describes {end}: "
+            "the file is truncated or damaged; fetch it again"
+        )
     return entries
 
 
@@ -137,10 +142,8 @@ def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:  # noqa
     )
 
 
-def _check_layout(
-    path: Path, entries: dict[str, TensorEntry], base: int, file_bytes: int | None
-) -> None:
-    """Refuse gaps, overlaps, and a file of another length than its tensors fill."""
+def _check_layout(path: Path, entries: dict[str, TensorEntry], base: int) -> int:
+    """Refuse gaps and overlaps; return the offset after the last tensor."""
     position = base
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
         if entry.start != position:
@@ -148,11 +151,7 @@ def _check_layout(
                 f"{path}: tensor {entry.name!r} overlaps another or leaves a gap"
             )
         position = entry.stop
-    if file_bytes is not None and position != file_bytes:
-        raise DamagedError(
-            f"{path} has {file_bytes} bytes, its header describes {position}: "
-            "the file is truncated or damaged; fetch it again"
-        )
+    return position
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

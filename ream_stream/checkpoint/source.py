@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,11 @@ from .header import TensorEntry, read_header
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON_BYTES = 200_000_000
+
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pth?|ckpt|gguf|h5|msgpack|onnx|onnx_data|index\.json)", re.IGNORECASE
+)
+"""Names of files with weights, in any format, and of their indexes."""
 
 
 class MappedTensors:
@@ -64,6 +70,13 @@ class Checkpoint:
         """Return the shards, in order of name."""
         return sorted({entry.path for entry in self.entries.values()})
 
+    def cut_files(self) -> list[Path]:
+        """Return the shards that end before their last tensor does, in order of name."""
+        end: dict[Path, int] = {}
+        for entry in self.entries.values():
+            end[entry.path] = max(entry.stop, end.get(entry.path, 0))
+        return sorted(path for path, stop in end.items() if path.stat().st_size < stop)
+
     def digest(self) -> str:
         """Return a digest of config, names, shapes, offsets and file sizes; not of the data."""
         described = {
@@ -76,17 +89,31 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def other_files(self) -> list[Path]:
-        """Return the files beside weights, index and config: tokenizer, templates, code."""
-        weights = {path.name for path in self.files()} | {INDEX, "config.json"}
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file() and path.name not in weights and not path.name.startswith(".")
-        )
+        """Return the files beside config and weights, in folders too: tokenizer, code.
+
+        Hidden ones are left out, and so are weights that the index does not name:
+        transformers prefers a ``model.safetensors`` to the index beside it.
+        """
+        found = []
+        for path in sorted(self.folder.rglob("*")):
+            inside = path.relative_to(self.folder)
+            hidden = any(part.startswith(".") for part in inside.parts)
+            if hidden or inside == Path("config.json") or _WEIGHTS.fullmatch(path.name):
+                continue
+            if path.is_file():
+                found.append(path)
+        return found
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
     """Read and check config, index and headers of a folder.
+
+    Parameters
+    ----------
+    folder
+        Of a checkpoint.
+    with_data
+        False if shards may end anywhere after their headers, which is enough for a plan.
 
     Raises
     ------
@@ -101,9 +128,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise UsageError(f"{folder} has no config.json: it is not a model checkpoint")
     config = read_object(folder / "config.json")
     if (folder / INDEX).is_file():
-        entries = _indexed(folder)
+        entries = _indexed(folder, with_data=with_data)
     elif (folder / SINGLE).is_file():
-        entries = read_header(folder / SINGLE)
+        entries = read_header(folder / SINGLE, with_data=with_data)
     else:
         raise UsageError(f"{folder} has neither {SINGLE} nor {INDEX}: no safetensors weights")
     if not entries:
@@ -111,7 +138,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder=folder, config=config, entries=entries)
 
 
-def _indexed(folder: Path) -> dict[str, TensorEntry]:
+def _indexed(folder: Path, *, with_data: bool) -> dict[str, TensorEntry]:
     """Return the entries of all shards that the index names, checked against it."""
     weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -121,7 +148,7 @@ def _indexed(folder: Path) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         path = _inside(folder, shard)
-        for name, entry in read_header(path).items():
+        for name, entry in read_header(path, with_data=with_data).items():
             if name in entries:
                 raise DamagedError(
                     f"tensor {name!r} is in {entries[name].path.name} and in {shard}"

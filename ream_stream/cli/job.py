@@ -58,7 +58,7 @@ class Job:
     """Host memory to stay within, bytes."""
 
 
-def prepare(options: RunOptions, *, restart: bool = False) -> Job:
+def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = True) -> Job:
     """Work out what the options come to.
 
     Parameters
@@ -67,6 +67,8 @@ def prepare(options: RunOptions, *, restart: bool = False) -> Job:
         As parsed.
     restart
         Whether a run in the output folder is to be discarded.
+    with_data
+        False if the source's shards may end after their headers.
 
     Raises
     ------
@@ -74,7 +76,7 @@ def prepare(options: RunOptions, *, restart: bool = False) -> Job:
         The run cannot begin; the class says why.
     """
     check_usage(options)
-    checkpoint = open_checkpoint(options.source)
+    checkpoint = open_checkpoint(options.source, with_data=with_data)
     device = devices.choose_device(options.device)
     settings = _settings(options, checkpoint, device)
     workspace = workspace_of(options.output, options.work_dir) if options.output else None

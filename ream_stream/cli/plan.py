@@ -24,7 +24,8 @@ def plan(
     """Tell what `compress` would do, with the same arguments; write nothing.
 
     The exit status is the one compress would begin with: 0 if it can run. Only headers are
-    read, so it takes seconds for any size of model.
+    read, so it takes seconds for any size of model, and SOURCE may hold no more than them:
+    config, index and the first bytes of each shard, as tools/headers_only.py copies them.
 
     Example:
 
@@ -36,7 +37,7 @@ def plan(
     from .tables import console, plan_facts, plan_table, print_json
 
     options = RunOptions(source=source, output=output, **values)
-    job = prepare(options)
+    job = prepare(options, with_data=False)
     if as_json:
         print_json(plan_facts(job))
     else:

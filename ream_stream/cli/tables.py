@@ -65,6 +65,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
     output = job.workspace.output if job.workspace else None
     return {
         "source": str(plan.source.folder),
+        "headers_only_files": len(plan.source.cut_files()),
         "output": str(output) if output else None,
         "family": plan.config["model_type"],
         "layers": len(plan.layers),
@@ -98,6 +99,7 @@ def plan_table(job: Job, options: RunOptions) -> Table:
     free = known["disk_free_bytes"]
     return facts(
         [
+            *_headers_only(job),
             ("family", known["family"]),
             ("layers", f"{len(plan.layers)}" + (f", {dense} of them dense" if dense else "")),
             ("experts a layer", _experts(job, options)),
@@ -124,6 +126,21 @@ def plan_table(job: Job, options: RunOptions) -> Table:
         ],
         title="Plan",
     )
+
+
+def _headers_only(job: Job) -> list[tuple[str, str]]:
+    """Return a row if there is less of the source than a run needs."""
+    source = job.plan.source
+    cut = len(source.cut_files())
+    if not cut:
+        return []
+    return [
+        (
+            "source",
+            f"headers only: {cut} of {len(source.files())} files end before their tensors do, "
+            "which compress needs",
+        )
+    ]
 
 
 def _experts(job: Job, options: RunOptions) -> str:

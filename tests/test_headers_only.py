@@ -1,0 +1,128 @@
+"""Plans of checkpoints that are not there: headers alone, up to the largest models."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+from ream_stream.__main__ import main
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.errors import DamagedError
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(capsys, *words):
+    capsys.readouterr()
+    status = main([str(word) for word in words])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.fixture
+def headers(checkpoints, tmp_path):
+    tool("headers_only").copy_headers(checkpoints("deepseek_v3"), tmp_path / "headers")
+    return tmp_path / "headers"
+
+
+def planned(capsys, *words):
+    status, out, err = call(capsys, "plan", *words, "--json")
+    assert (status, err) == (0, "")
+    return json.loads(out)
+
+
+def test_a_plan_from_headers_is_that_from_the_whole_checkpoint(capsys, checkpoints, headers):
+    source = checkpoints("deepseek_v3")
+    whole, cut = (planned(capsys, f, "--experts", 6) for f in (source, headers))
+    files = len(list(source.glob("*.safetensors")))
+    assert (whole["headers_only_files"], cut["headers_only_files"]) == (0, files)
+    assert files > 1
+    for key in ("source_bytes", "output_bytes", "disk_bytes", "experts_after", "settings"):
+        assert whole[key] == cut[key]
+
+
+def test_a_plan_says_that_there_are_headers_only(capsys, checkpoints, headers):
+    whole = call(capsys, "plan", checkpoints("deepseek_v3"), "--experts", 6)
+    cut = call(capsys, "plan", headers, "--experts", 6)
+    assert "headers only" not in whole[1]
+    told = " ".join(cut[1].split())
+    assert re.search(r"headers only: (\d+) of \1 files end before their tensors do", told)
+
+
+def test_headers_alone_are_not_compressed(capsys, headers, tmp_path):
+    words = ("--experts", 6, "--calibration", headers / "config.json")
+    status, _, err = call(capsys, "compress", headers, tmp_path / "output", *words)
+    assert status == 3
+    assert "truncated or damaged" in err
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_file_that_is_longer_than_its_header_says_is_damaged_all_the_same(headers):
+    shard = sorted(headers.glob("*.safetensors"))[0]
+    end = max(
+        entry.stop
+        for entry in open_checkpoint(headers, with_data=False).entries.values()
+        if entry.path == shard
+    )
+    with shard.open("ab") as file:
+        file.truncate(end + 1)
+    with pytest.raises(DamagedError, match="damaged"):
+        open_checkpoint(headers, with_data=False)
+
+
+def test_a_file_cut_within_its_header_is_damaged(headers):
+    shard = sorted(headers.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match="cut short"):
+        open_checkpoint(headers, with_data=False)
+
+
+def test_headers_can_be_copied_from_headers_and_the_tokenizer_comes_along(headers, tmp_path):
+    tool("headers_only").copy_headers(headers, tmp_path / "again")
+    names = sorted(path.name for path in headers.iterdir())
+    assert "tokenizer.json" in names
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == names
+    assert tiny.read_config(tmp_path / "again") == tiny.read_config(headers)
+
+
+LARGE = {
+    "deepseek-v3": (192, 58, 1.3e12),
+    "kimi-k2": (288, 60, 2.0e12),
+    "glm-4.6": (120, 89, 7e11),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_a_model_of_hundreds_of_gigabytes_is_planned_in_16(capsys, tmp_path, name):
+    experts, layers, least = LARGE[name]
+    maker = tool("make_headers")
+    maker.write_headers(tmp_path / "headers", maker.CONFIGS[name])
+    known = planned(capsys, tmp_path / "headers", "--keep", "75%", "--ram", "16GiB")
+    assert (known["experts_after"], known["moe_layers"]) == (experts, layers)
+    assert least < known["source_bytes"] < 1.1 * least
+    assert known["memory_bytes"] == sum(known["memory_parts"].values())
+    assert known["memory_bytes"] <= 16 << 30
+
+
+def test_a_refusal_names_parts_option_and_the_smallest_budget_that_works(capsys, headers):
+    words = ("plan", headers, "--experts", 6)
+    status, _, err = call(capsys, *words, "--ram", "1MB")
+    assert status == 12
+    assert "the largest parts are interpreter and libraries" in err
+    assert "--similarity-tokens" in err
+    smallest = int(re.search(r"--ram (\d+)", err)[1])
+    # the interpreter itself grows by a few hundred kilobytes from call to call
+    assert call(capsys, *words, "--ram", smallest // 2)[0] == 12
+    known = planned(capsys, "--ram", smallest + (16 << 20), *words[1:])
+    assert known["memory_bytes"] <= smallest + (16 << 20)
