@@ -348,7 +348,7 @@ class StreamedModel:
     def _check_layer(self, layer: LayerKeys) -> None:
         """Refuse a layer whose parameters are not all there, in the model's shapes."""
         prefix = f"{self._layers_path}.{layer.index}."
-        wanted = {k for k in self.model.state_dict() if k.startswith(prefix)}
+        wanted = {prefix + key for key in self._decoder[layer.index].state_dict()}
         if layer.stack is not None:
             path, module = find_fused_experts(self._decoder[layer.index])
             fused = {f"{prefix}{path}.{name}" for name, _ in module.named_parameters()}

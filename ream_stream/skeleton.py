@@ -61,7 +61,9 @@ def _build(
         path, _, leaf = name.rpartition(".")
         empty = torch.empty_like(buffer, device="cpu")
         model.get_submodule(path)._buffers[leaf] = empty
-    # all parameters are on meta: this fills nothing but the buffers above
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # drawing numbers on meta takes a second
+    # fills nothing but the buffers above
     model.initialize_weights()
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
