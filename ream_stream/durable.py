@@ -132,6 +132,12 @@ def remove(path: Path) -> None:
         _unlink(path)
 
 
+def remove_empty(path: Path) -> None:
+    """Delete a folder if there is nothing in it."""
+    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+        _remove_empty(path)
+
+
 def free_bytes(path: Path) -> int:
     """Return what the file system of the nearest existing folder has free."""
     return shutil.disk_usage(_existing(path)).free

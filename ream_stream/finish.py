@@ -5,7 +5,6 @@ with a manifest is complete.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -23,12 +22,15 @@ CARD = "README.md"
 
 
 def output_files(plan: Plan) -> tuple[str, ...]:
-    """Return the names of all that a run writes in OUTPUT, in the order it does."""
+    """Return the names of all that a run writes in OUTPUT, in the order it does.
+
+    Those of files in folders have slashes, whatever the system.
+    """
     shards = [shard for layer in plan.layers for shard in layer.shards]
     return (
         *(shard.name for shard in [*shards, *plan.outside]),
         "config.json",
-        *(path.name for path in _copied(plan)),
+        *_copied(plan),
         INDEX,
         CARD,
         MANIFEST,
@@ -43,15 +45,19 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
     """
     output = workspace.output
     durable.write_json(output / "config.json", plan.config)
-    for path in _copied(plan):
-        durable.copy_file(path, output / path.name)
+    for name in _copied(plan):
+        durable.make_directory((output / name).parent)
+        durable.copy_file(plan.source.folder / name, output / name)
     durable.write_json(output / INDEX, _index(plan))
     durable.write_bytes(output / CARD, _card(plan, tokens).encode())
     durable.write_json(output / MANIFEST, _manifest(plan, journal))
 
 
-def _copied(plan: Plan) -> list[Path]:
-    return [path for path in plan.source.other_files() if path.name not in {MANIFEST, CARD}]
+def _copied(plan: Plan) -> list[str]:
+    """Return the names of the source's files that are copied, relative to its folder."""
+    folder = plan.source.folder
+    names = [path.relative_to(folder).as_posix() for path in plan.source.other_files()]
+    return [name for name in names if name not in {MANIFEST, CARD}]
 
 
 def _index(plan: Plan) -> dict[str, Any]:

@@ -17,10 +17,10 @@ source does not touch anything.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import durable
@@ -205,6 +205,8 @@ class Workspace:
             for name in reversed(journal.files):
                 durable.remove(self.output / name)
                 durable.remove(self.output / (name + durable.PARTIAL))
+            for folder in _folders(journal.files):
+                durable.remove_empty(self.output / folder)
         for path in sorted(self.work.iterdir()):
             if _OURS.fullmatch(path.name) and path != self.journal:
                 durable.remove(path)
@@ -225,7 +227,7 @@ def load(workspace: Workspace) -> Journal:
             raise OtherRunError(
                 f"{workspace.journal} is of format {value['format']}, not {FORMAT}"
             )
-        if any(Path(name).name != name for name in value["files"]):
+        if not all(map(_is_inside, value["files"])):
             raise ValueError("it names files outside the folder")  # noqa: TRY301
         return Journal(
             fingerprint=value["fingerprint"],
@@ -265,6 +267,19 @@ def check_fingerprint(journal: Journal, fingerprint: Mapping[str, Any], output: 
             f"({'; '.join(different)}); use the same ones, another folder, or --restart "
             "to discard it"
         )
+
+
+def _is_inside(name: str) -> bool:
+    """Tell whether a relative name, written the one usual way, stays in its folder."""
+    path = PurePosixPath(name)
+    usual = path.as_posix() == name and not path.is_absolute()
+    return usual and bool(path.parts) and ".." not in path.parts
+
+
+def _folders(names: Iterable[str]) -> list[PurePosixPath]:
+    """Return the folders that names are in, the inner before the outer."""
+    parents = {parent for name in names for parent in PurePosixPath(name).parents[:-1]}
+    return sorted(parents, key=lambda folder: len(folder.parts), reverse=True)
 
 
 def _record(value: Mapping[str, Any]) -> LayerRecord:

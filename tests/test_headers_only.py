@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_plan_from_headers_is_that_from_the_whole_checkpoint(capsys, checkpoin
     assert files > 1
     for key in ("source_bytes", "output_bytes", "disk_bytes", "experts_after", "settings"):
         assert whole[key] == cut[key]
+
+
+def test_a_file_in_a_folder_keeps_its_place(checkpoints, tmp_path):
+    source = shutil.copytree(checkpoints("mixtral"), tmp_path / "source")
+    (source / "draft").mkdir()
+    (source / "draft" / "config.json").write_text("{}")
+    written = tool("headers_only").copy_headers(source, tmp_path / "headers")
+    copied = [path for path in (tmp_path / "headers").rglob("*") if path.is_file()]
+    assert written == sum(path.stat().st_size for path in copied)
+    assert (tmp_path / "headers" / "draft" / "config.json").read_text() == "{}"
+    assert open_checkpoint(tmp_path / "headers", with_data=False).config["num_local_experts"]
 
 
 def test_a_plan_says_that_there_are_headers_only(capsys, checkpoints, headers):

@@ -156,6 +156,24 @@ def test_work_may_lie_in_a_folder_with_other_things_which_stay(tmp_path):
     assert left == {"results.csv", "log.txt", "lock"}
 
 
+def test_discarding_takes_the_folders_it_made_and_leaves_those_with_other_things(workspace):
+    made = ("a/b/one.jinja", "a/two.jinja", "c/three.jinja")
+    for name in [*made, "c/notes.txt"]:
+        (workspace.output / name).parent.mkdir(parents=True, exist_ok=True)
+        (workspace.output / name).write_text("text")
+    journal.save(workspace, replace(committed(workspace), files=made))
+    workspace.discard()
+    assert not (workspace.output / "a").exists()
+    assert [path.name for path in (workspace.output / "c").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/a", "a/../b", "../a", "a//b", "a/", "./a"])
+def test_a_journal_that_names_a_file_in_an_unusual_way_is_not_believed(workspace, name):
+    journal.save(workspace, replace(committed(workspace), files=(name,)))
+    with pytest.raises(DamagedError, match="outside the folder"):
+        journal.load(workspace)
+
+
 def test_the_journal_is_a_document_people_can_read(workspace):
     journal.save(workspace, committed(workspace))
     text = workspace.journal.read_text(encoding="utf-8")

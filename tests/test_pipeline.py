@@ -24,6 +24,7 @@ from ream_stream.method.grouping import GROUPINGS
 from ream_stream.method.merging import MERGES
 from ream_stream.method.saliency import SALIENCIES
 from ream_stream.method.similarity import SIMILARITIES
+from ream_stream.verify import verify
 
 FAMILIES = sorted(TINY)
 KEEP = 6
@@ -443,6 +444,32 @@ def test_the_index_and_other_files_are_complete(ream, checkpoints, name):
             assert done.files()[other] == (checkpoints(name) / other).read_bytes()
     allowed = {"config.json", INDEX, "README.md", "ream_stream.json", *done.shards()}
     assert set(done.files()) - allowed <= {"tokenizer.json", "generation_config.json"}
+
+
+def test_files_in_folders_are_copied_and_weights_beside_the_index_are_not(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "source", "mixtral", torch.bfloat16)
+    copied = ["chat_template.jinja", "additional_chat_templates/rag.jinja", "a/b/config.json"]
+    left = [
+        # the first two would be loaded in place of the output's own
+        "model.safetensors",
+        "model-00001-of-00004.safetensors",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "original/consolidated.00.PTH",
+        ".cache/huggingface/download/config.json.metadata",
+        "a/.DS_Store",
+    ]
+    assert (source / INDEX).is_file()
+    for name in copied + left:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(f"by hand: {name}")
+    done = run(source, tmp_path / "out", settings(KEEP, grouping="none"))
+    for name in copied:
+        assert (done.output / name).read_text() == f"by hand: {name}"
+    have = {p.relative_to(done.output).as_posix() for p in done.output.rglob("*")}
+    assert have & set(left) == {"model-00001-of-00004.safetensors"}
+    assert all(finding.ok for finding in verify(done.output))
+    AutoModelForCausalLM.from_pretrained(done.output)
 
 
 def test_the_source_is_not_changed(checkpoints, tmp_path):

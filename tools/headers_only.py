@@ -30,13 +30,15 @@ def copy_headers(source: Path, target: Path) -> int:
     target.mkdir(parents=True)
     for path in [source / "config.json", source / INDEX, *checkpoint.other_files()]:
         if path.is_file() and path.stat().st_size <= MAX_OTHER_BYTES:
-            shutil.copyfile(path, target / path.name)
+            copied = target / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
     for path in checkpoint.files():
         with path.open("rb") as file:
             prefix = file.read(8)
             header = file.read(int.from_bytes(prefix, "little"))
         (target / path.name).write_bytes(prefix + header)
-    return sum(path.stat().st_size for path in target.iterdir())
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
 
 def main() -> int:
