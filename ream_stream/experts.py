@@ -28,6 +28,14 @@ each, a gigabyte after a few layers. Rows do not change each other's bits.
 """
 
 
+MAX_ROWS = 1024
+"""Tokens that an expert is run on at once.
+
+A router may send all tokens of a batch to one expert, and a promise about memory has to
+count that: with a bound it is a small part of a large batch. More rows are no faster.
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routed:
     """What the experts of one layer saw and did for one batch."""
@@ -113,13 +121,16 @@ class StreamedExperts(nn.Module):
         num_slots = 0 if self.only_listening else tokens * top_k
         slots_SH = hidden_TH.new_empty(num_slots, hidden_TH.shape[1], dtype=dtype)
         norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
-        for expert, slot_R in self.dispatch(index_TK, len(self.weights.stack.experts)):
-            output_RH = self._run(expert, hidden_TH, slot_R // top_k)
-            if self.listener is not None:
-                norm_R = torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)
-                norm_S.index_copy_(0, slot_R, norm_R)
-            if not self.only_listening:
-                slots_SH.index_copy_(0, slot_R, output_RH * weight_S[slot_R, None])
+        for expert, slots in self.dispatch(index_TK, len(self.weights.stack.experts)):
+            # of equal size: a product with one row left over would have other last bits
+            for slot_R in slots.chunk(-(-len(slots) // MAX_ROWS)):
+                output_RH = self._run(expert, hidden_TH, slot_R // top_k)
+                if self.listener is not None:
+                    norm_R = torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)
+                    norm_S.index_copy_(0, slot_R, norm_R)
+                if not self.only_listening:
+                    weighted_RH = output_RH * weight_S[slot_R, None]
+                    slots_SH.index_copy_(0, slot_R, weighted_RH)
         if self.listener is not None:
             self.listener(
                 Routed(

@@ -30,6 +30,10 @@ SIZES = [
     (6, 2, 33, 40, 24),  # transformers itself refuses rows of other than 16 bytes' multiples
     (5, 4, 17, 8, 8),
     (4, 2, 1000, 256, 128),
+    # every expert has all tokens: more than are run at once
+    (2, 2, 1025, 64, 32),
+    (2, 2, 3000, 128, 64),
+    (2, 2, 2049, 512, 256),
 ]
 
 
