@@ -1,4 +1,4 @@
-"""Time the compression of a 107M-parameter random Qwen3-MoE on one thread.
+"""Time the compression of a 106M-parameter random Qwen3-MoE on one thread.
 
 Makes the checkpoint (4 layers, hidden 512, inner 256, 64 experts, top-8, bf16), compresses
 it to 48 experts over 128 x 256 random tokens with the default settings, merging (REAM) and
