@@ -487,6 +487,26 @@ def test_a_plan_needs_no_text_and_no_output(capsys, source):
     assert "3072 sequences of 512 tokens" in out
 
 
+def test_a_plan_tells_reads_writes_products_and_time(capsys, source):
+    out = call(capsys, "plan", source, "--keep", "75%")[1]
+    rows = {line.split()[0]: line for line in out.splitlines() if line.split()}
+    assert rows.keys() >= {"reads", "writes", "products", "time", "disk", "memory"}
+    assert "about" in rows["time"]
+
+
+def test_what_is_left_of_a_run_is_told_and_of_a_finished_one_nothing(
+    capsys, words, finished, tmp_path
+):
+    assert (
+        json.loads(call(capsys, *words(finished, "--dry-run", "--json"))[1])["forecast"] is None
+    )
+    fresh = json.loads(call(capsys, *words(tmp_path / "new", "--dry-run", "--json"))[1])
+    left = fresh["forecast"]
+    for key in ("read_bytes", "written_bytes", "flop"):
+        assert left[key] == sum(phase[key] for phase in left["phases"].values())
+    assert left["written_bytes"] > fresh["output_bytes"]
+
+
 def test_a_plan_as_json_has_the_bytes_that_the_run_writes(capsys, source, token_file, finished):
     words = ("plan", source, "--experts", "6", "--calibration", token_file, "--json")
     known = json.loads(call(capsys, *words)[1])

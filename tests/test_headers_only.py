@@ -125,6 +125,13 @@ def test_a_model_of_hundreds_of_gigabytes_is_planned_in_16(capsys, tmp_path, nam
     assert least < known["source_bytes"] < 1.1 * least
     assert known["memory_bytes"] == sum(known["memory_parts"].values())
     assert known["memory_bytes"] <= 16 << 30
+    left = known["forecast"]
+    for key in ("read_bytes", "cached_bytes", "written_bytes", "flop"):
+        assert left[key] == sum(phase[key] for phase in left["phases"].values())
+    assert left["written_bytes"] > known["output_bytes"]
+    assert left["read_bytes"] - left["cached_bytes"] >= known["source_bytes"]
+    assert left["seconds"] > 0
+    assert left["rates"]["read_measured"] is False
 
 
 def test_a_refusal_names_parts_option_and_the_smallest_budget_that_works(capsys, headers):

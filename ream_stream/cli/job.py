@@ -21,6 +21,7 @@ from ream_stream.journal import Journal, Workspace, check_fingerprint, load
 from ream_stream.memory import available_bytes, trim
 from ream_stream.pipeline import fingerprint
 from ream_stream.plan import RAM_SHARE, Plan, check_disk, make_plan
+from ream_stream.rates import Forecast, forecast
 from ream_stream.settings import Settings
 
 from .options import RunOptions, check_usage, settings_for
@@ -56,6 +57,9 @@ class Job:
 
     budget: int
     """Host memory to stay within, bytes."""
+
+    forecast: Forecast | None = None
+    """What is left to do and about how long it takes; None if nothing is left."""
 
 
 def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = True) -> Job:
@@ -103,7 +107,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         threads=threads,
         budget=budget,
     )
-    return _with_tokens(job, options)
+    return _with_forecast(_with_tokens(job, options))
 
 
 def workspace_of(output: Path, work_dir: Path | None) -> Workspace:
@@ -197,6 +201,16 @@ def _with_tokens(job: Job, options: RunOptions) -> Job:
             wanted["calibration"] = differs
         check_fingerprint(journal, wanted, workspace.output)
     return replace(job, tokens=tokens, request=request)
+
+
+def _with_forecast(job: Job) -> Job:
+    """Return the job with the time it takes, which is measured last: it may be refused."""
+    if job.workspace is not None and job.journal is not None and is_complete(job.workspace):
+        return job
+    committed = len(job.journal.layers) if job.journal else 0
+    return replace(
+        job, forecast=forecast(job.plan, job.device, job.threads, committed=committed)
+    )
 
 
 def _threads(options: RunOptions, journal: Journal | None) -> int:

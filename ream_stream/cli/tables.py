@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -9,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ream_stream.durable import free_bytes
+from ream_stream.rates import Forecast
 from ream_stream.sizes import format_size
+from ream_stream.work import Work
 
 from .job import Job
 from .options import RunOptions
@@ -87,6 +90,27 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "device": str(job.device),
         "threads": job.threads,
         "committed_layers": len(job.journal.layers) if job.journal else 0,
+        "forecast": None if job.forecast is None else forecast_facts(job.forecast),
+    }
+
+
+def forecast_facts(forecast: Forecast) -> dict[str, Any]:
+    """Return what is left to do, by phase and in all, and the rates behind the times."""
+    seconds = forecast.seconds
+
+    def described(work: Work, time: float) -> dict[str, Any]:
+        return {
+            "read_bytes": work.read_bytes,
+            "cached_bytes": work.cached_bytes,
+            "written_bytes": work.written_bytes,
+            "flop": work.flop,
+            "seconds": time,
+        }
+
+    return {
+        **described(forecast.total, sum(seconds.values())),
+        "phases": {name: described(w, seconds[name]) for name, w in forecast.work.items()},
+        "rates": asdict(forecast.rates),
     }
 
 
@@ -123,9 +147,35 @@ def plan_table(job: Job, options: RunOptions) -> Table:
                 f"{format_size(plan.disk_bytes)} at most"
                 + (f", {format_size(free)} free" if free is not None else ""),
             ),
+            *_forecast(job.forecast),
         ],
         title="Plan",
     )
+
+
+def _forecast(forecast: Forecast | None) -> list[tuple[str, str]]:
+    """Return rows of what is left to do, and about how long it takes."""
+    if forecast is None:
+        return []
+    work, rates, seconds = forecast.total, forecast.rates, forecast.seconds
+    long = {name: time for name, time in seconds.items() if time > 0.01 * sum(seconds.values())}
+    measured = "measured" if rates.read_measured else "assumed, not measured"
+    return [
+        (
+            "reads",
+            f"{format_size(work.read_bytes)}, of which {format_size(work.cached_bytes)} should "
+            "still be in memory",
+        ),
+        ("writes", format_size(work.written_bytes)),
+        ("products", f"{work.flop:.2g} operations"),
+        ("time", f"about {format_seconds(sum(seconds.values()))} ({phases(long)})"),
+        (
+            "  from",
+            f"{rates.expert / 1e9:.0f} GFLOP/s of experts, {rates.product / 1e9:.0f} of other "
+            f"products, {format_size(rates.read)}/s of reads ({measured}; writes are assumed "
+            "to be as fast)",
+        ),
+    ]
 
 
 def _headers_only(job: Job) -> list[tuple[str, str]]:

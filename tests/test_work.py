@@ -1,0 +1,118 @@
+"""What a plan says is read, written and computed, against runs and counts by hand."""
+
+import itertools
+from dataclasses import fields
+
+import pytest
+import tiny
+import torch
+
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.plan import make_plan
+from ream_stream.rates import Rates, forecast
+from ream_stream.work import PHASES, Work, total, work_of
+
+PLENTY = 1 << 40
+EXPERT = 3 * 16 * 32
+"""Numbers of an expert of the tiny checkpoints."""
+
+
+@pytest.fixture
+def plan_of(checkpoints):
+    def give(name="qwen3_moe", experts=6, **fields):
+        checkpoint = open_checkpoint(checkpoints(name))
+        return make_plan(checkpoint, tiny.settings(experts, **fields), 4, 12)
+
+    return give
+
+
+def test_the_bytes_written_are_those_of_shards_and_hidden_states(plan_of):
+    plan = plan_of()
+    work = work_of(plan, cache_bytes=PLENTY)
+    written = plan.output_bytes + (len(plan.layers) - 1) * plan.hidden_bytes
+    assert total(work.values()).written_bytes == written
+    assert tuple(work) == PHASES
+
+
+def test_what_is_read_anew_is_each_tensor_once_and_the_states_once(plan_of):
+    plan = plan_of()
+    everything = total(work_of(plan, cache_bytes=PLENTY).values())
+    anew = everything.read_bytes - everything.cached_bytes
+    assert anew == plan.source_bytes + (len(plan.layers) - 1) * plan.hidden_bytes
+
+
+def test_a_layer_that_memory_cannot_hold_is_read_for_each_batch(plan_of):
+    plan = plan_of()
+    scarce, plenty = (work_of(plan, cache_bytes=size) for size in (0, PLENTY))
+    assert total(scarce.values()).cached_bytes == 0
+    assert scarce["observe"].read_bytes >= plenty["observe"].read_bytes
+    assert {name: work.flop for name, work in scarce.items()} == {
+        name: work.flop for name, work in plenty.items()
+    }
+
+
+def test_operations_of_experts_are_those_of_routed_tokens(plan_of):
+    work = work_of(plan_of(), cache_bytes=PLENTY)
+    tokens, moe = 4 * 12, 2
+    routed = 2 * EXPERT * tokens * tiny.TOP_K
+    assert work["observe"].expert_flop == moe * routed
+    # the last layer leads to no other; the dense one in the middle has no experts
+    assert work["propagate"].expert_flop == routed
+    # gate and up of every expert on all tokens, which are fewer than the sample
+    assert work["compare"].product_flop == moe * 8 * tokens * 2 * EXPERT * 2 // 3
+    assert work["align"].matchings == moe * 2
+
+
+def test_pruning_neither_compares_nor_aligns_nor_merges(plan_of):
+    work = work_of(plan_of(grouping="none"), cache_bytes=PLENTY)
+    assert work["compare"] == work["align"] == Work()
+    assert work["write"].merged_numbers == 0
+
+
+def test_without_sequential_calibration_experts_run_once(plan_of):
+    work = work_of(plan_of(sequential=False), cache_bytes=PLENTY)
+    assert work["propagate"].expert_flop == 0
+    assert work["observe"].written_bytes > 0
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_every_family_has_work_and_less_once_layers_are_committed(plan_of, name):
+    plan = plan_of(name)
+    left = [
+        total(work_of(plan, cache_bytes=PLENTY, committed=done).values())
+        for done in range(len(plan.layers) + 1)
+    ]
+    for before, after in itertools.pairwise(left):
+        assert after.read_bytes < before.read_bytes
+        assert after.flop < before.flop
+    assert left[-1].flop == 0
+
+
+def test_a_sum_has_all_fields():
+    one = Work(**{field.name: 1 for field in fields(Work)})
+    assert total([one, one]) == Work(**{field.name: 2 for field in fields(Work)})
+
+
+def test_times_of_phases_follow_from_rates(plan_of):
+    rates = Rates(
+        expert=100.0,
+        product=200.0,
+        float32=50.0,
+        matching=1.0,
+        merge=10.0,
+        read=5.0,
+        read_measured=True,
+        digest=20.0,
+    )
+    assert rates.seconds(Work(read_bytes=15, cached_bytes=5)) == 2.0
+    assert rates.seconds(Work(written_bytes=20)) == 4.0 + 1.0
+    assert rates.seconds(Work(expert_flop=100, product_flop=100, float32_flop=100)) == 3.5
+    assert rates.seconds(Work(matchings=2, merged_numbers=10)) == 3.0
+
+
+def test_a_forecast_measures_the_machine_in_every_dtype(plan_of):
+    for dtype in ("float32", "bfloat16"):
+        known = forecast(plan_of(dtype=dtype), torch.device("cpu"), 1)
+        assert set(known.seconds) == set(PHASES)
+        assert all(time >= 0 for time in known.seconds.values())
+        assert known.total == total(known.work.values())
