@@ -20,6 +20,9 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"  # noqa: TID251
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name} is no device; use auto, cpu or cuda") from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
