@@ -9,7 +9,7 @@ import torch
 
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.plan import make_plan
-from ream_stream.rates import Rates, forecast
+from ream_stream.rates import UNCOUNTED, Rates, forecast
 from ream_stream.work import PHASES, Work, total, work_of
 
 PLENTY = 1 << 40
@@ -106,7 +106,8 @@ def test_times_of_phases_follow_from_rates(plan_of):
     )
     assert rates.seconds(Work(read_bytes=15, cached_bytes=5)) == 2.0
     assert rates.seconds(Work(written_bytes=20)) == 4.0 + 1.0
-    assert rates.seconds(Work(expert_flop=100, product_flop=100, float32_flop=100)) == 3.5
+    assert rates.seconds(Work(expert_flop=100, product_flop=200)) == 2.0 * UNCOUNTED
+    assert rates.seconds(Work(float32_flop=100)) == 2.0
     assert rates.seconds(Work(matchings=2, merged_numbers=10)) == 3.0
 
 
