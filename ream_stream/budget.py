@@ -24,12 +24,19 @@ MAX_BATCH_TOKENS = 8192
 LIBRARY_BYTES = 32_000_000
 """What libraries take once they are used: 4 MB at once, up to 20 MB for oneDNN's kernels."""
 
-HEAP_SHARE = 0.4
-"""Of what comes and goes, the share that glibc's heap may hold on to.
+HEAP_SHARE = 1.2
+"""What glibc's heap may hold on to, as a share of what comes and goes.
 
-Measured on the 107M-parameter benchmark: 0.04 to 0.37. With a stated budget freed memory
-goes back to the kernel at once, and the share is 0; that costs a small model a third of
-its speed (the kernel clears every page again) and a large one little.
+Measured on the 107M-parameter benchmark: 0.9 to 1.0. With a stated budget freed memory
+goes back to the kernel at once, but for `SMALL_BLOCKS`; that costs a small model a third
+of its speed (the kernel clears every page again) and a large one little.
+"""
+
+SMALL_BLOCKS = 24_000_000
+"""What the heap holds on to of blocks under a megabyte, which never go back at once.
+
+Measured on the 107M-parameter benchmark, whose blocks are of that size: 9 MB beyond the
+rest of the plan with two threads, none with one.
 """
 
 OUTPUTS = "attention outputs"
@@ -89,13 +96,13 @@ def allot(
     OverBudgetError
         Not even one sequence at a time fits; the smallest budget that works is told.
     """
-    fixed = _fixed(footprints, settings, size)
+    fixed = _fixed(footprints, size)
     outputs = _output_bytes(footprints, settings, size)
 
     def parts(batch: int) -> dict[str, int]:
-        phase, working = _work(footprints, settings, size, batch)
-        heap = 0 if steady else int(HEAP_SHARE * working)
-        return {**fixed, f"work: {phase}": working, "kept by the heap": heap}
+        phase, held, working = _work(footprints, settings, size, batch)
+        heap = SMALL_BLOCKS if steady else int(HEAP_SHARE * working)
+        return {**fixed, **held, f"work: {phase}": working, "kept by the heap": heap}
 
     batch = max(1, min(size.sequences, MAX_BATCH_TOKENS // size.length))
     chosen = parts(batch)
@@ -109,9 +116,9 @@ def allot(
     return Allotment(batch_sequences=batch, parts=chosen)
 
 
-def _fixed(footprints: Footprints, settings: Settings, size: Size) -> dict[str, int]:
+def _fixed(footprints: Footprints, size: Size) -> dict[str, int]:
     """Return what stays for as long as a layer is worked on."""
-    model, method = footprints.model, settings.method
+    model = footprints.model
     entries, itemsize = model.checkpoint.entries, model.dtype.itemsize
     stack = _stack(footprints)
     converted = max(
@@ -122,36 +129,45 @@ def _fixed(footprints: Footprints, settings: Settings, size: Size) -> dict[str, 
         )
         for layer in model.layers
     )
-    experts = len(stack.experts)
-    sample = min(method.similarity_tokens or size.tokens, size.tokens)
-    compares = method.grouping != "none"
     return {
         "interpreter and libraries": anonymous_bytes() + LIBRARY_BYTES,
         "token ids": 3 * 8 * size.tokens,
         "dense weights of a layer": converted * itemsize,
         "buffers of one expert": 3 * stack.hidden * stack.inner * itemsize,
-        "token sample": sample * (stack.hidden * itemsize + 4 * experts) if compares else 0,
-        "mean outputs": experts * stack.hidden * 8 + 3 * experts**2 * 8 if compares else 0,
     }
+
+
+def _held(footprints: Footprints, settings: Settings, size: Size) -> dict[str, dict[str, int]]:
+    """Return what is kept from one phase to another until the shards are written."""
+    model, method = footprints.model, settings.method
+    stack = _stack(footprints)
+    experts, itemsize = len(stack.experts), model.dtype.itemsize
+    tokens = min(method.similarity_tokens or size.tokens, size.tokens)
+    sample = {"token sample": tokens * (stack.hidden * itemsize + 4 * experts)}
+    compared = {**sample, "mean outputs": experts * stack.hidden * 8 + 3 * experts**2 * 8}
+    return {"observe": sample, "compare": compared, "align": compared, "write": compared}
 
 
 def _work(
     footprints: Footprints, settings: Settings, size: Size, batch: int
-) -> tuple[str, int]:
-    """Return the phase that has most alive at once, and those bytes."""
+) -> tuple[str, dict[str, int], int]:
+    """Return the phase that has most alive at once, what is held in it, and its own bytes."""
     model, method = footprints.model, settings.method
     stack, itemsize = _stack(footprints), model.dtype.itemsize
     runs = [footprints.of(index, batch, size.length) for index in footprints.kinds()]
-    # what is read of a store is there twice for a moment, and then goes in
-    entering = 2 * batch * size.length * stack.hidden * itemsize
+    # what a store is read into and written from is more, but then no layer runs
+    entering = batch * size.length * stack.hidden * itemsize
     most = max(run.run for run in runs)
     observed = max(run.observe for run in runs) if settings.sequential else most
     phases = {"observe": observed + entering, "propagate": most + entering}
+    held: Mapping[str, dict[str, int]] = {}
     if method.grouping != "none":
         phases["compare"] = _compare_bytes(stack, itemsize)
         phases["align"] = _align_bytes(method, stack, itemsize, size.threads)
         phases["write"] = _merge_bytes(stack)
-    return max(phases.items(), key=lambda phase: phase[1])
+        held = _held(footprints, settings, size)
+    phase = max(phases, key=lambda name: phases[name] + sum(held.get(name, {}).values()))
+    return phase, held.get(phase, {}), phases[phase]
 
 
 def _compare_bytes(stack: ExpertStack, itemsize: int) -> int:
