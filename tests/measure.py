@@ -1,11 +1,14 @@
 """Compresses a checkpoint in a process of its own and tells how much memory that took.
 
-Usage: python measure.py SOURCE OUTPUT DTYPE [leak]
+Usage: python measure.py SOURCE OUTPUT DTYPE [--room BYTES] [--leak]
+
+With --room the budget is what the interpreter takes and so much more, as if --ram had been
+given; without, it is large, and batches are kept small.
 """
 
+import argparse
 import json
 import os
-import sys
 import threading
 from pathlib import Path
 
@@ -24,7 +27,10 @@ from ream_stream.settings import Method, Settings
 
 SEQUENCES, LENGTH = 16, 128
 BATCH_TOKENS = 1024
-"""Two batches."""
+"""Two batches, if the budget does not say."""
+
+ROOMY_SEQUENCES = 64
+"""With a budget: enough for the batch to matter."""
 
 
 def rss_anon():
@@ -58,22 +64,34 @@ def leak_experts():
     ExpertWeights.load = keep
 
 
-def main(source, output, dtype, *faults):
-    torch.set_num_threads(1)
-    budget.MAX_BATCH_TOKENS = BATCH_TOKENS
-    if faults:
-        leak_experts()
+def make_plan(source, sequences, dtype, room):
     checkpoint = open_checkpoint(Path(source))
     settings = Settings(
-        experts=24,
+        experts=checkpoint.config["num_experts"] * 3 // 4,
         method=Method(group_size=4, similarity_tokens=512, alignment_tokens=256),
         compute_dtype=dtype,
     )
-    planned = plan.make_plan(checkpoint, settings, SEQUENCES, LENGTH)
+    if room is None:
+        budget.MAX_BATCH_TOKENS = BATCH_TOKENS
+        return plan.make_plan(checkpoint, settings, sequences, LENGTH), None
+    # told the first time: what is loaded when a plan is made is in the second one's base
+    for _ in range(2):
+        planned = plan.make_plan(checkpoint, settings, sequences, LENGTH, ram=1 << 40)
+    ram = planned.memory["interpreter and libraries"] + room
+    return plan.make_plan(checkpoint, settings, sequences, LENGTH, ram=ram), ram
+
+
+def main(options):
+    torch.set_num_threads(1)
+    if options.leak:
+        leak_experts()
+    sequences = SEQUENCES if options.room is None else ROOMY_SEQUENCES
+    planned, ram = make_plan(options.source, sequences, options.dtype, options.room)
     base = rss_anon()
-    ids_SL = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) * 7 % 64
+    ids_SL = torch.arange(sequences * LENGTH).view(sequences, LENGTH) * 7 % 64
     tokens = from_tensors({"input_ids": ids_SL}, description="counted")
-    workspace = Workspace(output=Path(output), work=Path(output) / ".ream-stream")
+    output = Path(options.output)
+    workspace = Workspace(output=output, work=output / ".ream-stream")
     sampler = Sampler()
     sampler.start()
     layers = []
@@ -94,9 +112,22 @@ def main(source, output, dtype, *faults):
         "reported": reported,
         "planned": planned.memory_bytes,
         "parts": dict(planned.memory),
+        "ram": ram,
+        "batch": planned.batch_sequences,
+        "steady": planned.steady,
     }
     print(json.dumps(told))
 
 
+def parse():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("source")
+    parser.add_argument("output")
+    parser.add_argument("dtype")
+    parser.add_argument("--room", type=int)
+    parser.add_argument("--leak", action="store_true")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(parse())

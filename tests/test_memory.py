@@ -6,6 +6,7 @@ back at will; limits on address space count them too. So RssAnon is measured.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -14,8 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import load_tensors
 
 import ream_stream
+from ream_stream import budget
+from ream_stream.checkpoint.source import MappedTensors, open_checkpoint
+from ream_stream.errors import OverBudgetError
+from ream_stream.plan import make_plan
+from ream_stream.settings import Method, Settings
 
 pytestmark = [
     pytest.mark.memory,
@@ -26,11 +33,18 @@ EXPERTS, HIDDEN, INNER, VOCABULARY = 32, 256, 512, 64
 LAYER_BYTES = EXPERTS * 3 * HIDDEN * INNER * 2
 """25 MB of experts in bf16."""
 
+ROOMS = (74_000_000, 103_000_000, 144_000_000)
+"""Of three budgets, what is above the interpreter's own: for half of the tokens at once,
+for all of them, and to keep what attention gives as well."""
+
 SCRIPT = Path(__file__).with_name("measure.py")
-ENVIRONMENT = {
+UNTUNED = {
     **os.environ,
     "PYTHONPATH": str(Path(ream_stream.__file__).parent.parent),
     "OMP_NUM_THREADS": "1",
+}
+ENVIRONMENT = {
+    **UNTUNED,
     # freed blocks under 32 MiB would stay in the heap of glibc, more or less by chance
     "MALLOC_MMAP_THRESHOLD_": "1048576",
 }
@@ -52,12 +66,12 @@ CONFIG = {
 }
 
 
-def write_checkpoint(folder, layers):
+def write_checkpoint(folder, layers, experts=EXPERTS, dtype=torch.bfloat16):
     """Write a checkpoint layer by layer."""
     generator = torch.Generator().manual_seed(0)
 
     def matrix(*shape):
-        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
 
     folder.mkdir()
     weight_map = {}
@@ -66,7 +80,7 @@ def write_checkpoint(folder, layers):
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
 
-    norm_H = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    norm_H = torch.ones(HIDDEN, dtype=dtype)
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         tensors = {
@@ -78,9 +92,9 @@ def write_checkpoint(folder, layers):
             "self_attn.k_proj.weight": matrix(128, HIDDEN),
             "self_attn.v_proj.weight": matrix(128, HIDDEN),
             "self_attn.o_proj.weight": matrix(HIDDEN, 256),
-            "mlp.gate.weight": matrix(EXPERTS, HIDDEN),
+            "mlp.gate.weight": matrix(experts, HIDDEN),
         }
-        for expert in range(EXPERTS):
+        for expert in range(experts):
             tensors |= {
                 f"mlp.experts.{expert}.gate_proj.weight": matrix(INNER, HIDDEN),
                 f"mlp.experts.{expert}.up_proj.weight": matrix(INNER, HIDDEN),
@@ -94,7 +108,7 @@ def write_checkpoint(folder, layers):
         "model.norm.weight": norm_H,
     }
     write("outside.safetensors", outside)
-    config = {**CONFIG, "num_hidden_layers": layers}
+    config = {**CONFIG, "num_hidden_layers": layers, "num_experts": experts}
     (folder / "config.json").write_text(json.dumps(config))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -106,22 +120,28 @@ def measured(tmp_path_factory):
     root = tmp_path_factory.mktemp("memory")
 
     @cache
-    def source(layers):
-        write_checkpoint(root / f"source-{layers}", layers)
-        return root / f"source-{layers}"
+    def source(layers, experts, dtype):
+        folder = root / f"source-{layers}-{experts}-{dtype}"
+        write_checkpoint(folder, layers, experts, dtype)
+        return folder
 
     @cache
-    def run(layers, dtype, *faults):
-        output = root / "-".join(["output", str(layers), dtype, *faults])
+    def run(layers, experts, stored, dtype, *options):
+        words = map(str, [layers, experts, stored, dtype, *options])
+        output = root / "-".join(["output", *words])
+        command = [sys.executable, SCRIPT, source(layers, experts, stored), output, dtype]
         done = subprocess.run(
-            [sys.executable, SCRIPT, source(layers), output, dtype, *faults],
-            env=ENVIRONMENT,
+            [*command, *map(str, options)],
+            env=ENVIRONMENT if "--room" not in options else UNTUNED,
             stdout=subprocess.PIPE,
             check=True,
         )
-        return json.loads(done.stdout)
+        return {**json.loads(done.stdout), "output": output}
 
-    return run
+    def measure(layers, dtype, *options, experts=EXPERTS, stored=torch.bfloat16):
+        return run(layers, experts, stored, dtype, *options)
+
+    return measure
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(measured):
@@ -132,13 +152,110 @@ def test_memory_does_not_grow_with_the_number_of_layers(measured):
 
 
 @pytest.mark.parametrize(
-    ("layers", "dtype"), [(4, "bfloat16"), (16, "bfloat16"), (4, "float32")]
+    ("layers", "experts", "dtype"),
+    [
+        (4, 32, "bfloat16"),
+        (16, 32, "bfloat16"),
+        pytest.param(4, 128, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(4, 8, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(4, 32, "float32", marks=pytest.mark.slow),
+        pytest.param(64, 8, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(64, 32, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(16, 128, "float32", marks=pytest.mark.slow),
+    ],
 )
-def test_memory_stays_within_the_plan(layers, dtype, measured):
-    told = measured(layers, dtype)
+def test_memory_stays_within_the_plan(layers, experts, dtype, measured):
+    told = measured(layers, dtype, experts=experts)
     assert told["peak"] <= told["planned"], told
     # the plan is a promise, not an excuse
     assert told["planned"] - told["base"] < 4 * (told["peak"] - told["base"]), told
+
+
+def with_budgets(measured, layers=4, experts=8):
+    """Runs in float32 throughout, with a budget so many bytes above what Python takes."""
+    return [
+        measured(layers, "float32", "--room", room, experts=experts, stored=torch.float32)
+        for room in ROOMS
+    ]
+
+
+def test_memory_stays_within_a_plan_within_a_budget(measured):
+    for told in with_budgets(measured):
+        assert told["steady"], told
+        assert told["peak"] <= told["planned"] <= told["ram"], told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "experts"), [(16, 8), (64, 8), (4, 128)])
+def test_memory_stays_within_a_plan_within_a_budget_for_more(layers, experts, measured):
+    for told in with_budgets(measured, layers, experts):
+        assert told["peak"] <= told["planned"] <= told["ram"], told
+
+
+def test_a_budget_decides_the_batch_and_not_what_comes_out(measured):
+    small, medium, large = with_budgets(measured)
+    assert small["batch"] < medium["batch"] == large["batch"]
+    assert 0 == medium["parts"]["attention outputs"] < large["parts"]["attention outputs"]
+    layers, tensors = _decided(large["output"]), load_tensors(large["output"])
+    for told in (small, medium):
+        for got, wanted in zip(_decided(told["output"]), layers, strict=True):
+            assert got["groups"] == wanted["groups"]
+        for name, got in load_tensors(told["output"]).items():
+            wanted = tensors[name]
+            assert (got - wanted).norm() <= 1e-6 * wanted.norm(), name
+
+
+def _decided(output):
+    return json.loads((output / "ream_stream.json").read_text(encoding="utf-8"))["layers"]
+
+
+@pytest.fixture
+def planner(tmp_path, monkeypatch):
+    """Plan a run with a budget, in a process whose own memory seems not to change."""
+    write_checkpoint(tmp_path / "source", 2, 8)
+    monkeypatch.setattr(budget, "anonymous_bytes", lambda: 300_000_000)
+
+    def plan(ram, grouping="ream"):
+        method = Method(grouping=grouping, similarity_tokens=64, alignment_tokens=64)
+        wanted = Settings(experts=6, method=method)
+        return make_plan(open_checkpoint(tmp_path / "source"), wanted, 64, 128, ram=ram)
+
+    return plan
+
+
+def test_a_budget_too_small_is_refused_before_anything_is_read(planner, monkeypatch):
+    def read(_tensors, name):
+        pytest.fail(f"{name} was read")
+
+    monkeypatch.setattr(MappedTensors, "__getitem__", read)
+    with pytest.raises(OverBudgetError, match=r"with one sequence at a time") as refused:
+        planner(300_000_000)
+    least = int(re.search(r"Give --ram (\d+)", str(refused.value))[1])
+    # what is told to be enough is, and nothing less
+    assert planner(least).memory_bytes == least
+    with pytest.raises(OverBudgetError):
+        planner(least - 1)
+
+
+def test_the_batch_shrinks_with_the_budget(planner):
+    budgets = range(454_000_000, 363_000_000, -15_000_000)
+    # where experts are compared, that takes more than a small batch
+    plans = [planner(ram, grouping="none") for ram in budgets]
+    batches = [plan.batch_sequences for plan in plans]
+    assert batches == sorted(batches, reverse=True)
+    assert batches[0] == 64
+    assert len(set(batches)) >= 3
+    for ram, plan in zip(budgets, plans, strict=True):
+        assert sum(plan.memory.values()) == plan.memory_bytes <= ram
+
+
+def test_attention_is_kept_only_where_there_is_room(planner):
+    roomy = planner(500_000_000)
+    kept = roomy.memory["attention outputs"]
+    assert kept == 64 * 128 * HIDDEN * 4
+    tight = planner(roomy.memory_bytes - 1)
+    assert tight.batch_sequences == roomy.batch_sequences
+    assert tight.memory["attention outputs"] == 0
 
 
 def test_the_reported_peak_is_the_measured_one(measured):
@@ -148,7 +265,7 @@ def test_the_reported_peak_is_the_measured_one(measured):
 
 @pytest.mark.slow
 def test_a_leak_is_seen(measured):
-    healthy, leaking = measured(4, "bfloat16"), measured(16, "bfloat16", "leak")
+    healthy, leaking = measured(4, "bfloat16"), measured(16, "bfloat16", "--leak")
     assert leaking["peak"] - healthy["peak"] > LAYER_BYTES
     assert max(leaking["layers"][10:]) - max(leaking["layers"][4:10]) > LAYER_BYTES
     assert leaking["peak"] > leaking["planned"]
