@@ -1,6 +1,6 @@
 """Compress a checkpoint many times larger than the budget, and measure the memory it takes.
 
-Makes a 20.5 GB Qwen3-MoE checkpoint (`make_large.py`: layers of 4.8 GB), runs the command
+Makes a 20.4 GB Qwen3-MoE checkpoint (`make_large.py`: layers of 4.8 GB), runs the command
 ``ream-stream compress`` on it with ``--ram 1.5GiB`` over random tokens, and reads RssAnon of
 that process from outside every 20 ms. Prints what was planned, what was measured, by whom,
 and where the time went. Needs 45 GB of disk, which it frees at its end.

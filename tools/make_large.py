@@ -1,7 +1,7 @@
 """Write a synthetic Qwen3-MoE checkpoint of any size, one tensor in memory at a time.
 
 The defaults have layers of Qwen3-235B-A22B's shape, 128 experts and 4.8 GB of them in
-each: four layers and the embeddings are 20.5 GB. Weights are slices of one block of random
+each: four layers and the embeddings are 20.4 GB. Weights are slices of one block of random
 numbers, each from a place of its own: experts differ, and a gigabyte takes a second or two.
 
     python tools/make_large.py FOLDER [--layers 4] [--experts 128] [--hidden 4096] ...
