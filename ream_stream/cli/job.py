@@ -93,7 +93,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         settings,
         options.sequences if tokens is None else tokens.num_sequences,
         options.sequence_length if tokens is None else tokens.sequence_length,
-        ram=budget,
+        ram=options.ram,
     )
     if workspace is not None:
         check_disk(plan, workspace.output, workspace.work, journal)
