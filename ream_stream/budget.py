@@ -27,7 +27,7 @@ LIBRARY_BYTES = 32_000_000
 HEAP_SHARE = 1.2
 """What glibc's heap may hold on to, as a share of what comes and goes.
 
-Measured on the 107M-parameter benchmark: 0.9 to 1.0. With a stated budget freed memory
+Measured on the 106M-parameter benchmark: 0.9 to 1.0. With a stated budget freed memory
 goes back to the kernel at once, but for `SMALL_BLOCKS`; that costs a small model a third
 of its speed (the kernel clears every page again) and a large one little.
 """
@@ -35,7 +35,7 @@ of its speed (the kernel clears every page again) and a large one little.
 SMALL_BLOCKS = 24_000_000
 """What the heap holds on to of blocks under a megabyte, which never go back at once.
 
-Measured on the 107M-parameter benchmark, whose blocks are of that size: 9 MB beyond the
+Measured on the 106M-parameter benchmark, whose blocks are of that size: 9 MB beyond the
 rest of the plan with two threads, none with one.
 """
 

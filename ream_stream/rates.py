@@ -32,7 +32,7 @@ ASSUMED_READ = 1e9
 UNCOUNTED = 1.4
 """What norms, softmax, routing and statistics add to the time of products.
 
-1.4 to 1.9 on the 107M-parameter benchmark and the built-in checkpoint; wide models less.
+1.4 to 1.9 on the 106M-parameter benchmark and the built-in checkpoint; wide models less.
 """
 
 _SAMPLED_BYTES = 64 << 20  # more than a processor's caches hold
