@@ -130,12 +130,6 @@ class StreamedModel:
         inside = {name for layer in self.layers for name in layer.names}
         return sorted(set(self.checkpoint.entries) - inside)
 
-    @property
-    def unknown_names(self) -> list[str]:
-        """Return the tensors of the checkpoint that the model class does not have, sorted."""
-        inside = {name for layer in self.layers for name in layer.names}
-        return sorted(set(self.checkpoint.entries) - inside - set(self._targets))
-
     def router(self, index: int) -> nn.Module:
         """Return the router module of an MoE layer."""
         recorders: Any = self.model._can_record_outputs
