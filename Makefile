@@ -4,7 +4,8 @@ PYTHON ?= python3
 # On a machine without a GPU that has no CPU wheel of torch at hand:
 # make setup PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
-PYTEST_FLAGS ?=
+# tests side by side, one a core; PYTEST_FLAGS="-x --pdb" for one after the other
+PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
@@ -12,6 +13,8 @@ INSTALL = -m pip install --disable-pip-version-check --quiet -c constraints.txt 
 
 # nothing may be fetched while tests run
 export HF_HUB_OFFLINE := 1
+# models in the tests are so small that threads wait for each other more than they compute
+test test-all: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
