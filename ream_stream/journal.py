@@ -30,7 +30,8 @@ from .errors import DamagedError, OtherRunError
 FORMAT = 1
 
 _OURS = re.compile(
-    r"(journal\.json|tokens\.safetensors|log\.jsonl|hidden-\d{5}|statistics-\d{5}\.safetensors)"
+    r"(journal\.json|tokens\.safetensors|log\.jsonl|hidden-\d{5}|statistics-\d{5}\.safetensors"
+    r"|scratch-[a-z0-9-]+)"
     rf"(?P<partial>{re.escape(durable.PARTIAL)})?"
 )
 """What a run writes in its work folder, the lock aside."""
@@ -115,6 +116,10 @@ class Workspace:
     def statistics(self, layer: int) -> Path:
         """Return the file of one layer's sums."""
         return self.work / f"statistics-{layer:05d}.safetensors"
+
+    def scratch(self, name: str) -> Path:
+        """Return a folder that no journal names: what is in it serves one layer only."""
+        return self.work / f"scratch-{name}"
 
     @contextmanager
     def locked(self) -> Iterator[str | None]:

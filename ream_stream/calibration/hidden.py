@@ -30,6 +30,34 @@ _NOT_A_STORE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeErr
 """What zarr 3.1 raises for a description that is missing or not one."""
 
 
+def create_array(
+    path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: torch.dtype
+) -> Any:  # noqa: ANN401 - zarr's array, which is generic over its metadata
+    """Create a zarr array in a new folder for the bits of tensors of one dtype."""
+    kind = _BITS[dtype][1]
+    return zarr.create_array(
+        LocalStore(path),
+        shape=shape,
+        chunks=chunks,
+        dtype=kind,
+        compressors=[Crc32cCodec()],
+        # a NaN in either width: what was never written cannot pass for data
+        fill_value=np.iinfo(kind).max,
+        attributes={"dtype": str(dtype).removeprefix("torch.")},
+        config={"write_empty_chunks": True},
+    )
+
+
+def to_bits(tensor: Tensor) -> Any:  # noqa: ANN401 - an array of one of several dtypes
+    """Return a tensor's bits as numpy has them: without a copy, if it lies in host memory."""
+    return tensor.detach().cpu().contiguous().view(_BITS[tensor.dtype][0]).numpy()
+
+
+def from_bits(bits: Any, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
+    """Return the tensor that bits are of."""
+    return torch.from_numpy(bits).view(dtype)
+
+
 class HiddenWriter:
     """Writes the states (S, L, H) that enter one layer, batch after batch.
 
@@ -51,26 +79,15 @@ class HiddenWriter:
         self._path = path
         self._partial = path.with_name(path.name + durable.PARTIAL)
         self._batch = batch
-        self._bits = _BITS[dtype][0]
         durable.remove(self._partial)
-        kind = _BITS[dtype][1]
+        chunks = (min(batch, shape[0]), *shape[1:])
         with durable.space_for(path):
-            self._array = zarr.create_array(
-                LocalStore(self._partial),
-                shape=shape,
-                chunks=(min(batch, shape[0]), *shape[1:]),
-                dtype=kind,
-                compressors=[Crc32cCodec()],
-                # a NaN in either width: what was never written cannot pass for data
-                fill_value=np.iinfo(kind).max,
-                attributes={"dtype": str(dtype).removeprefix("torch.")},
-                config={"write_empty_chunks": True},
-            )
+            self._array = create_array(self._partial, shape, chunks, dtype)
 
     def write(self, index: int, hidden_BLH: Tensor) -> None:
         """Store the states of batch `index`."""
         start = index * self._batch
-        bits = hidden_BLH.detach().cpu().contiguous().view(self._bits).numpy()
+        bits = to_bits(hidden_BLH)
         with durable.space_for(self._path):
             self._array[start : start + len(bits)] = bits
 
@@ -122,7 +139,7 @@ class HiddenStates:
             raise DamagedError(
                 f"{self._path}: batch {index} is damaged ({error}); start over with --restart"
             ) from error
-        return torch.from_numpy(bits).view(self._dtype)
+        return from_bits(bits, self._dtype)
 
     def _check_is_there(self, index: int) -> None:
         if not (self._path / "c" / str(index) / "0" / "0").is_file():

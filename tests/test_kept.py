@@ -1,0 +1,123 @@
+import re
+
+import pytest
+import torch
+
+from ream_stream.errors import DamagedError
+from ream_stream.journal import Journal, Workspace
+from ream_stream.kept import keeping
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def place(request, tmp_path):
+    return None if request.param == "memory" else tmp_path / "scratch-x"
+
+
+def special(dtype, count):
+    """Return numbers that a conversion would change: infinities, NaN, zeros of either sign."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
+    odd = torch.tensor([float("inf"), float("-inf"), float("nan"), -0.0, 0.0, 1e-40]).to(dtype)
+    values[: len(odd)] = odd
+    return values
+
+
+def same_bits(one, other):
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_kept_comes_back_bit_for_bit_and_the_last_may_be_smaller(place, dtype):
+    tensors = [special(dtype, 24).view(2, 3, 4), special(dtype, 24).view(2, 3, 4).flip(2)]
+    tensors.append(special(dtype, 12).view(1, 3, 4))
+    with keeping(place, 3) as kept:
+        for number, tensor in enumerate(tensors):
+            kept.put(number, tensor.clone())
+        for _ in range(2):
+            for number in (2, 0, 1):
+                assert same_bits(kept.get(number), tensors[number])
+
+
+def test_sums_grow_in_their_place(place):
+    parts = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0))
+    with keeping(place, 3) as kept:
+        for number in range(3):
+            kept.put(number, torch.zeros(5 - number, 2))
+        for part in parts:
+            for number in range(3):
+                kept.put(number, kept.get(number).add_(part[number, number:]))
+        for number in range(3):
+            want = torch.zeros(5 - number, 2)
+            for part in parts:
+                want += part[number, number:]
+            assert torch.equal(kept.get(number), want)
+
+
+def test_zeros_are_kept_too(place):
+    with keeping(place, 1) as kept:
+        kept.put(0, torch.zeros(3))
+        assert torch.equal(kept.get(0), torch.zeros(3))
+
+
+def test_the_folder_is_gone_at_the_end_even_of_a_failure(tmp_path):
+    path = tmp_path / "scratch-x"
+
+    def fail():
+        with keeping(path, 1) as kept:
+            kept.put(0, torch.ones(2))
+            assert path.is_dir()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not path.exists()
+    with keeping(path, 1):
+        assert not path.exists(), "nothing was kept"
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path):
+    path = tmp_path / "scratch-x"
+    path.mkdir()
+    (path / "junk").write_text("x")
+    with keeping(path, 1) as kept:
+        kept.put(0, torch.ones(2))
+        assert not (path / "junk").exists()
+
+
+def test_a_flipped_bit_and_a_lost_chunk_are_damage(tmp_path):
+    path = tmp_path / "scratch-x"
+    with keeping(path, 2) as kept:
+        kept.put(0, torch.arange(8.0))
+        kept.put(1, torch.arange(8.0))
+        chunk = path / "c" / "0" / "0"
+        data = bytearray(chunk.read_bytes())
+        data[5] ^= 1
+        chunk.write_bytes(data)
+        with pytest.raises(DamagedError, match="batch 0 is damaged"):
+            kept.get(0)
+        (path / "c" / "1" / "0").unlink()
+        with pytest.raises(DamagedError, match="lost what was kept of batch 1"):
+            kept.get(1)
+
+
+def test_a_larger_tensor_or_another_dtype_is_refused(tmp_path):
+    with keeping(tmp_path / "scratch-x", 2) as kept:
+        kept.put(0, torch.ones(4))
+        for odd in (torch.ones(5), torch.ones(4).bfloat16()):
+            with pytest.raises(ValueError, match=re.escape("at most 4 numbers")):
+                kept.put(1, odd)
+
+
+def test_strays_of_a_killed_run_are_removed_and_look_alikes_stay(tmp_path):
+    workspace = Workspace(output=tmp_path / "out", work=tmp_path / "work")
+    with workspace.locked():
+        workspace.scratch("mixer-0").mkdir()
+        (workspace.scratch("mixer-0") / "zarr.json").write_text("{}")
+        foreign = workspace.work / "scratch-My notes"
+        foreign.mkdir()
+        workspace.remove_strays(Journal(fingerprint={}, machine={}))
+        assert not workspace.scratch("mixer-0").exists()
+        assert foreign.exists()
