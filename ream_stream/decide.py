@@ -31,6 +31,9 @@ class Decision:
     saliency: tuple[float, ...]
     """By source expert."""
 
+    domain_saliency: Mapping[str, tuple[float, ...]]
+    """The same of each domain's tokens alone; empty if there is one domain."""
+
     groups: tuple[tuple[int, ...], ...]
     """Source experts of each new expert, centroid first, sorted by centroid."""
 
@@ -53,7 +56,8 @@ def decide(
         A statistic is not a finite number.
     """
     method = settings.method
-    saliency_E = SALIENCIES[method.saliency](observer.sums)
+    saliency = SALIENCIES[method.saliency]
+    saliency_E, domains = saliency(observer.sums.total()), observer.sums.domains
     # nothing to compare: experts are pruned, or all of them are kept
     grouping = "none" if mean_EH is None else method.grouping
     distance_EE = None
@@ -75,6 +79,11 @@ def decide(
     share = MERGES[method.merge]
     return Decision(
         saliency=tuple(saliency_E.tolist()),
+        domain_saliency={
+            name: tuple(saliency(sums).tolist())
+            for name, sums in domains.items()
+            if len(domains) > 1
+        },
         groups=tuple(tuple(group) for group in groups),
         shares=tuple(tuple(share(weight_E[group]).tolist()) for group in groups),
     )

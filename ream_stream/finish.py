@@ -83,7 +83,12 @@ def _manifest(plan: Plan, journal: Journal) -> dict[str, Any]:
             for shard in journal.shards()
         },
         "layers": [
-            {"index": record.index, "saliency": record.saliency, "groups": record.groups}
+            {
+                "index": record.index,
+                "saliency": record.saliency,
+                **({"domains": record.domain_saliency} if record.domain_saliency else {}),
+                "groups": record.groups,
+            }
             for record in journal.layers
             if record.groups is not None
         ],

@@ -56,6 +56,9 @@ class LayerRecord:
     saliency: tuple[float, ...] | None
     """One number a source expert; None for a dense layer."""
 
+    domain_saliency: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """The same of each domain's tokens alone; empty if there is one domain."""
+
     groups: tuple[tuple[int, ...], ...] | None
     """Source experts of each new expert, centroid first; None for a dense layer."""
 
@@ -295,5 +298,6 @@ def _record(value: Mapping[str, Any]) -> LayerRecord:
         hidden=value["hidden"],
         statistics=Written(**statistics) if statistics else None,
         saliency=None if saliency is None else tuple(saliency),
+        domain_saliency={k: tuple(v) for k, v in value.get("domain_saliency", {}).items()},
         groups=None if groups is None else tuple(tuple(group) for group in groups),
     )

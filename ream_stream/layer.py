@@ -148,6 +148,7 @@ class LayerJob:
             plan.family,
             plan.num_experts,
             sample,
+            self.context.tokens,
             gate_term=compares and method.gate_term,
             device=self.context.source.device,
         )

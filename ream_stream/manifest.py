@@ -33,6 +33,9 @@ class LayerGroups:
     saliency: tuple[float, ...]
     """By source expert."""
 
+    domains: Mapping[str, tuple[float, ...]]
+    """The same of each domain's calibration tokens alone; empty if there is one domain."""
+
     groups: tuple[tuple[int, ...], ...]
     """Source experts of each new expert, centroid first."""
 
@@ -161,9 +164,14 @@ def _file(name: str, value: Mapping[str, Any]) -> Written:
 def _layer(value: Mapping[str, Any]) -> LayerGroups:
     return LayerGroups(
         index=_count(value["index"]),
-        saliency=tuple(float(number) for number in value["saliency"]),
+        saliency=_numbers(value["saliency"]),
+        domains={str(k): _numbers(v) for k, v in value.get("domains", {}).items()},
         groups=tuple(tuple(_count(expert) for expert in group) for group in value["groups"]),
     )
+
+
+def _numbers(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(number) for number in values)
 
 
 def _count(value: object) -> int:

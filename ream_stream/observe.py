@@ -67,6 +67,61 @@ class TokenSample:
         return self.hidden_nH[torch.arange(min(count, total)) * total // min(count, total)]
 
 
+class SumsByDomain:
+    """Sums of routed tokens, kept apart by domain; their total is that of all tokens.
+
+    Parameters
+    ----------
+    tokens
+        The calibration set.
+    num_experts
+        E.
+    """
+
+    def __init__(self, tokens: Tokens, num_experts: int) -> None:
+        self._domain_S, self._length = tokens.domain_S, tokens.sequence_length
+        self._domain_T = torch.empty(0)
+        self.domains = {name: RoutedSums(num_experts) for name in tokens.domains}
+
+    def expect(self, start: int, count: int) -> None:
+        """Tell the position of the first of the coming tokens, and how many there are."""
+        rows = slice(start // self._length, (start + count) // self._length)
+        self._domain_T = self._domain_S[rows].repeat_interleave(self._length)
+
+    def update(
+        self,
+        topk_TK: Tensor,
+        gate_TK: Tensor,
+        score_TK: Tensor,
+        norm_TK: Tensor,
+        keep_T: Tensor | None,
+    ) -> None:
+        """Add the batch as `RoutedSums.update` does; `keep_T` tells which were no padding."""
+        parts = (topk_TK, gate_TK, score_TK, norm_TK)
+        domain_T = self._domain_T if keep_T is None else self._domain_T[keep_T.cpu()]
+        for number, sums in enumerate(self.domains.values()):
+            if len(self.domains) == 1:
+                sums.update(*parts)
+            elif len(row := (domain_T == number).nonzero().squeeze(1).to(topk_TK.device)):
+                sums.update(*(part[row] for part in parts))
+
+    def total(self) -> RoutedSums:
+        """Return the sums of all tokens."""
+        first, *others = self.domains.values()
+        total = RoutedSums.from_tensors(first.tensors())
+        for sums in others:
+            total.add(sums)
+        return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the total by name and, of several domains, each one's as ``NAME/domain``."""
+        tensors = self.total().tensors()
+        if len(self.domains) > 1:
+            for domain, sums in self.domains.items():
+                tensors |= {f"{name}/{domain}": t for name, t in sums.tensors().items()}
+        return tensors
+
+
 class Observer:
     """Gathers what the decision is made from while a layer runs.
 
@@ -78,6 +133,8 @@ class Observer:
         E.
     sample
         Filled along the way; None if experts are not compared.
+    tokens
+        The calibration set, for the domain of each sequence.
     gate_term
         Whether the router's logits are compared.
     device
@@ -89,11 +146,12 @@ class Observer:
         family: Family,
         num_experts: int,
         sample: TokenSample | None,
+        tokens: Tokens,
         *,
         gate_term: bool,
         device: torch.device,
     ) -> None:
-        self.sums = RoutedSums(num_experts)
+        self.sums = SumsByDomain(tokens, num_experts)
         self.sample = sample
         self.gram = LogitGram(num_experts, device=device) if gate_term else None
         self._score = SCORES[family.score]
@@ -121,6 +179,7 @@ class Observer:
         mask_BL = batch.attention_mask_BL
         self._keep_T = None if mask_BL is None else mask_BL.reshape(-1).bool()
         self._start = first
+        self.sums.expect(first, batch.input_ids_BL.numel())
 
     def _take(self, routed: Routed) -> None:
         score_TE = self._score(self._logits_TE)
@@ -132,7 +191,8 @@ class Observer:
             keep_T = self._keep_T.to(index_TK.device)
             index_TK, weight_TK, norm_TK = index_TK[keep_T], weight_TK[keep_T], norm_TK[keep_T]
             logits_TE, score_TE = logits_TE[keep_T], score_TE[keep_T]
-        self.sums.update(index_TK, weight_TK, score_TE.gather(1, index_TK), norm_TK)
+        scored_TK = score_TE.gather(1, index_TK)
+        self.sums.update(index_TK, weight_TK, scored_TK, norm_TK, self._keep_T)
         if self.gram is not None:
             self.gram.update(logits_TE)
 

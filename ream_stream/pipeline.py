@@ -157,6 +157,7 @@ def _layer(
         hidden=None if job.is_last else context.workspace.hidden(index + 1).name,
         statistics=job.statistics,
         saliency=decision.saliency if decision else None,
+        domain_saliency=decision.domain_saliency if decision else {},
         groups=decision.groups if decision else None,
     )
     journal.layers.append(record)

@@ -30,7 +30,7 @@ class Really:
     def __init__(self, checkpoint, dtype, *, padded):
         self.model = StreamedModel(checkpoint, dtype, CPU)
         self.family = family_of(checkpoint.config)
-        tokens = some_tokens(SEQUENCES, LENGTH, padded=padded)
+        self.tokens = tokens = some_tokens(SEQUENCES, LENGTH, padded=padded)
         self.batch = Batch(
             input_ids_BL=tokens.input_ids_SL, attention_mask_BL=tokens.attention_mask_SL
         )
@@ -49,7 +49,9 @@ class Really:
         with self.model.open_outside(), self.model.open_layer(index) as experts:
             experts.dispatch = all_to_one
             count = len(experts.weights.stack.experts)
-            observer = Observer(self.family, count, None, gate_term=True, device=CPU)
+            observer = Observer(
+                self.family, count, None, self.tokens, gate_term=True, device=CPU
+            )
             observer.expect(self.batch, 0)
             with observer.listening(self.model.router(index), experts):
                 return peak_of(

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from tiny import TINY, forward_in_transformers, forward_streamed, run, settings, some_tokens
 from transformers import AutoModelForCausalLM
 
-from ream_stream.calibration.tokens import from_tensors
+from ream_stream.calibration.tokens import from_tensors, joined
 from ream_stream.checkpoint.source import INDEX
 from ream_stream.events import Finished, LayerDone, Started, Step
+from ream_stream.manifest import read_manifest
 from ream_stream.method.alignment import ALIGNMENTS
 from ream_stream.method.grouping import GROUPINGS
 from ream_stream.method.merging import MERGES
-from ream_stream.method.saliency import SALIENCIES
+from ream_stream.method.saliency import SALIENCIES, RoutedSums
 from ream_stream.method.similarity import SIMILARITIES
 from ream_stream.verify import verify
 
@@ -291,6 +292,34 @@ def test_padding_changes_nothing(ream, checkpoints, tmp_path, name):
         # attention with a mask adds up in another order: float32's last digits differ
         for key in sums:
             torch.testing.assert_close(sums[key], others[key], rtol=2e-4, atol=0)
+
+
+def test_statistics_and_saliency_are_kept_by_domain_and_add_up(checkpoints, tmp_path):
+    parts = {"code": some_tokens(3, seed=1, padded=True), "math": some_tokens(2, seed=2)}
+    mix = joined(parts, description="mix")
+    source, wanted = checkpoints("mixtral"), settings(KEEP)
+    mixed = run(source, tmp_path / "mix", wanted, mix)
+    # inputs of layer 0 do not depend on what was merged
+    alone = {
+        name: run(source, tmp_path / name, wanted, tokens) for name, tokens in parts.items()
+    }
+
+    def layer_0(made):
+        return load_file(made.output / ".ream-stream" / "statistics-00000.safetensors")
+
+    sums = layer_0(mixed)
+    for name in RoutedSums.NAMES:
+        apart = [layer_0(alone[domain])[name] for domain in parts]
+        for domain, expected in zip(parts, apart, strict=True):
+            torch.testing.assert_close(sums[f"{name}/{domain}"], expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(sums[name], sum(apart), rtol=1e-4, atol=0)
+    told = mixed.manifest["layers"][0]["domains"]
+    for domain in parts:
+        expected = alone[domain].manifest["layers"][0]["saliency"]
+        assert told[domain] == pytest.approx(expected, rel=1e-4)
+        assert "domains" not in alone[domain].manifest["layers"][0]
+    manifest = read_manifest(mixed.output / "ream_stream.json")
+    assert manifest.layers[0].domains.keys() == parts.keys()
 
 
 def test_padding_is_not_drawn_into_the_sample(checkpoints, tmp_path):

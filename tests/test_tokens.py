@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ream_stream.calibration import packing
 from ream_stream.calibration.packing import Calibration, load_tokenizer, pack, read_tokens
-from ream_stream.calibration.tokens import from_file, from_tensors
+from ream_stream.calibration.tokens import first, from_file, from_tensors, joined
 from ream_stream.demo import CHECKPOINT
 from ream_stream.errors import UsageError
 
@@ -162,6 +162,63 @@ def test_the_digest_by_hand():
     assert tokens.digest == hashlib.sha256(content).hexdigest()
 
 
+def constant(value, sequences, **tensors):
+    ids = torch.full((sequences, 2), value)
+    return from_tensors({"input_ids": ids, **tensors}, description="")
+
+
+def test_domains_are_spread_evenly_over_the_sequences():
+    parts = {"code": constant(1, 4), "math": constant(2, 2), "text": constant(3, 1)}
+    mix = joined(parts, description="mix")
+    # code at 1/8 3/8 5/8 7/8, math at 1/4 3/4, text at 1/2 of the way
+    assert mix.input_ids_SL[:, 0].tolist() == [1, 2, 1, 3, 1, 2, 1]
+    assert mix.domain_S.tolist() == [0, 1, 0, 2, 0, 1, 0]
+    assert mix.domains == ("code", "math", "text")
+
+
+def test_domains_come_back_from_a_file_with_the_same_digest(tmp_path):
+    mask = torch.tensor([[1, 1], [1, 0]])
+    parts = {"code": constant(1, 2, attention_mask=mask), "math": constant(2, 1)}
+    mix = joined(parts, description="mix")
+    save_file(mix.tensors(), tmp_path / "mix.safetensors", metadata=mix.metadata())
+    again = from_file(tmp_path / "mix.safetensors")
+    assert (again.digest, again.domains) == (mix.digest, mix.domains)
+    assert torch.equal(again.domain_S, mix.domain_S)
+    assert again.num_tokens == 5
+    renamed = joined({"code": parts["code"], "text": parts["math"]}, description="mix")
+    assert renamed.digest != mix.digest
+
+
+def test_one_domain_is_the_same_token_set_as_none():
+    plain = constant(1, 3)
+    one = from_tensors({**plain.tensors(), "domain": torch.tensor([4, 4, 4])}, description="")
+    assert one.digest == plain.digest
+    assert one.tensors().keys() == {"input_ids"}
+
+
+def test_the_first_sequences_keep_the_domains_they_have():
+    mix = joined({"code": constant(1, 3), "math": constant(2, 1)}, description="mix")
+    # code at 1/6, 1/2 and 5/6 of the way, math at 1/2
+    assert first(mix, 3, description="mix").domains == ("code", "math")
+    assert first(mix, 2, description="mix").domains == ("code",)
+    with pytest.raises(UsageError, match="it has 4 sequences, 5 were asked for"):
+        first(mix, 5, description="mix")
+
+
+def test_sequences_of_different_lengths_are_not_joined():
+    other = from_tensors({"input_ids": torch.ones(1, 3).long()}, description="")
+    with pytest.raises(UsageError, match=r"differ in length \(code of 2, math of 3 tokens\)"):
+        joined({"code": constant(1, 1), "math": other}, description="mix")
+
+
+def test_a_list_of_domain_names_that_is_none_is_refused(tmp_path):
+    tensors = {"input_ids": IDS, "domain": torch.tensor([0, 1])}
+    for names, message in (("code", "no list of names"), ('["code"]', "without a name")):
+        save_file(tensors, tmp_path / "bad.safetensors", metadata={"domains": names})
+        with pytest.raises(UsageError, match=message):
+            from_file(tmp_path / "bad.safetensors")
+
+
 IDS = torch.arange(6).view(2, 3)
 BAD_TENSORS = {
     "no ids": ({"tokens": IDS}, "it holds tokens; a token file holds input_ids"),
@@ -181,6 +238,9 @@ BAD_TENSORS = {
     ),
     "mask values": ({"input_ids": IDS, "attention_mask": IDS}, "other than 0 and 1"),
     "mask of floats": ({"input_ids": IDS, "attention_mask": IDS.half()}, "float16, not of"),
+    "domains of floats": ({"input_ids": IDS, "domain": torch.rand(2)}, "domain is of type"),
+    "domain shape": ({"input_ids": IDS, "domain": IDS}, r"domain has shape \(2, 3\), not one"),
+    "no such domain": ({"input_ids": IDS, "domain": IDS[0, :2] - 1}, "without a name"),
     "all padding": (
         {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
         "sequence 1 is all padding",

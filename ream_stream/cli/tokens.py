@@ -78,7 +78,8 @@ def read(options: RunOptions, *, vocab_size: int | None) -> Tokens:
 
 def store(path: Path, tokens: Tokens, request: Request) -> None:
     """Write tokens, with what they were made from."""
-    durable.write_tensors(path, tokens.tensors(), metadata={_KEY: json.dumps(asdict(request))})
+    metadata = {**tokens.metadata(), _KEY: json.dumps(asdict(request))}
+    durable.write_tensors(path, tokens.tensors(), metadata=metadata)
 
 
 def stored(path: Path, digest: str) -> Tokens | None:
