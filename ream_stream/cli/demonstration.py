@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from ream_stream import durable
 from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
-from ream_stream.calibration.tokens import from_tensors
+from ream_stream.calibration.tokens import joined
 from ream_stream.demo import CHECKPOINT
 from ream_stream.demo.texts import DOMAINS, documents
 from ream_stream.errors import DamagedError
@@ -105,16 +104,15 @@ def demonstrate(folder: Path, console: Console, *, quick: bool) -> dict[str, Mea
 def write_texts(folder: Path, amount: Amount) -> dict[str, Path]:
     """Write one calibration set of all domains and a test set of each; return the latter."""
     tokenizer = load_tokenizer(CHECKPOINT)
-    calibration, tests = [], {}
+    calibration, tests = {}, {}
     for domain in DOMAINS:
-        packed = pack(
+        calibration[domain] = pack(
             documents(domain, "calibration"),
             tokenizer,
             num_sequences=amount.calibration_sequences,
             sequence_length=SEQUENCE_LENGTH,
             description=domain,
         )
-        calibration.append(packed.input_ids_SL)
         test = pack_up_to(
             documents(domain, "test"),
             tokenizer,
@@ -124,10 +122,9 @@ def write_texts(folder: Path, amount: Amount) -> dict[str, Path]:
         )
         tests[domain] = folder / f"test-{domain}.safetensors"
         durable.write_tensors(tests[domain], test.tensors())
-    # domains in turn: the token sample and every batch have all of them
-    mixed = torch.stack(calibration, dim=1).flatten(0, 1)
-    tokens = from_tensors({"input_ids": mixed}, description="all domains")
-    durable.write_tensors(folder / "calibration.safetensors", tokens.tensors())
+    mix = joined(calibration, description="all domains")
+    path = folder / "calibration.safetensors"
+    durable.write_tensors(path, mix.tensors(), metadata=mix.metadata())
     return tests
 
 
