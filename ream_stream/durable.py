@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,6 +152,11 @@ def same_disk(one: Path, other: Path) -> bool:
 def open_log(path: Path) -> TextIO:
     """Open a log for appending; each line reaches the kernel as it is written."""
     return path.open("a", encoding="utf-8", buffering=1)
+
+
+def scratch_file() -> BinaryIO:
+    """Return an open file without a name, in the system's temporary folder: it ends with us."""
+    return tempfile.TemporaryFile()
 
 
 @contextmanager

@@ -538,7 +538,7 @@ def test_a_run_that_goes_on_uses_the_tokens_it_began_with(capsys, monkeypatch, t
     def tokenize(*_args, **_kwargs):
         raise AssertionError("the text is made into tokens again")
 
-    monkeypatch.setattr(job, "read", tokenize)
+    monkeypatch.setattr(job, "read_tokens", tokenize)
     assert call(capsys, *text_words)[0] == 0
 
 
@@ -568,6 +568,32 @@ def test_another_number_of_sequences_is_another_calibration(capsys, text_words):
     status, _, err = call(capsys, *text_words, "--sequences", 3)
     assert status == 11
     assert "calibration: " in err
+
+
+def test_a_token_set_is_made_described_and_used_by_a_compression(capsys, tmp_path):
+    for name, text in (("code", "def f(): return 1\n"), ("math", "1 + 1 = 2. ")):
+        (tmp_path / f"{name}.txt").write_text(text * 60)
+    made, size = tmp_path / "mix.safetensors", ("--sequences", 6, "--sequence-length", 16)
+    parts = [w for n in ("code", "math") for w in ("--calibration", f"{n}={tmp_path / n}.txt")]
+    words = ("tokens", CHECKPOINT, *parts, *size, "--json")
+    known = json.loads(call(capsys, *words, "--output", made)[1])
+    assert known == json.loads(call(capsys, *words)[1])
+    assert [(n, d["sequences"]) for n, d in known["domains"].items()] == [
+        ("code", 3), ("math", 3),
+    ]  # fmt: skip
+    again = call(capsys, "tokens", CHECKPOINT, "--calibration", made, "--json")
+    assert json.loads(again[1]) == known
+    assert "50.0%" in call(capsys, "tokens", CHECKPOINT, "--calibration", made)[1]
+    output = tmp_path / "out"
+    words = ("compress", CHECKPOINT, output, "--experts", 30, "--method", "reap")
+    assert call(capsys, *words, *parts, *size)[0] == 0
+    manifest = json.loads((output / "ream_stream.json").read_text())
+    assert manifest["fingerprint"]["calibration"] == known["digest"]
+    assert manifest["layers"][0]["domains"].keys() == {"code", "math"}
+    # the same mix with other weights is another calibration
+    other = [f"{word}:3" if word == parts[1] else word for word in parts]
+    assert call(capsys, *words, *other, *size)[0] == 11
+    assert call(capsys, "tokens", CHECKPOINT, *parts, *size, "--output", made)[0] == 2
 
 
 # --- inspect, status, verify, eval

@@ -6,8 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ream_stream.calibration import text
-from ream_stream.calibration.text import TextFile, in_seeded_order
+from ream_stream.calibration.mix import parse_part
+from ream_stream.calibration.sources import open_documents
+from ream_stream.calibration.text import in_seeded_order
 from ream_stream.errors import UsageError
+
+
+def opened(path, field="text", **options):
+    """Open the documents of a file as a run does."""
+    return open_documents(parse_part(str(path)), field=field, **options)
 
 
 def all_of(documents):
@@ -25,19 +32,19 @@ def records(folder, *values):
 
 
 def test_a_short_text_is_one_document(tmp_path):
-    assert all_of(TextFile(file(tmp_path, "a.txt", "one\ntwo"))) == ["one\ntwo"]
+    assert all_of(opened(file(tmp_path, "a.txt", "one\ntwo"))) == ["one\ntwo"]
 
 
 def test_a_long_text_is_cut_after_the_last_newline_that_fits(tmp_path):
     line = "x" * 999 + "\n"
-    documents = all_of(TextFile(file(tmp_path, "a.md", line * 100)))
+    documents = all_of(opened(file(tmp_path, "a.md", line * 100)))
     # 65 lines of 1000 bytes are the most in 65,536
     assert documents == [line * 65, line * 35]
 
 
 def test_a_text_without_newlines_is_cut_between_characters(tmp_path):
     content = "x" + "\N{EURO SIGN}" * 50_000
-    documents = all_of(TextFile(file(tmp_path, "a.txt", content)))
+    documents = all_of(opened(file(tmp_path, "a.txt", content)))
     # 65,536 = 1 + 21,845 characters of 3 bytes, to the byte; the next cut drops 1 byte
     assert [len(document) for document in documents] == [21_846, 21_845, 6_310]
     assert "".join(documents) == content
@@ -49,19 +56,19 @@ def test_the_pieces_of_a_text_are_the_text(tmp_path_factory, content):
     path = file(tmp_path_factory.mktemp("text"), "a.txt", content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "_PIECE_BYTES", 7)
-        with path.open("rb") as opened:
-            pieces = list(text._pieces(opened))
+        with path.open("rb") as content_file:
+            pieces = list(text._pieces(content_file))
         assert b"".join(pieces).decode() == content
         assert all(0 < len(piece) <= 7 for piece in pieces)
         if content.strip():
             kept = [piece.decode() for piece in pieces if piece.decode().strip()]
-            assert all_of(TextFile(path)) == kept
+            assert all_of(opened(path)) == kept
 
 
 def test_records_are_read_from_the_field_that_is_named(tmp_path):
     path = records(tmp_path, {"text": "a", "body": "b\r\n"}, {"text": "c", "body": "\u00e9"})
-    assert all_of(TextFile(path)) == ["a", "c"]
-    assert all_of(TextFile(path, field="body")) == ["b\r\n", "\u00e9"]
+    assert all_of(opened(path)) == ["a", "c"]
+    assert all_of(opened(path, field="body")) == ["b\r\n", "\u00e9"]
 
 
 @settings(max_examples=30)
@@ -70,16 +77,16 @@ def test_every_record_that_is_not_blank_is_a_document(tmp_path_factory, values):
     path = records(tmp_path_factory.mktemp("records"), *({"text": value} for value in values))
     wanted = [value for value in values if value.strip()]
     if wanted:
-        assert all_of(TextFile(path)) == wanted
+        assert all_of(opened(path)) == wanted
     else:
         with pytest.raises(UsageError, match="no text"):
-            TextFile(path)
+            opened(path)
 
 
 def test_blank_lines_a_byte_order_mark_and_a_missing_last_newline_are_no_matter(tmp_path):
     path = file(tmp_path, "a.JSONL", b'\xef\xbb\xbf{"text": "a"}\n\n \n{"text": "b"}')
-    assert all_of(TextFile(path)) == ["a", "b"]
-    assert all_of(TextFile(file(tmp_path, "b.txt", b"\xef\xbb\xbfa\r\nb"))) == ["a\nb"]
+    assert all_of(opened(path)) == ["a", "b"]
+    assert all_of(opened(file(tmp_path, "b.txt", b"\xef\xbb\xbfa\r\nb"))) == ["a\nb"]
 
 
 def test_the_order_has_every_document_once_and_follows_the_seed():
@@ -114,7 +121,7 @@ def test_a_bad_record_is_refused_with_its_line(tmp_path, name):
     content, message = BAD_RECORDS[name]
     path = file(tmp_path, "a.jsonl", content)
     with pytest.raises(UsageError, match=message) as caught:
-        TextFile(path)
+        opened(path)
     assert str(caught.value).startswith(f"{path}: line ")
     assert "\n" not in str(caught.value)
 
@@ -123,39 +130,39 @@ def test_a_record_that_does_not_fit_in_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "_RECORD_BYTES", 1 << 20)
     path = file(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "' + "b" * (1 << 20) + '"}\n')
     with pytest.raises(UsageError, match="line 2 is longer than 1 MiB"):
-        TextFile(path)
+        opened(path)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 @pytest.mark.parametrize("content", ["", "\n", " \n\n\t"])
 def test_a_file_without_text_is_refused(tmp_path, name, content):
     with pytest.raises(UsageError, match="there is no text in it"):
-        TextFile(file(tmp_path, name, content))
+        opened(file(tmp_path, name, content))
 
 
 def test_what_is_not_utf8_is_refused_with_its_place(tmp_path):
     good = b"x" * 70_000
     with pytest.raises(UsageError, match=r"not UTF-8 text at byte 70000 \("):
-        TextFile(file(tmp_path, "a.txt", good + b"\xff" + good))
+        opened(file(tmp_path, "a.txt", good + b"\xff" + good))
     with pytest.raises(UsageError, match=r"not UTF-8 text at byte 23 \("):
-        TextFile(file(tmp_path, "a.jsonl", b'{"text": "a"}\n{"text":"\xe9"}\n'))
+        opened(file(tmp_path, "a.jsonl", b'{"text": "a"}\n{"text":"\xe9"}\n'))
     with pytest.raises(UsageError, match=r"not UTF-8 text at byte 1 \(unexpected end"):
-        TextFile(file(tmp_path, "b.txt", b"a\xe2\x82"))
+        opened(file(tmp_path, "b.txt", b"a\xe2\x82"))
 
 
 def test_what_is_not_a_file_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="No such file"):
-        TextFile(tmp_path / "missing.txt")
-    with pytest.raises(UsageError, match="not a file"):
-        TextFile(tmp_path)
+    with pytest.raises(UsageError, match="no such file"):
+        opened(tmp_path / "missing.txt")
+    with pytest.raises(UsageError, match="there is no text in it"):
+        opened(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="not a file"):
-        TextFile(tmp_path / "pipe")
+        opened(tmp_path / "pipe")
 
 
 def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path):
     path = records(tmp_path, {"text": "a"})
-    documents = TextFile(path)
+    documents = opened(path)
     path.write_text("{}\n", encoding="utf-8")
     with pytest.raises(UsageError, match="changed while it was being read"):
         documents[0]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ream_stream.calibration import packing
+from ream_stream.calibration.mix import parts_of
 from ream_stream.calibration.packing import Calibration, load_tokenizer, pack, read_tokens
 from ream_stream.calibration.tokens import first, from_file, from_tensors, joined
 from ream_stream.demo import CHECKPOINT
@@ -91,7 +92,11 @@ def test_text_is_read_in_an_order_that_the_seed_decides(tmp_path):
     digests = [
         read_tokens(
             Calibration(
-                path=path, text_field="body", num_sequences=4, sequence_length=16, seed=seed
+                parts=parts_of([str(path)]),
+                text_field="body",
+                num_sequences=4,
+                sequence_length=16,
+                seed=seed,
             ),
             CHECKPOINT,
         ).digest
@@ -104,7 +109,7 @@ def test_a_token_file_is_used_as_it_is(tmp_path):
     path = tmp_path / "tokens.SafeTensors"
     ids = torch.arange(6, dtype=torch.int32).view(2, 3)
     save_file({"input_ids": ids}, path)
-    calibration = Calibration(path=path, num_sequences=99, sequence_length=99)
+    calibration = Calibration(parts=parts_of([str(path)]), num_sequences=99, sequence_length=99)
     tokens = read_tokens(calibration, tmp_path / "no checkpoint", vocab_size=6)
     assert tokens.input_ids_SL.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert tokens.input_ids_SL.dtype == torch.int64

@@ -4,14 +4,18 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ream_stream.errors import UsageError
 
-from .text import TextFile, in_seeded_order
-from .tokens import Tokens, from_file, from_tensors
+from .mix import Part, shares
+from .sources import open_documents
+from .text import Render, in_seeded_order
+from .tokens import Tokens, first, from_file, from_tensors, joined
 
 _PART = 1 << 16  # characters: a tokenizer needs some hundred bytes for each while it works
 _PASS_TOKENS = "pass a safetensors file with input_ids as --calibration instead of text"
@@ -19,10 +23,10 @@ _PASS_TOKENS = "pass a safetensors file with input_ids as --calibration instead 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What was asked for; a token file has its own numbers, and the last four do not count."""
+    """What was asked for; a single token file has its own numbers, and only `parts` counts."""
 
-    path: Path
-    """``.safetensors``: tokens; ``.jsonl``: records; anything else: text."""
+    parts: tuple[Part, ...]
+    """Texts and token files, each a domain if there are several."""
 
     text_field: str = "text"
     """Field of a record that holds the text."""
@@ -36,28 +40,64 @@ class Calibration:
     seed: int = 0
     """Decides the order of the documents."""
 
+    min_characters: int = 0
+    """Shorter documents are left out."""
+
 
 def read_tokens(
     calibration: Calibration, checkpoint: Path, *, vocab_size: int | None = None
 ) -> Tokens:
-    """Read tokens, or text that is tokenized with the tokenizer in `checkpoint`.
+    """Make the tokens of a mix, with the tokenizer in `checkpoint` for what is text.
 
     Raises
     ------
     UsageError
         There are no such tokens: the message says why and what to do.
     """
-    if calibration.path.suffix.lower() == ".safetensors":
-        return from_file(calibration.path, vocab_size=vocab_size)
-    documents = TextFile(calibration.path, field=calibration.text_field)
-    return pack(
-        in_seeded_order(documents, calibration.seed),
-        load_tokenizer(checkpoint),
-        num_sequences=calibration.num_sequences,
-        sequence_length=calibration.sequence_length,
-        description=str(calibration.path),
-        vocab_size=vocab_size,
-    )
+    parts = calibration.parts
+    if len(parts) == 1 and parts[0].is_tokens:
+        return from_file(Path(parts[0].source), vocab_size=vocab_size)
+    tokenizer = None if all(part.is_tokens for part in parts) else load_tokenizer(checkpoint)
+
+    def made(part: Part, count: int) -> Tokens:
+        if tokenizer is None or part.is_tokens:
+            tokens = from_file(Path(part.source), vocab_size=vocab_size)
+            return first(tokens, count, description=part.source)
+        documents = open_documents(
+            part,
+            field=calibration.text_field,
+            min_characters=calibration.min_characters,
+            render=chat_renderer(tokenizer),
+        )
+        return pack(
+            in_seeded_order(documents, calibration.seed),
+            tokenizer,
+            num_sequences=count,
+            sequence_length=calibration.sequence_length,
+            description=part.source,
+            vocab_size=vocab_size,
+        )
+
+    counts = shares(parts, calibration.num_sequences)
+    made_of = {p.name: made(p, count) for p, count in zip(parts, counts, strict=True)}
+    if len(parts) == 1:
+        return made_of[parts[0].name]
+    described = ", ".join(part.source for part in parts)
+    return joined(made_of, description=described, vocab_size=vocab_size)
+
+
+def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
+    """Return what makes text of a chat, as the checkpoint was trained to see it."""
+
+    def render(messages: list[Any]) -> str:
+        if not tokenizer.chat_template:
+            raise ValueError("the checkpoint's tokenizer has no chat template")
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(str(error)) from error
+
+    return render
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
@@ -170,12 +210,16 @@ def _token_parts(
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     starts_itself = start is not None and tokenizer("")["input_ids"][:1] == [start]
     for document in documents:
-        if starts_itself:
-            yield [start]
+        last: list[int] = []
         for offset in range(0, len(document), _PART):
             part = document[offset : offset + _PART]
-            yield tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None:
+            ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            # a chat template may have put either token itself
+            if starts_itself and offset == 0 and ids[:1] != [start]:
+                yield [start]
+            yield ids
+            last = ids
+        if end is not None and last[-1:] != [end]:
             yield [end]
 
 

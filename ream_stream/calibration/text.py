@@ -4,17 +4,19 @@ A first pass notes where each document starts and how long it is, 16 bytes a
 document, and refuses a file that cannot be used; after it documents are read
 in any order. Neither pass holds more than one document.
 
-- ``.jsonl``: one JSON object a line, one of its fields is the document.
+- records: one JSON object a line, one of its fields is the document, a string or a
+  chat (a list of messages) that is rendered to one.
 - anything else: plain text; a document is a piece of it that ends at a newline.
 """
 
 import codecs
 import json
-import stat
+import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -24,6 +26,10 @@ from ream_stream.seeds import generator
 _PIECE_BYTES = 1 << 16
 _RECORD_BYTES = 1 << 24
 _SHOWN_FIELDS = 10
+
+
+Render = Callable[[list[Any]], str]
+"""Makes text of the messages of a chat; raises ValueError with the reason if it cannot."""
 
 
 class Documents(Protocol):
@@ -42,9 +48,15 @@ class TextFile:
     Parameters
     ----------
     path
-        A file in UTF-8. Its suffix decides the format.
+        A file in UTF-8; messages begin with it.
     field
-        Field of each record of a ``.jsonl`` file that holds the text.
+        Field of each record that holds the text; None for plain text.
+    content
+        What is in the file, if that had to be unpacked; otherwise `path` is read.
+    min_characters
+        Shorter documents are left out.
+    render
+        Makes text of a field that holds a chat; None if chats cannot be read.
 
     Raises
     ------
@@ -52,16 +64,28 @@ class TextFile:
         The file cannot be read or has no text, with the place of what is wrong.
     """
 
-    def __init__(self, path: Path, *, field: str = "text") -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        field: str | None,
+        content: BinaryIO | None = None,
+        min_characters: int = 0,
+        render: Render | None = None,
+    ) -> None:
         self.path = path
-        self._field = field if path.suffix.lower() == ".jsonl" else None
+        self._field, self._content = field, content
+        if content is not None:
+            weakref.finalize(self, content.close)
+        self._min_characters, self._render = min_characters, render
         self._start, self._length = array("q"), array("q")
         try:
             self._index()
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror or error}") from error
         if not self._start:
-            raise UsageError(f"{path}: there is no text in it")
+            least = f" of {min_characters} characters or more" if min_characters else ""
+            raise UsageError(f"{path}: there is no text{least} in it")
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -69,7 +93,7 @@ class TextFile:
 
     def __getitem__(self, index: int, /) -> str:
         """Read one document."""
-        with self.path.open("rb") as file:
+        with self._opened() as file:
             file.seek(self._start[index])
             content = file.read(self._length[index])
         try:
@@ -78,16 +102,26 @@ class TextFile:
             raise UsageError(f"{self.path}: it changed while it was being read") from error
 
     def _index(self) -> None:
-        if not stat.S_ISREG(self.path.stat().st_mode):
-            raise UsageError(f"{self.path}: not a file, and text is read more than once")
-        with self.path.open("rb") as file:
+        with self._opened() as file:
+            file.seek(0)
             bom = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
             file.seek(start := len(codecs.BOM_UTF8) if bom else 0)
             for line, content in enumerate(self._contents(file), start=1):
-                if content.strip() and self._parse(content, start, line).strip():
+                if content.strip() and check_length(
+                    self._parse(content, start, line), self._min_characters
+                ):
                     self._start.append(start)
                     self._length.append(len(content))
                 start += len(content)
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """Give the content for the length of the block; what was unpacked stays open."""
+        if self._content is not None:
+            yield self._content
+            return
+        with self.path.open("rb") as file:
+            yield file
 
     def _contents(self, file: BinaryIO) -> Iterator[bytes]:
         return _pieces(file) if self._field is None else _lines(file, self.path)
@@ -103,7 +137,24 @@ class TextFile:
             ) from error
         if self._field is None:
             return text.replace("\r\n", "\n")
-        return _record_text(text, self._field, f"{self.path}: line {line}")
+        where = f"{self.path}: line {line}"
+        value = _record_field(text, self._field, where)
+        if isinstance(value, list):
+            return self._chat_text(value, f"{where}: its field {self._field!r}")
+        return value
+
+    def _chat_text(self, messages: list[Any], where: str) -> str:
+        if self._render is None:
+            raise UsageError(f"{where} is not a string")
+        try:
+            return self._render(messages)
+        except ValueError as error:
+            raise UsageError(f"{where} is not a chat that can be rendered: {error}") from error
+
+
+def check_length(text: str, min_characters: int) -> bool:
+    """Tell whether a document is long enough, blanks around it aside; a blank one is not."""
+    return len(text.strip()) >= max(1, min_characters)
 
 
 def in_seeded_order(documents: Documents, seed: int) -> Iterator[str]:
@@ -132,8 +183,8 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield line
 
 
-def _record_text(line: str, field: str, where: str) -> str:
-    """Return a field of a JSON object; `where` begins the message when there is none."""
+def _record_field(line: str, field: str, where: str) -> str | list[Any]:
+    """Return a field of a JSON object, a string or a list; `where` begins messages."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -148,6 +199,8 @@ def _record_text(line: str, field: str, where: str) -> str:
             f"{where} has no field {field!r}; --text-field names it (here: {fields})"
         )
     text = record[field]
+    if isinstance(text, list):
+        return text
     if not isinstance(text, str):
         raise UsageError(f"{where}: its field {field!r} is not a string")
     try:

@@ -16,6 +16,7 @@ from .inspect import inspect
 from .plan import plan
 from .status import status
 from .style import Root
+from .token_set import make_tokens
 from .verify import verify
 
 
@@ -32,5 +33,5 @@ def cli() -> None:
     """
 
 
-for _verb in (compress, plan, inspect, status, verify, evaluate, demo):
+for _verb in (compress, plan, inspect, status, verify, evaluate, make_tokens, demo):
     cli.add_command(_verb)

@@ -169,7 +169,7 @@ def _score(
         for domain, path in tests.items():
             job = scoring.prepare(
                 checkpoints,
-                text=path,
+                text=[str(path)],
                 text_field="text",
                 sequence_length=SEQUENCE_LENGTH,
                 max_tokens=None,

@@ -18,10 +18,10 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @option(
     "Text",
     "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
     required=True,
-    metavar="FILE",
-    help="Text (.txt), records (.jsonl) or tokens (.safetensors with input_ids).",
+    metavar="SOURCE",
+    help="What --calibration takes; NAME=SOURCE for each domain of several.",
 )
 @option(
     "Text",
@@ -39,7 +39,10 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     help="Tokens of a sequence.",
 )
 @option(
-    "Text", "--max-tokens", type=click.IntRange(min=2), help="Take no more.  [default: all]"
+    "Text",
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    help="Take no more of each.  [default: all]",
 )
 @option(
     "Text", "--against", type=_FOLDER, metavar="OTHER", help="Compare with this checkpoint."

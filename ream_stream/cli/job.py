@@ -4,13 +4,14 @@ Nothing is written. The order is from cheap to dear: what the options say, the
 source's headers, the output folder, the plan, and the calibration text last.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ream_stream import device as devices
-from ream_stream.calibration.tokens import Tokens, from_file
+from ream_stream.calibration.packing import Calibration, read_tokens
+from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.header import DTYPES
 from ream_stream.checkpoint.layouts import find_experts
 from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
@@ -25,7 +26,7 @@ from ream_stream.rates import Forecast, forecast
 from ream_stream.settings import Settings
 
 from .options import RunOptions, check_usage, settings_for
-from .tokens import Request, changed, is_token_file, read, stored
+from .tokens import Request, calibration_of, changed, stored
 
 WORK_FOLDER = ".ream-stream"
 
@@ -85,7 +86,8 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     settings = _settings(options, checkpoint, device)
     workspace = workspace_of(options.output, options.work_dir) if options.output else None
     journal = None if workspace is None else _journal(workspace, restart=restart)
-    tokens = _token_file(options, checkpoint)
+    wanted = calibration_of(asdict(options))
+    tokens = _token_file(wanted, checkpoint)
     threads = _threads(options, journal)  # the plan counts them
     budget = int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram
     plan = make_plan(
@@ -107,7 +109,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         threads=threads,
         budget=budget,
     )
-    return _with_forecast(_with_tokens(job, options))
+    return _with_forecast(_with_tokens(job, wanted))
 
 
 def workspace_of(output: Path, work_dir: Path | None) -> Workspace:
@@ -167,14 +169,16 @@ def _journal(workspace: Workspace, *, restart: bool) -> Journal | None:
     return None if restart or not workspace.journal.is_file() else load(workspace)
 
 
-def _token_file(options: RunOptions, checkpoint: Checkpoint) -> Tokens | None:
-    path = options.calibration
-    if path is None or not is_token_file(path):
+def _token_file(wanted: Calibration | None, checkpoint: Checkpoint) -> Tokens | None:
+    """Return the tokens of a single token file, which has its own numbers."""
+    if wanted is None or len(wanted.parts) > 1 or not wanted.parts[0].is_tokens:
         return None
-    return from_file(path, vocab_size=checkpoint.config.get("vocab_size"))
+    return read_tokens(
+        wanted, checkpoint.folder, vocab_size=checkpoint.config.get("vocab_size")
+    )
 
 
-def _with_tokens(job: Job, options: RunOptions) -> Job:
+def _with_tokens(job: Job, calibration: Calibration | None) -> Job:
     """Return the job with its tokens; of a begun run, with the ones it began with.
 
     Raises
@@ -183,17 +187,20 @@ def _with_tokens(job: Job, options: RunOptions) -> Job:
         The run was begun differently. This is told before any text is read,
         since making tokens of a large one takes minutes.
     """
-    if options.calibration is None:
+    if calibration is None:
         return job
     tokens, request, differs = job.tokens, None, None
     journal, workspace = job.journal, job.workspace
     if tokens is None:
-        request = Request.of(options)
+        request = Request.of(calibration)
         if journal is not None and workspace is not None:
             tokens = stored(workspace.tokens, journal.fingerprint["calibration"])
             differs = changed(request, workspace.tokens)
     if tokens is None:
-        tokens = read(options, vocab_size=job.plan.source.config.get("vocab_size"))
+        source = job.plan.source
+        tokens = read_tokens(
+            calibration, source.folder, vocab_size=source.config.get("vocab_size")
+        )
         trim()  # a tokenizer takes hundreds of megabytes, which no plan counts
     if journal is not None and workspace is not None:
         wanted = fingerprint(job.plan, tokens)

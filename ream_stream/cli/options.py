@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from ream_stream.calibration.mix import MIXES
 from ream_stream.errors import UsageError
 from ream_stream.settings import Method, Settings
 
@@ -37,7 +38,6 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
 """What ``--method`` stands for; an option given beside it counts more."""
 
 _MANY_EXPERTS = 512
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -60,8 +60,10 @@ class RunOptions:
     alignment_tokens: int
     merge: str
     sequential: bool
-    calibration: Path | None
+    calibration: tuple[str, ...]
+    mix: str | None
     text_field: str
+    min_characters: int
     sequences: int
     sequence_length: int
     seed: int
@@ -155,7 +157,7 @@ def default_group_size(experts: int, num_experts: int) -> int:
 
 def run_options(*, calibration_required: bool) -> Callable[[F], F]:
     """Return a decorator that gives a command all options of `RunOptions` but the folders."""
-    method, calibration, machine = "Method", "Calibration", "Machine"
+    method, machine = "Method", "Machine"
     count = click.IntRange(min=1)
     options = [
         option("Experts", "--experts", type=count, help="Experts to keep in each MoE layer."),
@@ -219,46 +221,7 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
             show_default=True,
             help="Observe each layer on what the compressed layers before it give.",
         ),
-        option(
-            calibration,
-            "--calibration",
-            type=_FILE,
-            required=calibration_required,
-            metavar="FILE",
-            help="Text (.txt), records (.jsonl) or tokens (.safetensors with input_ids)."
-            + ("" if calibration_required else " Without it only its size counts."),
-        ),
-        option(
-            calibration,
-            "--text-field",
-            default="text",
-            show_default=True,
-            help="Field of each record that holds the text.",
-        ),
-        option(
-            calibration,
-            "--sequences",
-            type=count,
-            default=3072,
-            show_default=True,
-            help="Sequences to fill with text.",
-        ),
-        option(
-            calibration,
-            "--sequence-length",
-            type=click.IntRange(min=2),
-            default=512,
-            show_default=True,
-            help="Tokens of each.",
-        ),
-        option(
-            calibration,
-            "--seed",
-            type=click.IntRange(min=0),
-            default=0,
-            show_default=True,
-            help="Start of every random choice.",
-        ),
+        *calibration_options(required=calibration_required),
         *machine_options(),
         option(
             machine,
@@ -291,6 +254,69 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
         ),
     ]
     return together(options)
+
+
+def calibration_options(*, required: bool) -> list[Callable[[F], F]]:
+    """Return the options that say what the model is run on."""
+    section, count = "Calibration", click.IntRange(min=1)
+    return [
+        option(
+            section,
+            "--calibration",
+            multiple=True,
+            required=required,
+            metavar="SOURCE",
+            help="Text, records (.jsonl, .parquet), a folder of either, tokens (.safetensors) "
+            "or a data set (hf:OWNER/NAME/PATTERN). A mix of several: NAME=SOURCE:WEIGHT for "
+            "each, or a .yaml file."
+            + ("" if required else " Without it only its size counts."),
+        ),
+        option(
+            section,
+            "--mix",
+            type=click.Choice(list(MIXES)),
+            help="One of the paper's mixes: weights of sources called general, math and code.",
+        ),
+        option(
+            section,
+            "--text-field",
+            default="text",
+            show_default=True,
+            help="Field of each record that holds the text, or the messages of a chat.",
+        ),
+        option(
+            section,
+            "--min-characters",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Leave out shorter documents.",
+        ),
+        option(
+            section,
+            "--sequences",
+            type=count,
+            default=3072,
+            show_default=True,
+            help="Sequences to fill with text.",
+        ),
+        option(
+            section,
+            "--sequence-length",
+            type=click.IntRange(min=2),
+            default=512,
+            show_default=True,
+            help="Tokens of each.",
+        ),
+        option(
+            section,
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Start of every random choice.",
+        ),
+    ]
 
 
 def machine_options() -> list[Callable[[F], F]]:

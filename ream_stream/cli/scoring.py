@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from ream_stream.calibration.mix import parts_of
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
 from ream_stream.device import choose_device
@@ -42,7 +43,7 @@ class ScoreJob:
 def prepare(
     folders: Sequence[Path],
     *,
-    text: Path,
+    text: Sequence[str],
     text_field: str,
     sequence_length: int,
     max_tokens: int | None,
@@ -58,9 +59,10 @@ def prepare(
     """
     checkpoints = tuple(open_checkpoint(folder) for folder in folders)
     where = choose_device(device)
+    parts = parts_of(text)
     sets = [
         read_test_tokens(
-            text,
+            parts,
             checkpoint,
             text_field=text_field,
             sequence_length=sequence_length,

@@ -5,75 +5,73 @@ that goes on uses it again, and is refused if the text or how it is cut differ:
 that is known without making tokens of the text.
 """
 
-import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from ream_stream import durable
+from ream_stream.calibration.mix import Part, parts_of
 from ream_stream.calibration.packing import (
     Calibration,
+    chat_renderer,
     load_tokenizer,
     pack_up_to,
-    read_tokens,
 )
-from ream_stream.calibration.text import TextFile
-from ream_stream.calibration.tokens import Tokens, from_file, from_tensors
+from ream_stream.calibration.sources import digest_of, open_documents
+from ream_stream.calibration.tokens import Tokens, first, from_file, joined
 from ream_stream.checkpoint.source import Checkpoint
 from ream_stream.errors import UsageError
-
-from .options import RunOptions
 
 _KEY = "request"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What a text is made into tokens by."""
+    """What texts are made into tokens by."""
 
-    file: str
-    """SHA-256 of the text file, hex."""
+    texts: list[list[str | float | None]]
+    """Name, SHA-256 of the content, weight and field of each part; one alone has no name."""
 
     text_field: str
+    min_characters: int
     sequences: int
     sequence_length: int
     seed: int
 
     @classmethod
-    def of(cls, options: RunOptions) -> "Request":
-        """Return the request that the options make; reads the file once for its digest."""
-        if options.calibration is None:
-            raise ValueError("there is no calibration file")
-        with options.calibration.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    def of(cls, wanted: Calibration) -> "Request":
+        """Return the request that a calibration makes; reads its files for their digests."""
+        several = len(wanted.parts) > 1
         return cls(
-            file=digest,
-            text_field=options.text_field,
-            sequences=options.sequences,
-            sequence_length=options.sequence_length,
-            seed=options.seed,
+            texts=[
+                [part.name if several else "", digest_of(part), part.weight, part.field]
+                for part in wanted.parts
+            ],
+            text_field=wanted.text_field,
+            min_characters=wanted.min_characters,
+            sequences=wanted.num_sequences,
+            sequence_length=wanted.sequence_length,
+            seed=wanted.seed,
         )
 
 
-def is_token_file(path: Path) -> bool:
-    """Tell whether a calibration file holds token ids."""
-    return path.suffix.lower() == ".safetensors"
-
-
-def read(options: RunOptions, *, vocab_size: int | None) -> Tokens:
-    """Read the calibration file as tokens, with the source's tokenizer."""
-    if options.calibration is None:
-        raise ValueError("there is no calibration file")
-    wanted = Calibration(
-        path=options.calibration,
-        text_field=options.text_field,
-        num_sequences=options.sequences,
-        sequence_length=options.sequence_length,
-        seed=options.seed,
+def calibration_of(values: Mapping[str, Any]) -> Calibration | None:
+    """Return what the values of `calibration_options` ask for; None if they name no text."""
+    parts = parts_of(values["calibration"], mix=values["mix"])
+    if not parts:
+        return None
+    return Calibration(
+        parts=parts,
+        text_field=values["text_field"],
+        num_sequences=values["sequences"],
+        sequence_length=values["sequence_length"],
+        seed=values["seed"],
+        min_characters=values["min_characters"],
     )
-    return read_tokens(wanted, options.source, vocab_size=vocab_size)
 
 
 def store(path: Path, tokens: Tokens, request: Request) -> None:
@@ -104,14 +102,16 @@ def changed(request: Request, path: Path) -> str | None:
 
 
 def read_test_tokens(
-    path: Path,
+    parts: Sequence[Part],
     checkpoint: Checkpoint,
     *,
     text_field: str,
     sequence_length: int,
     max_tokens: int | None,
 ) -> Tokens:
-    """Read tokens to predict: a token file, or a text in its own order.
+    """Read tokens to predict: token files, or texts in their own order, each a domain.
+
+    `max_tokens` is of each.
 
     Raises
     ------
@@ -119,19 +119,26 @@ def read_test_tokens(
         There are none that can be used.
     """
     vocab_size = checkpoint.config.get("vocab_size")
-    if not is_token_file(path):
-        documents = TextFile(path, field=text_field)
+    tokenizer = None if all(p.is_tokens for p in parts) else load_tokenizer(checkpoint.folder)
+
+    def made(part: Part) -> Tokens:
+        if tokenizer is None or part.is_tokens:
+            tokens = from_file(Path(part.source), vocab_size=vocab_size)
+            if max_tokens is None:
+                return tokens
+            rows = max(1, max_tokens // tokens.sequence_length)
+            return first(tokens, min(rows, tokens.num_sequences), description=part.source)
+        documents = open_documents(part, field=text_field, render=chat_renderer(tokenizer))
         return pack_up_to(
             (documents[number] for number in range(len(documents))),
-            load_tokenizer(checkpoint.folder),
+            tokenizer,
             max_tokens=max_tokens,
             sequence_length=sequence_length,
-            description=str(path),
+            description=part.source,
             vocab_size=vocab_size,
         )
-    tokens = from_file(path, vocab_size=vocab_size)
-    if max_tokens is None:
-        return tokens
-    rows = max(1, max_tokens // tokens.sequence_length)
-    kept = {name: tensor[:rows] for name, tensor in tokens.tensors().items()}
-    return from_tensors(kept, description=tokens.description, vocab_size=vocab_size)
+
+    tokens = {part.name: made(part) for part in parts}
+    if len(parts) == 1:
+        return tokens[parts[0].name]
+    return joined(tokens, description=", ".join(part.source for part in parts))
