@@ -1,4 +1,4 @@
-"""Perplexity of a checkpoint that does not fit in memory.
+"""What a checkpoint that does not fit in memory predicts, alone or beside its original.
 
 The model runs as it does in a compression: one layer at a time on all batches,
 hidden states on disk between two layers. What leaves the last layer is scored
@@ -6,68 +6,68 @@ sequence by sequence, a bounded number of tokens at once, because the logits of
 a batch are larger than any layer where the vocabulary is large.
 
 Letters in shapes: S sequences, L tokens of a sequence, P scored positions,
-H hidden, V vocabulary.
+H hidden, V vocabulary, n sampled positions.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import durable
 from .budget import MAX_BATCH_TOKENS
-from .calibration.hidden import HiddenStates, HiddenWriter
+from .calibration.hidden import HiddenStates
 from .calibration.tokens import Tokens
 from .checkpoint.source import Checkpoint
 from .errors import InterruptedRunError, ReamStreamError, UsageError
-from .events import Phase, Step
+from .events import Step
 from .families import family_of
-from .model import Batch, StreamedModel
-from .skeleton import get_tensor
-from .stream import Batches, advance
+from .model import Batch
+from .passage import Passage
+from .scores import Against, Evaluation, Mean, divergence, effective_rank, score
+from .stream import Batches
 
 LOGITS_BYTES = 64_000_000
-"""Logits that exist at once, as float32."""
+"""Logits of one model that exist at once, as float32."""
+
+RANK_TOKENS = 4096
+"""Positions at most whose states the effective rank is taken of, evenly spread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """How well a checkpoint predicts a token set."""
+class Result:
+    """What an evaluation ends with."""
 
-    predicted: int
-    """Tokens scored."""
+    evaluation: Evaluation
+    """Of the checkpoint."""
 
-    nats: float
-    """Mean negative log-likelihood of a token."""
+    against: Against | None
+    """Beside its original, if that was given."""
 
-    stderr: float
-    """Standard error of `nats`, sequences being independent; NaN for a single sequence."""
+    def only(self, rows: Sequence[int]) -> "Result":
+        """Return the result of some of the sequences, such as those of one domain."""
+        return Result(
+            evaluation=self.evaluation.only(rows),
+            against=self.against.only(rows) if self.against else None,
+        )
 
-    nats_S: tuple[float, ...]
-    """Summed negative log-likelihood, by sequence."""
+    def by_domain(self, tokens: Tokens) -> dict[str, "Result"]:
+        """Return the result of each domain of the tokens; empty if there is one."""
+        if len(tokens.domains) < 2:
+            return {}
+        return {
+            name: self.only((tokens.domain_S == number).nonzero().squeeze(1).tolist())
+            for number, name in enumerate(tokens.domains)
+        }
 
-    predicted_S: tuple[int, ...]
-    """Tokens scored, by sequence."""
-
-    @property
-    def perplexity(self) -> float:
-        """Return exp(nats)."""
-        return math.exp(self.nats) if self.nats < 709 else math.inf
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """How much worse one checkpoint predicts a token set than another."""
-
-    nats: float
-    """Difference of the means; positive is worse."""
-
-    stderr: float
-    """Its standard error; NaN for a single sequence."""
+    def facts(self) -> dict[str, Any]:
+        """Return the numbers as JSON can hold them."""
+        return self.evaluation.facts() | (self.against.facts() if self.against else {})
 
 
 def evaluate(
@@ -77,31 +77,43 @@ def evaluate(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    original: Checkpoint | None = None,
+    target_SL: Tensor | None = None,
+    batch_sequences: int | None = None,
+    keep_original: bool = False,
     stop_requested: Callable[[], int | None] = lambda: None,
-) -> Iterator[Step | Evaluation]:
-    """Score a checkpoint on tokens.
+) -> Iterator[Step | Result]:
+    """Score a checkpoint on tokens; stopped or killed, the same call goes on.
 
     Parameters
     ----------
     checkpoint
         A source or an output.
     tokens
-        What it is to predict. A token is scored if neither it nor the one
-        before it is padding.
+        What it is to predict.
     work
-        Folder for hidden states: two boundaries at most, in a folder of their own
-        that is removed at the end.
+        Folder for hidden states: for each checkpoint two boundaries at most, in a folder
+        of their own that is removed at the end.
     dtype
         What the model is run in: the result is then that of
         ``from_pretrained(..., dtype=dtype)``.
     device
         Where it is run.
+    original
+        The checkpoint it is compared with, on the same tokens.
+    target_SL
+        Which tokens are scored; by default those that `scored` gives.
+    batch_sequences
+        Sequences that are run together; by default as many as give `MAX_BATCH_TOKENS`.
+    keep_original
+        Leave what the original's last layer gave in the work folder, for the next
+        evaluation with the same original and tokens; the caller removes it.
     stop_requested
         Asked after every batch; the number of a signal ends the evaluation.
 
     Yields
     ------
-    Step or Evaluation
+    Step or Result
         Progress (phase ``propagate`` by batch, then ``score`` by sequence), and the
         result as the last one.
 
@@ -118,22 +130,23 @@ def evaluate(
     InterruptedRunError
         A stop was requested.
     """
-    family_of(checkpoint.config)
-    target_SL = scored(tokens)
+    checkpoints = [checkpoint] if original is None else [checkpoint, original]
+    for each in checkpoints:
+        family_of(each.config)
+    target_SL = scored(tokens) if target_SL is None else target_SL
     if not bool(target_SL.any()):
         raise UsageError(f"{tokens.description}: no token has a token before it to predict it")
-    model = StreamedModel(checkpoint, dtype, device)
-    vocabulary, width = get_tensor(model.model.get_input_embeddings(), "weight").shape
-    if int(tokens.input_ids_SL.max()) >= vocabulary:
-        raise UsageError(
-            f"{tokens.description}: it holds token {int(tokens.input_ids_SL.max())}, the "
-            f"checkpoint knows 0 to {vocabulary - 1}; it is from another tokenizer"
-        )
-    job = _Job(model, tokens, target_SL, block=max(1, LOGITS_BYTES // (4 * vocabulary)))
-    with _scratch(work) as folder, model.open_outside():
-        for event in job.events(folder, width):
+    rows = batch_sequences or max(1, MAX_BATCH_TOKENS // tokens.sequence_length)
+    batch = min(tokens.num_sequences, rows)
+    folder = work / "evaluate"
+    passages = [
+        Passage(each, tokens, folder, batch=batch, dtype=dtype, device=device)
+        for each in checkpoints
+    ]
+    with _scratch(folder, passages, keep=passages[1:] if keep_original else []):
+        for event in _Job(passages, tokens, target_SL).events():
             yield event
-            _check_stop(stop_requested)
+            check_stop(stop_requested)
 
 
 def scored(tokens: Tokens) -> Tensor:
@@ -149,135 +162,159 @@ def scored(tokens: Tokens) -> Tensor:
     return target_SL
 
 
-def summarize(nats_S: Tensor, predicted_S: Tensor) -> Evaluation:
-    """Return mean and standard error over sequences of unequal lengths.
-
-    The mean is a ratio of sums, so its error is that of a ratio estimator; with
-    sequences of equal length it is their standard deviation over sqrt(S).
-    """
-    total = int(predicted_S.sum())
-    mean = float(nats_S.sum()) / total
-    return Evaluation(
-        predicted=total,
-        nats=mean,
-        stderr=_stderr(nats_S - mean * predicted_S, total),
-        nats_S=tuple(nats_S.tolist()),
-        predicted_S=tuple(predicted_S.tolist()),
-    )
-
-
-def difference(evaluation: Evaluation, baseline: Evaluation) -> Difference:
-    """Compare two checkpoints on the same tokens, sequence by sequence.
-
-    Most of the spread between sequences is common to both, so this error is far
-    smaller than the errors of the two means.
-
-    Raises
-    ------
-    ValueError
-        They were not scored on the same tokens.
-    """
-    if evaluation.predicted_S != baseline.predicted_S:
-        raise ValueError("the two evaluations scored different tokens")
-    nats_S = torch.tensor(evaluation.nats_S, dtype=torch.float64)
-    paired = summarize(
-        nats_S - torch.tensor(baseline.nats_S, dtype=torch.float64),
-        torch.tensor(evaluation.predicted_S),
-    )
-    return Difference(nats=paired.nats, stderr=paired.stderr)
-
-
-def _stderr(residual_S: Tensor, total: int) -> float:
-    count = len(residual_S)
-    if count < 2:
-        return math.nan
-    return math.sqrt(count / (count - 1) * float(residual_S.square().sum())) / total
+def check_stop(stop_requested: Callable[[], int | None]) -> None:
+    """Raise if a signal asked to stop."""
+    number = stop_requested()
+    if number is not None:
+        raise InterruptedRunError(
+            "stopped; the same command with the same --work-dir goes on", signal_number=number
+        )
 
 
 class _Job:
-    """One evaluation; `block` positions are scored at once."""
+    """The passages of one evaluation, and the scores of what leaves them."""
 
-    def __init__(
-        self, model: StreamedModel, tokens: Tokens, target_SL: Tensor, *, block: int
-    ) -> None:
-        self.model, self.tokens, self.target_SL, self.block = model, tokens, target_SL, block
-        rows = max(1, MAX_BATCH_TOKENS // tokens.sequence_length)
-        self.batches = Batches(tokens, min(tokens.num_sequences, rows))
+    def __init__(self, passages: Sequence[Passage], tokens: Tokens, target_SL: Tensor) -> None:
+        self.passages, self.tokens, self.target_SL = passages, tokens, target_SL
+        vocabulary = max(passage.vocabulary for passage in passages)
+        self.block = max(1, LOGITS_BYTES // (4 * vocabulary))
+        self.stride = -(-int(target_SL.sum()) // RANK_TOKENS)
+        self.seen = 0
+        self.sampled: list[Tensor] = []
 
-    def events(self, folder: Path, width: int) -> Iterator[Step | Evaluation]:
+    def events(self) -> Iterator[Step | Result]:
         """Run all layers, then score what leaves the last."""
-        model, size = self.model, self.batches.size
-        shape = (self.tokens.num_sequences, self.tokens.sequence_length, width)
-        hidden: HiddenStates | None = None
-        for index in range(model.num_layers):
-            path = folder / str(index + 1)
-            leaving = HiddenWriter(path, shape, model.dtype, size)
-            with model.open_layer(index):
-                for done in advance(model, index, self.batches, hidden, leaving):
-                    yield self._step(index, "propagate", done, len(self.batches))
-            hidden = HiddenStates(path, shape, model.dtype, size)
-            durable.remove(folder / str(index))
-        assert hidden is not None
-        nats_S = torch.zeros(self.tokens.num_sequences, dtype=torch.float64)
-        for row, (sequence, state_LH) in enumerate(_sequences(self.batches, hidden)):
-            nats_S[row] = self._nats(sequence, state_LH[None], self.target_SL[row])
-            if not bool(nats_S[row].isfinite()):
-                raise ReamStreamError(
-                    f"what the model predicts for sequence {row} of {self.tokens.description} "
-                    f"is not finite in {model.dtype}; verify the checkpoint, or use float32"
+        for passage in self.passages:
+            with passage.model.open_outside():
+                for index, done in passage.run():
+                    yield Step(
+                        layer=index, phase="propagate", done=done, total=len(passage.batches)
+                    )
+        sequences = self.tokens.num_sequences
+        # nats and correct of each checkpoint; divergence and agreement of both
+        sums: list[list[float]] = []
+        with ExitStack() as stack:
+            for passage in self.passages:
+                stack.enter_context(passage.model.open_outside())
+            stack.enter_context(self._listening())
+            for row, (sequence, hidden) in enumerate(
+                _sequences(self.passages[0].batches, [p.leaving() for p in self.passages])
+            ):
+                sums.append(self._sums(sequence, hidden, self.target_SL[row], row))
+                yield Step(
+                    layer=self.passages[0].model.num_layers - 1,
+                    phase="score",
+                    done=row + 1,
+                    total=sequences,
                 )
-            yield self._step(model.num_layers - 1, "score", row + 1, len(nats_S))
-        yield summarize(nats_S, self.target_SL.sum(dim=1))
+        yield self._result(sums)
 
-    def _nats(self, sequence: Batch, hidden_1LH: Tensor, target_L: Tensor) -> float:
-        """Return the summed negative log-likelihood of one sequence's scored tokens."""
-        nats = 0.0
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Sample what enters the first checkpoint's output matrix, for the block."""
+        model: Any = self.passages[0].model.model
+        head = model.get_output_embeddings()
+
+        def take(_module: Any, args: Any) -> None:  # noqa: ANN401
+            hidden_PH = args[0][0]
+            first = -self.seen % self.stride
+            self.sampled.append(hidden_PH[first :: self.stride].to("cpu", torch.float32))
+            self.seen += len(hidden_PH)
+
+        handle = head.register_forward_pre_hook(take)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _sums(
+        self, sequence: Batch, hidden: Sequence[Tensor], target_L: Tensor, row: int
+    ) -> list[float]:
+        sums = [0.0] * (2 if len(self.passages) == 1 else 6)
         for target_P in torch.split(target_L.nonzero().squeeze(1), self.block):
-            logits_PV = self.model.logits(sequence, hidden_1LH, target_P - 1)[0].float()
-            token_P = sequence.input_ids_BL[0, target_P].to(logits_PV.device)
-            chosen_P = logits_PV.gather(1, token_P[:, None]).squeeze(1)
-            nats += float((logits_PV.logsumexp(dim=1).double() - chosen_P.double()).sum())
-        return nats
+            logits = [
+                passage.model.logits(sequence, state_LH[None], target_P - 1)[0].float()
+                for passage, state_LH in zip(self.passages, hidden, strict=True)
+            ]
+            found: list[float] = []
+            for logits_PV in logits:
+                token_P = sequence.input_ids_BL[0, target_P].to(logits_PV.device)
+                found += score(logits_PV, token_P)
+            if len(logits) > 1:
+                found += divergence(logits[1], logits[0])
+            sums = [total + each for total, each in zip(sums, found, strict=True)]
+        if not all(map(math.isfinite, sums)):
+            raise ReamStreamError(
+                f"what the model predicts for sequence {row} of {self.tokens.description} "
+                f"is not finite in {self.passages[0].model.dtype}; verify the checkpoint, or "
+                "use float32"
+            )
+        return sums
 
-    def _step(self, index: int, phase: Phase, done: int, total: int) -> Step:
-        return Step(layer=index, phase=phase, done=done, total=total)
+    def _result(self, sums: Sequence[Sequence[float]]) -> Result:
+        count_S = tuple(self.target_SL.sum(dim=1).tolist())
+        means = [
+            Mean(total_S=tuple(total_S), count_S=count_S) for total_S in zip(*sums, strict=True)
+        ]
+        evaluation = Evaluation(
+            loss=means[0], accuracy=means[1], rank=effective_rank(torch.cat(self.sampled))
+        )
+        if len(means) == 2:
+            return Result(evaluation=evaluation, against=None)
+        against = Against(
+            original=Evaluation(loss=means[2], accuracy=means[3]),
+            loss=means[0].minus(means[2]),
+            divergence=means[4],
+            agreement=means[5],
+        )
+        return Result(evaluation=evaluation, against=against)
 
 
-def _sequences(batches: Batches, hidden: HiddenStates) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield every sequence as a batch of its own, with the states that leave the last layer."""
+def _sequences(
+    batches: Batches, states: Sequence[HiddenStates]
+) -> Iterator[tuple[Batch, list[Tensor]]]:
+    """Yield every sequence as a batch of its own, with what leaves the last layers (L, H)."""
     for number, batch in enumerate(batches):
         mask_BL = batch.attention_mask_BL
-        for row, state_LH in enumerate(hidden.read(number)):
+        read = [each.read(number) for each in states]
+        for row in range(len(batch.input_ids_BL)):
             one = slice(row, row + 1)
             sequence = Batch(
                 input_ids_BL=batch.input_ids_BL[one],
                 attention_mask_BL=None if mask_BL is None else mask_BL[one],
             )
-            yield sequence, state_LH
+            yield sequence, [hidden_BLH[row] for hidden_BLH in read]
 
 
 @contextmanager
-def _scratch(work: Path) -> Iterator[Path]:
-    """Give an empty folder for the block, and remove it whatever happens.
+def _scratch(
+    folder: Path, passages: Sequence[Passage], *, keep: Sequence[Passage]
+) -> Iterator[None]:
+    """Lock the folder for the block, which may go on with what an earlier one left there.
 
-    What a killed evaluation left in it goes with the next one.
+    At the end all is removed but what is to be kept, or, if the block was interrupted,
+    what it may go on with. What belongs to other evaluations goes at once.
     """
-    folder = work / "evaluate"
     durable.make_directory(folder)
     with durable.lock(folder / "lock"):
+        stays = {passage.folder for passage in passages}
         try:
-            for path in folder.iterdir():
-                if path.name != "lock":
-                    durable.remove(path)
-            yield folder
+            _remove_others(folder, stays)
+            yield
+        except InterruptedRunError:
+            raise
+        except BaseException:
+            stays = set()
+            raise
+        else:
+            stays = {passage.folder for passage in keep}
         finally:
-            durable.remove(folder)
+            _remove_others(folder, stays)
+            if not stays:
+                durable.remove(folder)
 
 
-def _check_stop(stop_requested: Callable[[], int | None]) -> None:
-    number = stop_requested()
-    if number is not None:
-        raise InterruptedRunError(
-            "stopped; an evaluation keeps nothing, run it again from the start",
-            signal_number=number,
-        )
+def _remove_others(folder: Path, stays: set[Path]) -> None:
+    for path in folder.iterdir():
+        if path.name != "lock" and path not in stays:
+            durable.remove(path)

@@ -1,4 +1,4 @@
-"""Perplexity of the streamed model is that of transformers' whole model."""
+"""What the streamed model predicts is what transformers' whole model predicts."""
 
 import math
 import signal
@@ -11,19 +11,24 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ream_stream import evaluate as module
-from ream_stream.calibration.tokens import from_tensors
+from ream_stream.calibration.tokens import from_tensors, joined
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.demo import CHECKPOINT
 from ream_stream.errors import (
     InterruptedRunError,
     OtherRunError,
+    OverBudgetError,
     ReamStreamError,
     UnsupportedModelError,
     UsageError,
 )
-from ream_stream.evaluate import Evaluation, difference, evaluate, scored, summarize
+from ream_stream.evaluate import Result, evaluate, scored
+from ream_stream.evaluation_plan import plan_evaluation
 from ream_stream.events import Step
+from ream_stream.layer_errors import layer_errors
 from ream_stream.memory import gauge
+from ream_stream.model import StreamedModel
+from ream_stream.scores import effective_rank
 
 
 def demo_tokens(sequences=6, length=64, *, padded=False):
@@ -39,8 +44,8 @@ def demo_tokens(sequences=6, length=64, *, padded=False):
 def streamed(folder, tokens, work, dtype=torch.float32):
     *steps, result = evaluate(open_checkpoint(folder), tokens, work, dtype=dtype, device=CPU)
     assert all(isinstance(step, Step) for step in steps)
-    assert isinstance(result, Evaluation)
-    return result
+    assert isinstance(result, Result)
+    return result.evaluation
 
 
 @torch.no_grad()
@@ -95,15 +100,16 @@ def test_the_result_does_not_depend_on_how_sequences_are_cut_into_batches(
         monkeypatch.setattr(module, "LOGITS_BYTES", logits_bytes)
         results.append(streamed(CHECKPOINT, tokens, tmp_path))
     for result in results[1:]:
-        assert result.nats_S == pytest.approx(results[0].nats_S, rel=1e-6)
-        assert result.predicted_S == results[0].predicted_S
+        assert result.loss.total_S == pytest.approx(results[0].loss.total_S, rel=1e-6)
+        assert result.loss.count_S == results[0].loss.count_S
+        assert result.accuracy == results[0].accuracy
 
 
 def test_no_more_logits_exist_at_once_than_the_bound(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LOGITS_BYTES", 5 * 4 * 4096)
-    seen, logits = [], module.StreamedModel.logits
+    seen, logits = [], StreamedModel.logits
     monkeypatch.setattr(
-        module.StreamedModel, "logits", lambda *args: seen.append(logits(*args)) or seen[-1]
+        StreamedModel, "logits", lambda *args: seen.append(logits(*args)) or seen[-1]
     )
     streamed(CHECKPOINT, demo_tokens(), tmp_path)
     # 63 scored positions a sequence, 5 at once
@@ -119,32 +125,6 @@ def test_a_token_is_scored_if_it_and_the_one_before_are_not_padding():
     assert scored(tokens).int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 1]]
 
 
-def test_mean_and_error_by_hand():
-    result = summarize(torch.tensor([6.0, 2.0, 4.0]).double(), torch.tensor([2, 2, 2]))
-    # means of 3, 1 and 2: their deviation is 1, its error 1 / sqrt(3)
-    assert (result.predicted, result.nats) == (6, 2.0)
-    assert result.stderr == pytest.approx(1 / math.sqrt(3))
-    unequal = summarize(torch.tensor([1.0, 9.0]).double(), torch.tensor([1, 4]))
-    # mean 10 / 5 = 2, residuals 1 - 2 * 1 = -1 and 9 - 2 * 4 = 1: sqrt(2 / 1 * 2) / 5
-    assert unequal.stderr == pytest.approx(2 / 5)
-    assert math.isnan(summarize(torch.tensor([1.0]).double(), torch.tensor([1])).stderr)
-
-
-def test_a_difference_is_taken_sequence_by_sequence():
-    count = torch.tensor([2, 2, 2])
-    base = summarize(torch.tensor([2.0, 20.0, 200.0]).double(), count)
-    worse = summarize(torch.tensor([3.0, 21.0, 201.0]).double(), count)
-    assert difference(worse, base).nats == pytest.approx(0.5)
-    assert difference(worse, base).stderr == pytest.approx(0.0, abs=1e-12)
-    assert worse.stderr > 10
-    with pytest.raises(ValueError, match="different tokens"):
-        difference(worse, summarize(torch.tensor([3.0]).double(), torch.tensor([6])))
-
-
-def test_a_perplexity_beyond_floating_point_is_infinite():
-    assert summarize(torch.tensor([5000.0]).double(), torch.tensor([1])).perplexity == math.inf
-
-
 def test_the_work_folder_holds_two_boundaries_at_most_and_nothing_at_the_end(tmp_path):
     work, most = tmp_path / "deep" / "work", 0
     events = evaluate(
@@ -152,7 +132,7 @@ def test_the_work_folder_holds_two_boundaries_at_most_and_nothing_at_the_end(tmp
     )
     for event in events:
         if isinstance(event, Step):
-            stores = [path for path in (work / "evaluate").iterdir() if path.is_dir()]
+            stores = list((work / "evaluate").glob("*/states-*"))
             most = max(most, len(stores))
             assert event.phase == "score" or len(stores) >= 1
     assert most == 2
@@ -169,19 +149,48 @@ def test_progress_counts_batches_by_layer_then_sequences(tmp_path, monkeypatch):
     ]
 
 
-def test_a_stop_leaves_nothing_behind(tmp_path):
-    events = evaluate(
+def interrupted(tokens, work, *, after, **options):
+    """Evaluate the demo checkpoint, and stop after some events."""
+    asked = iter([None] * after)
+    with pytest.raises(InterruptedRunError) as stopped:
+        list(
+            evaluate(
+                open_checkpoint(CHECKPOINT),
+                tokens,
+                work,
+                dtype=torch.float32,
+                device=CPU,
+                stop_requested=lambda: next(asked, signal.SIGTERM),
+                **options,
+            )
+        )
+    assert stopped.value.exit_status == 143
+
+
+def test_a_stopped_evaluation_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 64 * 4)
+    tokens, expected = demo_tokens(padded=True), None
+    for after in (0, 3, 4, 7, 8, 11):
+        interrupted(tokens, tmp_path, after=after)
+        checkpoint = open_checkpoint(CHECKPOINT)
+        *steps, result = evaluate(checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU)
+        # layers that were done are not run again
+        assert sum(step.phase == "propagate" for step in steps) == 8 - 2 * min(4, after // 2)
+        assert expected is None or result == expected
+        expected = result
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_other_tokens_or_weights_do_not_go_on_with_what_was_left(tmp_path):
+    interrupted(demo_tokens(2, 8), tmp_path, after=4)
+    *_, other = evaluate(
         open_checkpoint(CHECKPOINT),
-        demo_tokens(),
+        demo_tokens(3, 8),
         tmp_path,
         dtype=torch.float32,
         device=CPU,
-        stop_requested=lambda: signal.SIGTERM,
     )
-    assert next(events).done == 1
-    with pytest.raises(InterruptedRunError) as stopped:
-        next(events)
-    assert stopped.value.exit_status == 143
+    assert other.evaluation.predicted == 21
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,7 +210,7 @@ def test_two_evaluations_do_not_share_a_folder(tmp_path):
     with pytest.raises(OtherRunError, match="in use by process"):
         next(evaluate(checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU))
     *_, result = first
-    assert result.predicted == 14
+    assert result.evaluation.predicted == 14
 
 
 def test_tokens_of_another_tokenizer_are_refused(tmp_path):
@@ -248,6 +257,182 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
             peaks.append(meter.highest - before)
     # a layer is 13 MB in float32
     assert peaks[1] - peaks[0] < 13_000_000
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """Give the demo checkpoint with half of its experts."""
+    output = tmp_path_factory.mktemp("pruned") / "out"
+    tokens = demo_tokens(8, 64)
+    return tiny.run(CHECKPOINT, output, tiny.settings(16, grouping="none"), tokens).output
+
+
+@torch.no_grad()
+def whole_pair(folder, original, tokens):
+    """Return divergence, agreement and accuracy in float64 of transformers' logits."""
+    target_SL = scored(tokens)
+    logits = [
+        AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32)(
+            **tokens_of(tokens), use_cache=False
+        ).logits[:, :-1][target_SL[:, 1:]]
+        for each in (folder, original)
+    ]
+    log_PV, original_log_PV = (each.double().log_softmax(dim=1) for each in logits)
+    divergence = torch.nn.functional.kl_div(
+        log_PV, original_log_PV, log_target=True, reduction="batchmean"
+    )
+    top_P, original_top_P = (each.argmax(dim=1) for each in logits)
+    token_P = tokens.input_ids_SL[target_SL]
+    return (
+        divergence.item(),
+        (top_P == original_top_P).double().mean().item(),
+        (top_P == token_P).double().mean().item(),
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_two_checkpoints_side_by_side_are_what_transformers_gives(pruned, tmp_path, padded):
+    tokens = demo_tokens(padded=padded)
+    *_, result = evaluate(
+        open_checkpoint(pruned),
+        tokens,
+        tmp_path,
+        dtype=torch.float32,
+        device=CPU,
+        original=open_checkpoint(CHECKPOINT),
+    )
+    against = result.against
+    divergence, agreement, accuracy = whole_pair(pruned, CHECKPOINT, tokens)
+    assert against.divergence.value == pytest.approx(divergence, abs=1e-6)
+    assert against.divergence.value > 0.1
+    assert against.agreement.value == pytest.approx(agreement, abs=1e-9)
+    assert result.evaluation.accuracy.value == pytest.approx(accuracy, abs=1e-9)
+    assert result.evaluation.nats == pytest.approx(whole(pruned, tokens), abs=1e-6)
+    assert against.original.nats == pytest.approx(whole(CHECKPOINT, tokens), abs=1e-6)
+    gap = result.evaluation.nats - against.original.nats
+    assert against.loss.value == pytest.approx(gap, abs=1e-12)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_beside_itself_differs_in_nothing(tmp_path):
+    original = open_checkpoint(CHECKPOINT)
+    *_, result = evaluate(
+        original, demo_tokens(), tmp_path, dtype=torch.float32, device=CPU, original=original
+    )
+    assert result.against.divergence.value == 0
+    assert result.against.agreement.value == 1
+    assert result.against.loss.value == 0
+
+
+def test_an_original_that_is_kept_is_not_run_again(pruned, tmp_path):
+    results, layers = [], []
+    for _ in range(2):
+        *steps, result = evaluate(
+            open_checkpoint(pruned),
+            demo_tokens(),
+            tmp_path,
+            dtype=torch.float32,
+            device=CPU,
+            original=open_checkpoint(CHECKPOINT),
+            keep_original=True,
+        )
+        results.append(result)
+        layers.append(sum(step.phase == "propagate" for step in steps))
+    assert results[0] == results[1]
+    assert layers == [8, 4]
+    (kept,) = [path for path in (tmp_path / "evaluate").iterdir() if path.is_dir()]
+    assert sorted(path.name for path in kept.iterdir()) == ["journal.json", "states-00004"]
+
+
+def test_the_parts_of_each_domain_add_up_to_the_whole(tmp_path):
+    parts = {"code": demo_tokens(4, 32, padded=False), "math": demo_tokens(2, 32)}
+    tokens = joined(parts, description="mix")
+    *_, result = evaluate(
+        open_checkpoint(CHECKPOINT), tokens, tmp_path, dtype=torch.float32, device=CPU
+    )
+    domains = result.by_domain(tokens)
+    total = sum(sum(each.evaluation.loss.total_S) for each in domains.values())
+    assert total == pytest.approx(sum(result.evaluation.loss.total_S))
+    for name, part in parts.items():
+        alone = streamed(CHECKPOINT, part, tmp_path)
+        assert domains[name].evaluation.nats == pytest.approx(alone.nats, rel=1e-6)
+    assert {each.evaluation.rank for each in domains.values()} == {None}
+
+
+@torch.no_grad()
+def test_the_effective_rank_is_of_what_enters_the_output_matrix(tmp_path, monkeypatch):
+    tokens = demo_tokens(padded=True)
+    rank = streamed(CHECKPOINT, tokens, tmp_path).rank
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    states = model.model(**tokens_of(tokens), use_cache=False).last_hidden_state
+    kept_nH = states[:, :-1][scored(tokens)[:, 1:]].double()
+    value_n = torch.linalg.svdvals(kept_nH)
+    share_n = value_n / value_n.sum()
+    assert rank == pytest.approx(math.exp(-(share_n * share_n.log()).sum()), rel=1e-5)
+    # every third of the scored positions, whatever sequence they are in
+    monkeypatch.setattr(module, "RANK_TOKENS", len(kept_nH) // 3 + 1)
+    thinned = streamed(CHECKPOINT, tokens, tmp_path).rank
+    assert thinned == pytest.approx(effective_rank(kept_nH[::3]), rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_errors_of_layers_are_those_of_transformers_layers(pruned, tmp_path):
+    tokens = demo_tokens(padded=True)
+    *steps, errors = layer_errors(
+        open_checkpoint(pruned),
+        open_checkpoint(CHECKPOINT),
+        tokens,
+        tmp_path,
+        dtype=torch.float32,
+        device=CPU,
+        batch_sequences=4,
+    )
+    assert (len(steps), len(errors)) == (8, 4)
+    inputs = [(tokens.input_ids_SL, tokens.attention_mask_SL)]
+    original, compressed = (
+        tiny.forward_in_transformers(folder, torch.float32, inputs)[0].hidden
+        for folder in (CHECKPOINT, pruned)
+    )
+    mask_SL = tokens.attention_mask_SL.bool()
+    for error, one, other in zip(errors, original, compressed, strict=True):
+        total = (other[mask_SL] - one[mask_SL]).norm() / one[mask_SL].norm()
+        assert error.total == pytest.approx(total.item(), rel=1e-4)
+    # both get the embeddings
+    assert errors[0].own == errors[0].inside == errors[0].total
+    assert 0 < errors[3].own < errors[3].total
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_errors_of_layers_go_on_after_a_stop(pruned, tmp_path):
+    def events(stop_requested=lambda: None):
+        return layer_errors(
+            open_checkpoint(pruned),
+            open_checkpoint(CHECKPOINT),
+            demo_tokens(),
+            tmp_path,
+            dtype=torch.float32,
+            device=CPU,
+            batch_sequences=8,
+            stop_requested=stop_requested,
+        )
+
+    *_, expected = events()
+    asked = iter([None, None])
+    with pytest.raises(InterruptedRunError):
+        list(events(lambda: next(asked, signal.SIGINT)))
+    *steps, errors = events()
+    assert [step.layer for step in steps] == [2, 3]
+    assert errors == expected
+
+
+def test_a_budget_gives_smaller_batches_or_says_what_is_needed():
+    checkpoints, tokens = [open_checkpoint(CHECKPOINT)], demo_tokens(64, 64)
+    plan = plan_evaluation(checkpoints, tokens, torch.float32, 10**12)
+    assert plan.batch_sequences == 64
+    smaller = sum(plan.parts.values()) - 1
+    assert plan_evaluation(checkpoints, tokens, torch.float32, smaller).batch_sequences <= 64
+    with pytest.raises(OverBudgetError, match=r"with one sequence at a time.* --ram \d+"):
+        plan_evaluation(checkpoints, tokens, torch.float32, 10**6)
 
 
 def write_wide(folder, layers):

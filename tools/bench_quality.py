@@ -24,11 +24,12 @@ from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.cli.demonstration import FULL, write_texts
 from ream_stream.demo import CHECKPOINT
 from ream_stream.durable import read_json
-from ream_stream.evaluate import Evaluation, evaluate
+from ream_stream.evaluate import Result, evaluate
 from ream_stream.finish import MANIFEST
 from ream_stream.journal import Workspace
 from ream_stream.pipeline import compress
 from ream_stream.plan import make_plan
+from ream_stream.scores import Evaluation
 from ream_stream.settings import Method, Settings
 
 CPU = torch.device("cpu")
@@ -39,8 +40,8 @@ def score(folder: Path, tests: Mapping[str, Tokens], work: Path) -> dict[str, Ev
     checkpoint, result = open_checkpoint(folder), {}
     for domain, tokens in tests.items():
         *_, last = evaluate(checkpoint, tokens, work, dtype=torch.float32, device=CPU)
-        assert isinstance(last, Evaluation)
-        result[domain] = last
+        assert isinstance(last, Result)
+        result[domain] = last.evaluation
     return result
 
 

@@ -1,8 +1,8 @@
 """The demo: the packaged checkpoint, compressed twice and measured by the verbs' own code."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ream_stream.calibration.tokens import joined
 from ream_stream.demo import CHECKPOINT
 from ream_stream.demo.texts import DOMAINS, documents
 from ream_stream.errors import DamagedError
-from ream_stream.evaluate import Evaluation, difference
+from ream_stream.scores import Evaluation, finite
 from ream_stream.sizes import format_size
 from ream_stream.verify import verify
 
@@ -88,17 +88,8 @@ def demonstrate(folder: Path, console: Console, *, quick: bool) -> dict[str, Mea
         ),
         **made,
     }
-    scores = _score(folder, [each.folder for each in measured.values()], tests, console)
-    return {
-        name: Measured(
-            folder=each.folder,
-            num_bytes=each.num_bytes,
-            seconds=each.seconds,
-            peak_bytes=each.peak_bytes,
-            scores={domain: scores[domain][number] for domain in tests},
-        )
-        for number, (name, each) in enumerate(measured.items())
-    }
+    scores = _score(folder, tests, console)
+    return {name: replace(each, scores=scores[name]) for name, each in measured.items()}
 
 
 def write_texts(folder: Path, amount: Amount) -> dict[str, Path]:
@@ -161,24 +152,30 @@ def _compress(folder: Path, name: str, console: Console) -> Measured:
 
 
 def _score(
-    folder: Path, checkpoints: Sequence[Path], tests: Mapping[str, Path], console: Console
-) -> dict[str, list[Evaluation]]:
-    """Return, by domain, the scores of the checkpoints in their order."""
-    scores: dict[str, list[Evaluation]] = {}
+    folder: Path, tests: Mapping[str, Path], console: Console
+) -> dict[str, dict[str, Evaluation]]:
+    """Return the scores of the original and of each method's output, by domain."""
+    scores: dict[str, dict[str, Evaluation]] = {ORIGINAL: {}}
     with stop_requests() as asked:
-        for domain, path in tests.items():
+        for name, method in METHODS.items():
             job = scoring.prepare(
-                checkpoints,
-                text=[str(path)],
+                folder / method,
+                folder / ORIGINAL,
+                text=[f"{domain}={path}" for domain, path in tests.items()],
+                questions=(),
                 text_field="text",
                 sequence_length=SEQUENCE_LENGTH,
                 max_tokens=None,
                 device="cpu",
                 compute_dtype="float32",
+                ram=None,
             )
-            scores[domain] = [
-                scoring.score(job, each, folder, console, asked) for each in job.checkpoints
-            ]
+            measured = scoring.measure(job, folder, console, asked, keep_original=True)
+            scores[name] = {d: each.evaluation for d, each in measured.domains.items()}
+            for domain, each in measured.domains.items():
+                assert each.against is not None
+                scores[ORIGINAL][domain] = each.against.original
+    durable.remove(folder / "evaluate")
     return scores
 
 
@@ -191,12 +188,9 @@ def facts_of(result: Mapping[str, Measured]) -> dict[str, Any]:
             "seconds": each.seconds,
             "peak_anonymous_bytes": each.peak_bytes,
             "perplexity": {
-                domain: scoring.finite(score.perplexity)
-                for domain, score in each.scores.items()
+                domain: finite(score.perplexity) for domain, score in each.scores.items()
             },
-            "nats": {
-                domain: scoring.finite(score.nats) for domain, score in each.scores.items()
-            },
+            "nats": {domain: finite(score.nats) for domain, score in each.scores.items()},
         }
         for name, each in result.items()
     } | {"verdict": verdict(result)}
@@ -228,10 +222,10 @@ def verdict(result: Mapping[str, Measured]) -> list[str]:
     (first, ream), (second, reap) = ((name, result[name]) for name in METHODS)
     lines = []
     for domain in ream.scores:
-        gap = difference(ream.scores[domain], reap.scores[domain])
-        better = second if gap.nats > 0 else first
-        told = f"{abs(gap.nats):.4f} +- {gap.stderr:.4f} nats a token"
-        sure = not math.isnan(gap.stderr) and abs(gap.nats) > 2 * gap.stderr
+        gap = ream.scores[domain].loss.minus(reap.scores[domain].loss)
+        better = second if gap.value > 0 else first
+        told = f"{abs(gap.value):.4f} +- {gap.stderr:.4f} nats a token"
+        sure = not math.isnan(gap.stderr) and abs(gap.value) > 2 * gap.stderr
         lines.append(
             f"{domain}: {better} is better by {told}"
             if sure

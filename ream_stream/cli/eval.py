@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .options import machine_options
-from .style import Verb, exit_statuses, json_option, option, together
+from .style import Size, Verb, exit_statuses, json_option, option, together
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -19,9 +19,16 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     "Text",
     "--text",
     multiple=True,
-    required=True,
     metavar="SOURCE",
     help="What --calibration takes; NAME=SOURCE for each domain of several.",
+)
+@option(
+    "Text",
+    "--questions",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Multiple-choice questions, JSON lines of question, choices and answer.",
 )
 @option(
     "Text",
@@ -36,7 +43,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     type=click.IntRange(min=2),
     default=512,
     show_default=True,
-    help="Tokens of a sequence.",
+    help="Tokens of a sequence, and of a question at most.",
 )
 @option(
     "Text",
@@ -47,13 +54,29 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @option(
     "Text", "--against", type=_FOLDER, metavar="OTHER", help="Compare with this checkpoint."
 )
+@option(
+    "Text",
+    "--layers",
+    "with_layers",
+    is_flag=True,
+    help="With --against: how far each layer's output is from the original's.",
+)
 @together(machine_options())
 @option(
     "Machine",
+    "--ram",
+    type=Size(auto=True),
+    default="auto",
+    show_default=True,
+    help="Host memory to stay within, such as 16GB; auto is 80% of what is free.",
+)
+@option(
+    "Machine",
     "--work-dir",
-    type=_FOLDER,
+    type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Where hidden states go.  [default: the system's temporary folder]",
+    help="Where hidden states go, and an interrupted evaluation goes on.  "
+    "[default: the system's temporary folder, which is removed]",
 )
 @json_option
 def evaluate(
@@ -61,33 +84,36 @@ def evaluate(
     against: Path | None,
     work_dir: Path | None,
     *,
+    with_layers: bool,
     as_json: bool,
-    **values: Any,  # noqa: ANN401 - those of `Scored`
+    **values: Any,  # noqa: ANN401 - those of `scoring.prepare`
 ) -> None:
     """Measure how well CHECKPOINT predicts a text, without ever loading it.
 
-    Prints the perplexity, and with --against the difference between two checkpoints, which
-    is known more exactly than either: both predict the same tokens.
+    Prints perplexity and next-token accuracy by domain, each with its standard error over
+    sequences. With --against also the difference between two checkpoints, which is known
+    more exactly than either since both predict the same tokens, the divergence of what
+    they predict, and how often their most likely tokens agree.
 
     Example:
 
     \b
         ream-stream eval ./Qwen3-23B --text test.txt
-        ream-stream eval ./Qwen3-23B --against ./Qwen3-30B-A3B --text test.jsonl \\
-            --max-tokens 100000
+        ream-stream eval ./Qwen3-23B --against ./Qwen3-30B-A3B --max-tokens 100000 \\
+            --text code=./src --text math=test.jsonl --questions arc.jsonl --layers
     """
-    from .scoring import prepare, score, score_facts, score_table
+    from .scoring import measure, prepare, score_facts, score_tables
     from .signals import stop_requests
     from .tables import console, print_json
 
-    folders = [folder for folder in (checkpoint, against) if folder is not None]
-    job = prepare(folders, **values)
-    shown = console(stderr=True)
+    job = prepare(checkpoint, against, **values)
     with ExitStack() as stack:
         work = work_dir or Path(stack.enter_context(TemporaryDirectory(prefix="ream-stream-")))
         asked = stack.enter_context(stop_requests())
-        scores = [score(job, each, work, shown, asked) for each in job.checkpoints]
+        measured = measure(job, work, console(stderr=True), asked, with_layers=with_layers)
     if as_json:
-        print_json(score_facts(job, scores))
-    else:
-        console(stderr=False).print(score_table(job, scores))
+        print_json(score_facts(job, measured))
+        return
+    shown = console(stderr=False)
+    for table in score_tables(job, measured):
+        shown.print(table)
