@@ -14,7 +14,9 @@ from .errors import OverBudgetError
 from .footprint import Footprints
 from .memory import anonymous_bytes
 from .method.alignment import ALIGNMENTS
+from .model import StreamedModel
 from .observe import SAMPLE_ROWS
+from .refit_budget import KEPT, RefitMemory, Solver, solvers
 from .settings import Method, Settings
 from .sizes import format_size
 
@@ -72,11 +74,14 @@ class Allotment:
     parts: Mapping[str, int]
     """Bytes by part; the sum is the promised peak."""
 
+    solver: Solver
+    """How a refit is solved."""
+
 
 def allot(
     footprints: Footprints, settings: Settings, size: Size, ram: int, *, steady: bool
 ) -> Allotment:
-    """Choose the largest batch that the budget allows.
+    """Choose the largest batch that the budget allows, and the fastest refit with it.
 
     Parameters
     ----------
@@ -98,22 +103,34 @@ def allot(
     """
     fixed = _fixed(footprints, size)
     outputs = _output_bytes(footprints, settings, size)
+    refits = settings.method.refit != "none"
+    kept = _refit(footprints, settings).kept(size.tokens) if refits else 0
 
-    def parts(batch: int) -> dict[str, int]:
-        phase, held, working = _work(footprints, settings, size, batch)
+    def parts(batch: int, solver: Solver) -> dict[str, int]:
+        phase, held, working = _work(footprints, settings, size, batch, solver)
         heap = SMALL_BLOCKS if steady else int(HEAP_SHARE * working)
         return {**fixed, **held, f"work: {phase}": working, "kept by the heap": heap}
 
+    ways = list(solvers(_stack(footprints).hidden))
+    if settings.method.refit == "none":
+        ways = ways[:1]
     batch = max(1, min(size.sequences, MAX_BATCH_TOKENS // size.length))
-    chosen = parts(batch)
-    while sum(chosen.values()) > ram:
-        if batch == 1:
-            raise OverBudgetError(_too_little(chosen, ram))
-        batch = -(-batch // 2)
-        chosen = parts(batch)
+    while True:
+        for solver in ways:
+            chosen = parts(batch, solver)
+            if sum(chosen.values()) <= ram:
+                break
+        else:
+            if batch == 1:
+                raise OverBudgetError(_too_little(chosen, ram))
+            batch = -(-batch // 2)
+            continue
+        break
     room = ram - sum(chosen.values())
-    chosen[OUTPUTS] = outputs if outputs <= room else 0
-    return Allotment(batch_sequences=batch, parts=chosen)
+    for name, nbytes in ((OUTPUTS, outputs), (KEPT, kept)):
+        chosen[name] = nbytes if nbytes <= room else 0
+        room -= chosen[name]
+    return Allotment(batch_sequences=batch, parts=chosen, solver=solver)
 
 
 def _fixed(footprints: Footprints, size: Size) -> dict[str, int]:
@@ -149,7 +166,7 @@ def _held(footprints: Footprints, settings: Settings, size: Size) -> dict[str, d
 
 
 def _work(
-    footprints: Footprints, settings: Settings, size: Size, batch: int
+    footprints: Footprints, settings: Settings, size: Size, batch: int, solver: Solver
 ) -> tuple[str, dict[str, int], int]:
     """Return the phase that has most alive at once, what is held in it, and its own bytes."""
     model, method = footprints.model, settings.method
@@ -160,12 +177,18 @@ def _work(
     most = max(run.run for run in runs)
     observed = max(run.observe for run in runs) if settings.sequential else most
     phases = {"observe": observed + entering, "propagate": most + entering}
-    held: Mapping[str, dict[str, int]] = {}
+    held: dict[str, dict[str, int]] = {}
+    if method.refit != "none":
+        refit, tokens = _refit(footprints, settings), batch * size.length
+        # the experts' outputs are added up, as they are when the layer runs to its end
+        phases["observe"] = phases["propagate"] + refit.hearing(tokens)
+        phases["refit"] = refit.solving(solver, tokens)
+        held["refit"] = {"routing of all tokens": refit.routing(size.tokens)}
     if method.grouping != "none":
         phases["compare"] = _compare_bytes(stack, itemsize)
         phases["align"] = _align_bytes(method, stack, itemsize, size.threads)
         phases["write"] = _merge_bytes(stack)
-        held = _held(footprints, settings, size)
+        held |= _held(footprints, settings, size)
     phase = max(phases, key=lambda name: phases[name] + sum(held.get(name, {}).values()))
     return phase, held.get(phase, {}), phases[phase]
 
@@ -199,11 +222,27 @@ def _merge_bytes(stack: ExpertStack) -> int:
 
 def _output_bytes(footprints: Footprints, settings: Settings, size: Size) -> int:
     """Return what keeping the mixers' outputs of all tokens takes."""
-    if not settings.sequential:
+    if not settings.sequential and settings.method.refit == "none":
         return 0
     model = footprints.model
     mixers = max(len(model.mixers(layer.index)) for layer in model.layers if layer.stack)
     return mixers * size.tokens * _stack(footprints).hidden * model.dtype.itemsize
+
+
+def _refit(footprints: Footprints, settings: Settings) -> RefitMemory:
+    return RefitMemory(
+        settings=settings,
+        stack=_stack(footprints),
+        top_k=top_k(footprints.model),
+        itemsize=footprints.model.dtype.itemsize,
+    )
+
+
+def top_k(model: StreamedModel) -> int:
+    """Return the experts that a token is sent to."""
+    first = next(layer.index for layer in model.layers if layer.stack)
+    found: int = model.router(first).top_k  # type: ignore[assignment]
+    return found
 
 
 def _stack(footprints: Footprints) -> ExpertStack:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["observe", "compare", "align", "write", "propagate", "score"]
+Phase = Literal["observe", "compare", "align", "refit", "write", "propagate", "score"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +36,26 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Refitted:
+    """What refitting down projections came to in one layer, on sequences it had not seen."""
+
+    penalty: float | None
+    """Of those tried, the best; None if the layer is better left as it was, and it is."""
+
+    lacking: float
+    """Squared error of the routed outputs before, as a share of the outputs' own squares."""
+
+    left: float
+    """What is left of that error: 1 for a layer that was left as it was."""
+
+    tried: tuple[tuple[float, float], ...]
+    """Each penalty, and what it would leave."""
+
+    residuals: tuple[float, ...]
+    """Objective before the first iteration and after each, as a share of the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerDone:
     """One layer is committed."""
 
@@ -49,7 +69,7 @@ class LayerDone:
     """Routed experts now."""
 
     changed: int
-    """New experts that were merged from several; the others are byte copies."""
+    """New experts that were merged from several; of the others gate and up are byte copies."""
 
     read_bytes: int
     """Bytes of the source layer."""
@@ -62,6 +82,9 @@ class LayerDone:
 
     peak_anonymous_bytes: int
     """Highest anonymous memory while it was worked on."""
+
+    refitted: Refitted | None = None
+    """What refitting came to; None if it was not asked for, or the layer is dense."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

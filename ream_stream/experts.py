@@ -108,6 +108,21 @@ class StreamedExperts(nn.Module):
         inner_RI = self.inner(hidden_TH.index_select(0, padded_R), gate_up_2IH)
         return functional.linear(inner_RI, down_HI)[: len(token_R)]
 
+    @property
+    def count(self) -> int:
+        """Experts of the layer."""
+        return len(self.weights.stack.experts)
+
+    def activations(self, expert: int, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
+        """Return `inner` (R, I) of one expert for some rows of the batch."""
+        gate_up_2IH, _ = self.weights.load(expert)
+        found = []
+        for part_R in token_R.chunk(-(-len(token_R) // MAX_ROWS)):
+            padded_R = _round_up(part_R) if self._rounds_up else part_R
+            inner_RI = self.inner(hidden_TH.index_select(0, padded_R), gate_up_2IH)
+            found.append(inner_RI[: len(part_R)])
+        return torch.cat(found)
+
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, (T, H); zeros if only listening.
 
@@ -121,7 +136,7 @@ class StreamedExperts(nn.Module):
         num_slots = 0 if self.only_listening else tokens * top_k
         slots_SH = hidden_TH.new_empty(num_slots, hidden_TH.shape[1], dtype=dtype)
         norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
-        for expert, slots in self.dispatch(index_TK, len(self.weights.stack.experts)):
+        for expert, slots in self.dispatch(index_TK, self.count):
             # of equal size: a product with one row left over would have other last bits
             for slot_R in slots.chunk(-(-len(slots) // MAX_ROWS)):
                 output_RH = self._run(expert, hidden_TH, slot_R // top_k)

@@ -5,6 +5,7 @@ with a manifest is complete.
 """
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import safetensors
@@ -88,6 +89,7 @@ def _manifest(plan: Plan, journal: Journal) -> dict[str, Any]:
                 "saliency": record.saliency,
                 **({"domains": record.domain_saliency} if record.domain_saliency else {}),
                 "groups": record.groups,
+                **({"refitted": asdict(record.refitted)} if record.refitted else {}),
             }
             for record in journal.layers
             if record.groups is not None

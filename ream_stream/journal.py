@@ -16,8 +16,6 @@ journal first. A run that finds a journal made for other settings or another
 source does not touch anything.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,8 +26,9 @@ from typing import Any
 from . import durable
 from .durable import Written
 from .errors import DamagedError, OtherRunError
+from .events import Refitted
 
-FORMAT = 2
+FORMAT = 1
 
 _OURS = re.compile(
     r"(journal\.json|tokens\.safetensors|log\.jsonl|hidden-\d{5}|statistics-\d{5}\.safetensors"
@@ -63,6 +62,9 @@ class LayerRecord:
 
     groups: tuple[tuple[int, ...], ...] | None
     """Source experts of each new expert, centroid first; None for a dense layer."""
+
+    refitted: Refitted | None = None
+    """What refitting came to; None if it was not asked for, or the layer is dense."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -237,8 +239,6 @@ def load(workspace: Workspace) -> Journal:
             raise OtherRunError(
                 f"{workspace.journal} is of format {value['format']}, not {FORMAT}"
             )
-        if value["sha256"] != _digest(value):
-            raise ValueError("its content does not have its checksum")  # noqa: TRY301
         if not all(map(_is_inside, value["files"])):
             raise ValueError("it names files outside the folder")  # noqa: TRY301
         return Journal(
@@ -257,9 +257,7 @@ def load(workspace: Workspace) -> Journal:
 
 def save(workspace: Workspace, journal: Journal) -> None:
     """Commit: replace the journal file."""
-    value = asdict(journal)
-    head = {"format": FORMAT, "sha256": _digest(value)}
-    durable.write_json(workspace.journal, {**head, **value})
+    durable.write_json(workspace.journal, {"format": FORMAT, **asdict(journal)})
 
 
 def check_fingerprint(journal: Journal, fingerprint: Mapping[str, Any], output: Path) -> None:
@@ -281,12 +279,6 @@ def check_fingerprint(journal: Journal, fingerprint: Mapping[str, Any], output: 
             f"({'; '.join(different)}); use the same ones, another folder, or --restart "
             "to discard it"
         )
-
-
-def _digest(value: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a journal's fields, hex: a flipped digit would pass for another."""
-    fields = {name: value[name] for name in Journal.__dataclass_fields__}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _is_inside(name: str) -> bool:
@@ -312,4 +304,5 @@ def _record(value: Mapping[str, Any]) -> LayerRecord:
         saliency=None if saliency is None else tuple(saliency),
         domain_saliency={k: tuple(v) for k, v in value.get("domain_saliency", {}).items()},
         groups=None if groups is None else tuple(tuple(group) for group in groups),
+        refitted=Refitted(**value["refitted"]) if value.get("refitted") else None,
     )

@@ -4,9 +4,10 @@ Everything a layer does happens here up to its commit, which is the pipeline's.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,16 +15,18 @@ from torch import Tensor
 from . import durable
 from .calibration.hidden import HiddenStates, HiddenWriter
 from .calibration.tokens import Tokens
+from .checkpoint.header import TensorEntry
 from .checkpoint.shards import write_shard
 from .checkpoint.source import MappedTensors
 from .decide import Decision, alignment_orders, decide, layer_content
 from .durable import Written
-from .events import Phase, Step
+from .events import Phase, Refitted, Step
 from .experts import StreamedExperts
 from .journal import Workspace
 from .model import StreamedModel
 from .observe import Observer, Playback, TokenSample, mean_outputs
 from .plan import LayerPlan, Plan
+from .refitting import RefitJob
 from .stream import Batches, advance, with_states
 
 
@@ -92,26 +95,41 @@ class LayerJob:
         self.shards: list[Written] = []
         self.statistics: Written | None = None
         self.decision: Decision | None = None
+        self.refitted: Refitted | None = None
+        self._refit: RefitJob | None = None
+        if layer.keys.stack is not None and self.plan.settings.method.refit != "none":
+            self._refit = RefitJob(
+                self.plan, context.tokens, context.workspace, context.output, self.index
+            )
         self._playback: Playback | None = None
         self._hidden = context.hidden_reader(self.index)
 
     def steps(self) -> Iterator[Step]:
         """Do the layer's phases in order."""
         if self.layer.keys.stack is None:
-            yield from self._copy()
+            entries = self.plan.source.entries
+            yield from self._write(entries.__getitem__, self.context.workspace.output)
             if not self.is_last:
                 yield from self._propagate(self.context.source)
             return
-        yield from self._compress()
+        with nullcontext() if self._refit is None else self._refit.open():
+            yield from self._compress()
+            if self._refit is not None:
+                yield from self._change(self._refit)
         if self.plan.settings.sequential and not self.is_last:
             yield from self._propagate(self.context.output)
 
     def _compress(self) -> Iterator[Step]:
         source, method = self.context.source, self.plan.settings.method
+        refit, stack = self._refit, self.layer.keys.stack
+        assert stack is not None
         observer = self._observer()
         with source.open_layer(self.index) as experts, self.plan.source.open() as tensors:
             assert experts is not None
-            with observer.listening(source.router(self.index), experts):
+            with (
+                observer.listening(source.router(self.index), experts),
+                nullcontext() if refit is None else refit.hearing(experts),
+            ):
                 yield from self._observe(observer)
             mean_EH = None
             if observer.sample is not None:
@@ -128,7 +146,16 @@ class LayerJob:
             orders: dict[int, Tensor] = {}
             if mean_EH is not None:
                 yield from self._align(experts, tensors, observer.sample, orders)
-            yield from self._write(tensors, orders)
+            content = layer_content(
+                self.decision,
+                orders,
+                stack,
+                self.layer.routers,
+                self.plan.source.entries,
+                tensors,
+            )
+            folder = self.context.workspace.output if refit is None else refit.folder
+            yield from self._write(content, folder)
         path = self.context.workspace.statistics(self.index)
         self.statistics = durable.write_tensors(path, observer.sums.tensors())
 
@@ -161,7 +188,8 @@ class LayerJob:
             writer = self.context.hidden_writer(self.index + 1)
         with ExitStack() as stack:
             stack.enter_context(self.context.timed("observe"))
-            if sequential and not self.is_last and self.plan.memory["attention outputs"]:
+            again = self._refit is not None or (sequential and not self.is_last)
+            if again and self.plan.memory["attention outputs"]:
                 self._playback = Playback()
                 stack.enter_context(self._playback.recording(source.mixers(self.index)))
             batches = self.context.batches
@@ -169,7 +197,8 @@ class LayerJob:
                 first = number * self.context.batch_sequences * self.plan.sequence_length
                 observer.expect(batch, first)
                 if writer is None:
-                    source.observe_layer(self.index, batch, hidden_BLH)
+                    sums = self._refit is not None
+                    source.observe_layer(self.index, batch, hidden_BLH, sums=sums)
                 else:
                     writer.write(number, source.run_layer(self.index, batch, hidden_BLH))
                 yield self._step("observe", number + 1, len(batches))
@@ -192,27 +221,36 @@ class LayerJob:
                 orders[member] = order_I
                 yield self._step("align", len(orders), total)
 
-    def _write(self, tensors: MappedTensors, orders: dict[int, Tensor]) -> Iterator[Step]:
-        stack = self.layer.keys.stack
+    def _change(self, refit: RefitJob) -> Iterator[Step]:
+        """Refit the layer that was written to a scratch folder, and write the final one."""
         assert self.decision is not None
-        assert stack is not None
-        entries = self.plan.source.entries
-        content = layer_content(
-            self.decision, orders, stack, self.layer.routers, entries, tensors
-        )
-        with self.context.timed("write"):
-            for shard in self.layer.shards:
-                self.shards.append(write_shard(self.context.workspace.output, shard, content))
-                yield self._step("write", len(self.shards), len(self.layer.shards))
-
-    def _copy(self) -> Iterator[Step]:
-        entries = self.plan.source.entries
-        with self.context.timed("write"):
-            for shard in self.layer.shards:
-                self.shards.append(
-                    write_shard(self.context.workspace.output, shard, entries.__getitem__)
+        only_merged = self.plan.settings.method.refit_experts == "changed"
+        changing = [
+            number
+            for number, group in enumerate(self.decision.groups)
+            if len(group) > 1 or not only_merged
+        ]
+        if changing:
+            with self.context.timed("refit"):
+                steps = refit.steps(
+                    changing, self.context.batches, self._hidden, self._playback
                 )
-                yield self._step("write", len(self.shards), len(self.layer.shards))
+                for done, total in steps:
+                    yield self._step("refit", done, total)
+            self.refitted = refit.outcome
+        yield from self._write(refit.content(), self.context.workspace.output)
+
+    def _write(
+        self, content: Callable[[str], Tensor | TensorEntry], folder: Path
+    ) -> Iterator[Step]:
+        """Write the layer's shards; of a layer that is refitted there is a first version."""
+        final = folder == self.context.workspace.output
+        with self.context.timed("write"):
+            for number, shard in enumerate(self.layer.shards, start=1):
+                written = write_shard(folder, shard, content)
+                if final:
+                    self.shards.append(written)
+                    yield self._step("write", number, len(self.layer.shards))
 
     def _propagate(self, model: StreamedModel) -> Iterator[Step]:
         """Run the layer, as `model` has it, to give what enters the next."""

@@ -167,15 +167,24 @@ class StreamedModel:
             yield
 
     @contextmanager
-    def open_layer(self, index: int) -> Iterator[StreamedExperts | None]:
+    def open_layer(
+        self, index: int, checkpoint: Checkpoint | None = None
+    ) -> Iterator[StreamedExperts | None]:
         """Load one layer for the length of the block; give its experts, if it has any.
 
         At the end its parameters are dropped, the files unmapped and the freed
         memory is given back.
+
+        Parameters
+        ----------
+        index
+            The layer.
+        checkpoint
+            Where its tensors are, if that is not where the model's are.
         """
         keys, layer = self.layers[index], self._decoder[index]
         try:
-            with self.checkpoint.open() as tensors:
+            with (checkpoint or self.checkpoint).open() as tensors:
                 self._fill(keys.dense, tensors)
                 streamed = None
                 if keys.stack is not None:
@@ -220,15 +229,25 @@ class StreamedModel:
             self._active = self._feed = None
         raise UnsupportedModelError(f"the model's forward never called layer {index}")
 
-    def observe_layer(self, index: int, batch: Batch, hidden_BLH: Tensor | None) -> None:
-        """Run an open layer as far as its experts, for what their listener hears."""
+    def observe_layer(
+        self, index: int, batch: Batch, hidden_BLH: Tensor | None, *, sums: bool = False
+    ) -> None:
+        """Run an open layer as far as its experts, for what their listener hears.
+
+        Parameters
+        ----------
+        index, batch, hidden_BLH
+            As in `run_layer`.
+        sums
+            Whether the experts' outputs are added up as well, for hooks of the module.
+        """
         module = self._decoder[index]
         experts = next(m for m in module.modules() if isinstance(m, StreamedExperts))
 
         def stop(*_: Any) -> None:  # noqa: ANN401
             raise _StopForwardError(None)
 
-        experts.only_listening = True
+        experts.only_listening = not sums
         handle = experts.register_forward_hook(stop)
         try:
             self.run_layer(index, batch, hidden_BLH)

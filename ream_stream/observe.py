@@ -265,7 +265,6 @@ class Playback:
         finally:
             for module in mixers:
                 del module.forward
-            self._outputs = []
 
 
 def _next_of(outputs: Iterator[Any]) -> Callable[..., Any]:

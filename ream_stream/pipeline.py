@@ -7,6 +7,7 @@ arguments goes on after the last committed layer and ends in the same bytes.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from .layer import Context, LayerJob
 from .memory import Gauge, gauge, return_freed_memory
 from .model import StreamedModel
 from .plan import LayerPlan, Plan
+from .refit_budget import Solver
+from .refit_passes import held_back
 
 StopRequest = Callable[[], int | None]
 """Tells the number of a signal that asked the run to stop, or None."""
@@ -80,10 +83,16 @@ def compress(
     if workspace.journal.is_file():
         journal = load(workspace)
         check_fingerprint(journal, wanted, workspace.output)
+        if "solver" in journal.machine:
+            plan = replace(plan, solver=Solver(**journal.machine["solver"]))
     else:
+        machine: dict[str, Any] = {"batch_sequences": plan.batch_sequences, "threads": threads}
+        if plan.settings.method.refit != "none":
+            held_back(tokens, plan.settings.seed)  # refuses too few sequences
+            machine["solver"] = asdict(plan.solver)
         journal = Journal(
             fingerprint=wanted,
-            machine={"batch_sequences": plan.batch_sequences, "threads": threads},
+            machine=machine,
             files=output_files(plan),
         )
         save(workspace, journal)
@@ -148,10 +157,8 @@ def _layer(
     """Work on one layer and commit it."""
     before, index, plan = dict(context.seconds), layer.keys.index, context.plan
     meter.restart()
-    plan.source.check_unchanged(layer.keys.names)
     job = LayerJob(context, layer)
     yield from job.steps()
-    plan.source.check_unchanged(layer.keys.names)
     decision = job.decision
     record = LayerRecord(
         index=index,
@@ -161,6 +168,7 @@ def _layer(
         saliency=decision.saliency if decision else None,
         domain_saliency=decision.domain_saliency if decision else {},
         groups=decision.groups if decision else None,
+        refitted=job.refitted,
     )
     journal.layers.append(record)
     save(context.workspace, journal)
@@ -171,6 +179,7 @@ def _layer(
         experts_before=plan.num_experts if groups else 0,
         experts_after=len(groups),
         changed=sum(len(group) > 1 for group in groups),
+        refitted=job.refitted,
         read_bytes=sum(plan.source.entries[name].nbytes for name in layer.keys.names),
         written_bytes=sum(shard.size for shard in job.shards),
         seconds={k: v - before.get(k, 0.0) for k, v in context.seconds.items()},
@@ -182,7 +191,6 @@ def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) 
     """Write what is outside the layers, then the files that make the output complete."""
     for shard in plan.outside[len(journal.outside) :]:
         written = write_shard(workspace.output, shard, plan.source.entries.__getitem__)
-        plan.source.check_unchanged(tensor.name for tensor in shard.tensors)
         journal.outside.append(written)
         save(workspace, journal)
     write_rest(plan, tokens, workspace, journal)

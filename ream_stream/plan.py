@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .budget import Size, allot
+from .budget import Size, allot, top_k
 from .checkpoint.header import TensorEntry
 from .checkpoint.layouts import find_experts
 from .checkpoint.shards import PlannedTensor, Shard, cut, name_shards
@@ -25,7 +25,8 @@ from .footprint import Footprints
 from .journal import Journal
 from .memory import available_bytes
 from .model import LayerKeys, StreamedModel
-from .settings import Settings, check_counts
+from .refit_budget import Solver
+from .settings import Settings, check_counts, check_refit
 from .sizes import format_size
 
 RAM_SHARE = 0.8
@@ -91,6 +92,9 @@ class Plan:
 
     memory: Mapping[str, int] = field(repr=False)
     """Anonymous host memory at its peak, by part, bytes."""
+
+    solver: Solver
+    """How a refit is solved, if there is one."""
 
     steady: bool
     """Whether freed memory goes back to the kernel at once: with a stated budget."""
@@ -164,12 +168,7 @@ class Plan:
                     position += tensor.nbytes
         inside = {name for layer in self.layers for name in layer.keys.names}
         outside = {n: e for n, e in self.source.entries.items() if n not in inside}
-        return Checkpoint(
-            folder=folder,
-            config=self.config,
-            entries={**entries, **outside},
-            stamps=self.source.stamps,
-        )
+        return Checkpoint(folder=folder, config=self.config, entries={**entries, **outside})
 
 
 def make_plan(
@@ -209,12 +208,13 @@ def make_plan(
     if not stacks:
         raise UnsupportedModelError(f"{source.folder} is a dense model: it has no experts")
     _check_all_owned(source, model)
-    num_experts, top_k = len(stacks[0].experts), int(_top_k(model))
+    num_experts, chosen = len(stacks[0].experts), top_k(model)
     if any(len(stack.experts) != num_experts for stack in stacks):
         raise UnsupportedModelError("layers have different numbers of experts")
     routing_groups = family.groups(model.model.config)
     groups_per_token = int(getattr(model.model.config, "topk_group", None) or routing_groups)
-    check_counts(settings, num_experts, top_k, routing_groups, groups_per_token)
+    check_refit(settings.method)
+    check_counts(settings, num_experts, chosen, routing_groups, groups_per_token)
     layers, outside = _lay_out(model, family, num_experts, settings)
     allotment = allot(
         Footprints(source, dtype),
@@ -229,7 +229,7 @@ def make_plan(
         config=with_expert_count(source.config, family, settings.experts),
         family=family,
         num_experts=num_experts,
-        top_k=top_k,
+        top_k=chosen,
         routing_groups=routing_groups,
         layers=layers,
         outside=outside,
@@ -238,6 +238,7 @@ def make_plan(
         batch_sequences=allotment.batch_sequences,
         hidden_size=stacks[0].hidden,
         memory=allotment.parts,
+        solver=allotment.solver,
         steady=ram is not None,
     )
     # builds the compressed config's own class: refuses shapes that would not load
@@ -280,12 +281,6 @@ def check_disk(
                 f"{'' if together else ' elsewhere'}), {format_size(free)} are free; "
                 "fewer --sequences need less"
             )
-
-
-def _top_k(model: StreamedModel) -> int:
-    first = next(layer.index for layer in model.layers if layer.stack)
-    top_k: int = model.router(first).top_k  # type: ignore[assignment]
-    return top_k
 
 
 def _check_all_owned(source: Checkpoint, model: StreamedModel) -> None:

@@ -1,9 +1,14 @@
 """What the user asked for: the choices that decide the bytes of the output."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import UsageError
+
+REFITS = ("none", "down")
+REFIT_EXPERTS = ("all", "changed")
+REFIT_TARGETS = ("layer",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +42,21 @@ class Method:
     alignment_tokens: int = 2048
     """Tokens, sampled once, on which neurons are compared."""
 
+    refit: str = "none"
+    """One of `REFITS`: ``down`` refits the down projections of the experts that stay."""
+
+    refit_experts: str = "all"
+    """One of `REFIT_EXPERTS`: ``changed`` leaves experts that were not merged as they are."""
+
+    refit_target: str = "layer"
+    """One of `REFIT_TARGETS`: ``layer`` is what the original layer gives on the same inputs."""
+
+    refit_iterations: int = 3
+    """Iterations of conjugate gradients at most."""
+
+    refit_lambda: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """Penalties that are tried; those below 0.3 harm text unlike the calibration set's."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -66,6 +86,8 @@ class Settings:
     def fields(self) -> dict[str, Any]:
         """Return a flat mapping for fingerprints and the manifest."""
         values = asdict(self)
+        # as JSON gives it back
+        values["method"]["refit_lambda"] = list(self.method.refit_lambda)
         return {**values.pop("method"), **values}
 
 
@@ -123,3 +145,26 @@ def check_counts(
                 f"--group-size {method.group_size}: {keep} groups of at most "
                 f"{method.group_size} cannot hold {num_experts} experts; use {smallest} or more"
             )
+
+
+def check_refit(method: Method) -> None:
+    """Refuse a refit that cannot be solved, or has nothing to change.
+
+    Raises
+    ------
+    UsageError
+        One sentence about the option that does not work.
+    """
+    if method.refit == "none":
+        return
+    penalties = method.refit_lambda
+    if not penalties or not all(0 < penalty < math.inf for penalty in penalties):
+        raise UsageError(f"--refit-lambda {penalties}: numbers above 0 are needed")
+    if len(set(penalties)) < len(penalties):
+        raise UsageError(f"--refit-lambda {penalties}: a number is there twice")
+    if method.refit_iterations < 1:
+        raise UsageError(f"--refit-iterations {method.refit_iterations}: at least 1 is needed")
+    if method.refit_experts == "changed" and method.grouping == "none":
+        raise UsageError(
+            "--refit-experts changed: pruning changes no expert, so there is none to refit"
+        )

@@ -34,6 +34,7 @@ from ream_stream.finish import MANIFEST
 from ream_stream.journal import Workspace
 from ream_stream.pipeline import compress
 from ream_stream.plan import Plan, make_plan
+from ream_stream.refit_budget import KEPT
 from ream_stream.settings import Method, Settings
 
 pytestmark = pytest.mark.crash
@@ -46,6 +47,7 @@ VARIANTS = {
     "ream": Settings(experts=3, method=Method(group_size=2)),
     "ream-all-at-once": Settings(experts=3, method=Method(group_size=2), sequential=False),
     "prune": Settings(experts=3, method=Method(grouping="none")),
+    "refit": Settings(experts=3, method=Method(group_size=2, refit="down")),
 }
 
 
@@ -93,7 +95,9 @@ class Runs:
     def __init__(self, source, settings, folder, *, patch=lambda _: None):
         settings = dataclasses.replace(settings, compute_dtype="bfloat16", max_shard_bytes=2500)
         plan = make_plan(source, settings, SEQUENCES, LENGTH)
-        self.plan = dataclasses.replace(plan, batch_sequences=BATCH)
+        # what a refit keeps goes to disk: more steps, and strays
+        memory = {**plan.memory, KEPT: 0}
+        self.plan = dataclasses.replace(plan, batch_sequences=BATCH, memory=memory)
         ids_SL = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) * 7 % 32
         self.tokens = from_tensors({"input_ids": ids_SL}, description="counted")
         self.report = folder / "report.json"

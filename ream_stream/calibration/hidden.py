@@ -134,8 +134,7 @@ class HiddenStates:
         start = index * self._batch
         self._check_is_there(index)
         try:
-            with durable.reading(self._path):
-                bits = np.asarray(self._array[start : start + self._batch])
+            bits = np.asarray(self._array[start : start + self._batch])
         except ValueError as error:
             raise DamagedError(
                 f"{self._path}: batch {index} is damaged ({error}); start over with --restart"

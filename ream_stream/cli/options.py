@@ -14,9 +14,15 @@ import click
 
 from ream_stream.calibration.mix import MIXES
 from ream_stream.errors import UsageError
-from ream_stream.settings import Method, Settings
+from ream_stream.settings import (
+    REFIT_EXPERTS,
+    REFIT_TARGETS,
+    REFITS,
+    Method,
+    Settings,
+)
 
-from .style import F, Percent, Size, option, together
+from .style import F, Penalties, Percent, Size, option, together
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "saliency": (
@@ -59,6 +65,11 @@ class RunOptions:
     alignment: str
     alignment_tokens: int
     merge: str
+    refit: str
+    refit_experts: str
+    refit_target: str
+    refit_iterations: int
+    refit_lambda: tuple[float, ...]
     sequential: bool
     calibration: tuple[str, ...]
     mix: str | None
@@ -107,6 +118,11 @@ def settings_for(
             merge=options.merge,
             similarity_tokens=options.similarity_tokens,
             alignment_tokens=options.alignment_tokens,
+            refit=options.refit,
+            refit_experts=options.refit_experts,
+            refit_target=options.refit_target,
+            refit_iterations=options.refit_iterations,
+            refit_lambda=options.refit_lambda,
         ),
         sequential=options.sequential,
         compute_dtype=compute_dtype,
@@ -214,6 +230,7 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
             help="Tokens on which neurons are compared.",
         ),
         _choice(method, "merge", default="saliency", help="Weights in a merge."),
+        *refit_options(),
         option(
             method,
             "--sequential/--no-sequential",
@@ -315,6 +332,54 @@ def calibration_options(*, required: bool) -> list[Callable[[F], F]]:
             default=0,
             show_default=True,
             help="Start of every random choice.",
+        ),
+    ]
+
+
+def refit_options() -> list[Callable[[F], F]]:
+    """Return the options that say whether the experts that stay make up for the others."""
+    method = "Method"
+    return [
+        option(
+            method,
+            "--refit",
+            type=click.Choice(REFITS),
+            default="none",
+            show_default=True,
+            help="down: refit the down projections of the experts that stay, in closed form, "
+            "to what the original layer gives.",
+        ),
+        option(
+            method,
+            "--refit-experts",
+            type=click.Choice(REFIT_EXPERTS),
+            default="all",
+            show_default=True,
+            help="changed: refit merged experts only; the others stay byte copies.",
+        ),
+        option(
+            method,
+            "--refit-target",
+            type=click.Choice(REFIT_TARGETS),
+            default="layer",
+            show_default=True,
+            help="layer: what the original layer gives on the same inputs.",
+        ),
+        option(
+            method,
+            "--refit-iterations",
+            type=click.IntRange(min=1),
+            default=3,
+            show_default=True,
+            help="Iterations of conjugate gradients.",
+        ),
+        option(
+            method,
+            "--refit-lambda",
+            type=Penalties(),
+            default="0.3,1,3",
+            show_default=True,
+            help="Penalties to try; the best on held-back sequences is taken, layer by layer.",
         ),
     ]
 

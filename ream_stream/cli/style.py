@@ -117,6 +117,28 @@ class Size(click.ParamType[int | None]):
         return size
 
 
+class Penalties(click.ParamType[tuple[float, ...]]):
+    """Numbers above 0 with commas between them."""
+
+    name = "numbers"
+
+    def convert(
+        self,
+        value: tuple[float, ...] | str,
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[float, ...]:
+        """Return the numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(word) for word in value.split(","))
+        except ValueError:
+            self.fail(
+                f"{value!r} is not a list of numbers; write for example 0.3,1", param, ctx
+            )
+
+
 class Percent(click.ParamType[Fraction]):
     """A share of a whole, above 0% up to 100%."""
 

@@ -1,11 +1,9 @@
 """What the verbs print for people, and the same facts for machines."""
 
-import errno
 import json
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import Any
 
 import click
 from rich.console import Console
@@ -22,37 +20,7 @@ from .options import RunOptions
 
 def console(*, stderr: bool) -> Console:
     """Return a console that prints text as it is: paths may hold brackets and colons."""
-    # what is asked for goes to stdout and ends with its reader; a run goes on without one
-    file: Any = _Lasting(sys.stderr) if stderr else None
-    return Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
-
-
-class _Lasting:
-    """A stream that goes silent once its reader is gone: a run outlives its terminal."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._gone = stream, False
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write, if anyone reads."""
-        self._lasting(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, if anyone reads."""
-        self._lasting(self._stream.flush)
-
-    def _lasting(self, act: Callable[[], object]) -> None:
-        try:
-            if not self._gone:
-                act()
-        except OSError as error:
-            if error.errno not in {errno.EPIPE, errno.EIO}:
-                raise
-            self._gone = True
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def print_json(value: object) -> None:
@@ -237,13 +205,14 @@ def _experts(job: Job, options: RunOptions) -> str:
 
 def _method(job: Job, options: RunOptions) -> str:
     method = job.plan.settings.method
+    refit = "" if method.refit == "none" else f"; refit {method.refit_experts} that stay"
     if method.grouping == "none":
-        return f"drop experts of low {method.saliency}"
+        return f"drop experts of low {method.saliency}{refit}"
     size = ""
     if method.grouping == "ream":
         chosen = " by default" if options.group_size is None else ""
         size = f", groups of {method.group_size} at most{chosen}"
-    return f"merge by {method.grouping}, ranked by {method.saliency}{size}"
+    return f"merge by {method.grouping}, ranked by {method.saliency}{size}{refit}"
 
 
 def phases(seconds: Mapping[str, float]) -> str:

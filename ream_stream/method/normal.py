@@ -86,9 +86,18 @@ class NormalSums:
             self.diagonal_EI[expert] += wide_RI.square().sum(dim=0, dtype=torch.float64)
             if self.gram_EII is not None:
                 self.gram_EII[expert].addmm_(wide_RI.T, wide_RI)
+        self.add_target(batch, residual_TH)
+
+    def add_target(self, batch: Sequence[Served], residual_TH: Tensor) -> None:
+        """Add to B_e and the energy alone: columns of the hidden size share all the rest."""
         residual_TH = residual_TH.float()
         project(batch, residual_TH, self.target_EIH)
         self.energy += residual_TH.square().sum(dtype=torch.float64)
+
+    def turn_to(self, hidden: int) -> None:
+        """Begin B_e and the energy anew, for other columns of the hidden size."""
+        self.target_EIH = self.target_EIH.new_zeros(*self.target_EIH.shape[:2], hidden)
+        self.energy = torch.zeros_like(self.energy)
 
     def penalties(self, penalty: float) -> Tensor:
         """Return l_e for each expert, float64; 0 where no token came.

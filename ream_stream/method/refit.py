@@ -25,7 +25,7 @@ columns), I inner.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +34,12 @@ from torch import Tensor
 from .normal import NormalSums
 from .preconditioning import PRECONDITIONERS, Preconditioner
 
-Apply = Callable[[Tensor], Tensor]
-"""From D (E, I, H), the products sum over x of a_e^T (sum over f of a_f D_f)."""
+Apply = Callable[[Tensor], Generator[None, None, Tensor]]
+"""From D (E, I, H), the products sum over x of a_e^T (sum over f of a_f D_f).
+
+A generator, as all here that pass over tokens: it yields after each batch, so that who
+runs it can tell how far it is, or stop.
+"""
 
 
 class ConjugateGradients:
@@ -45,7 +49,7 @@ class ConjugateGradients:
 
         solver = ConjugateGradients(sums.target_EIH, penalty_E, preconditioner, energy)
         while not solver.finished:
-            solver.advance(apply(solver.direction_EIH))
+            solver.advance((yield from apply(solver.direction_EIH)))
 
     Vectors are float32, inner products and step sizes float64. The objective
     falls by construction of the step sizes; nothing else is assumed of `apply`
@@ -157,7 +161,7 @@ def solve(
     iterations: int = 3,
     tolerance: float = 0.0,
     preconditioner: str = "blocks",
-) -> Refit:
+) -> Generator[None, None, Refit]:
     """Solve for one penalty; ``sums.target_EIH`` is left as it is.
 
     Parameters
@@ -192,7 +196,7 @@ def solve(
     for _ in range(iterations):
         if solver.finished:
             break
-        solver.advance(apply(solver.direction_EIH))
+        solver.advance((yield from apply(solver.direction_EIH)))
         if objectives[-2] - objectives[-1] < tolerance * objectives[0]:
             break
     return Refit(
@@ -240,46 +244,3 @@ def select(errors: Mapping[float, float]) -> float | None:
         if errors[penalty] < least:
             best, least = penalty, errors[penalty]
     return best
-
-
-def refit(
-    sums: NormalSums,
-    apply: Apply,
-    misfit: Callable[[Tensor], Misfit],
-    penalties: Sequence[float],
-    *,
-    iterations: int = 3,
-    tolerance: float = 0.0,
-    preconditioner: str = "blocks",
-) -> tuple[Refit | None, dict[float, float]]:
-    """Solve for each penalty of a grid and keep the solution that held-back tokens prefer.
-
-    Parameters
-    ----------
-    sums, apply, iterations, tolerance, preconditioner
-        As in `solve`.
-    misfit
-        One pass over the held-back tokens, which are not in `sums` nor in `apply`.
-    penalties
-        The grid.
-
-    Returns
-    -------
-    tuple
-        The best solution, None if none improves on no change, and what each
-        penalty left of the held-back error.
-    """
-    best, errors = None, {}
-    for penalty in penalties:
-        found = solve(
-            sums,
-            apply,
-            penalty=penalty,
-            iterations=iterations,
-            tolerance=tolerance,
-            preconditioner=preconditioner,
-        )
-        errors[penalty] = misfit(found.change_EIH).share
-        if select(errors) == penalty:
-            best = found
-    return best, errors

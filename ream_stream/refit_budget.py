@@ -1,0 +1,98 @@
+"""What a refit holds in memory, and how it is solved so that it fits.
+
+Letters: T tokens of a batch, E kept experts, K experts a token, H hidden, I inner.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .checkpoint.header import DTYPES
+from .checkpoint.layouts import ExpertStack
+from .experts import MAX_ROWS
+from .settings import Settings
+
+KEPT = "kept for the refit"
+"""Name of the part that is taken only if there is room: with 0, it is on disk."""
+
+MOST_COLUMN_BLOCKS = 64
+"""Narrower columns cost a pass over the tokens each and save little."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solver:
+    """How the equations are solved on this machine; it decides last bits, or iterations."""
+
+    preconditioner: str
+    """Key of `method.preconditioning.PRECONDITIONERS`."""
+
+    gathered: bool
+    """Whether all products of activations are gathered once: no pass for an iteration."""
+
+    column_blocks: int
+    """Parts that the hidden channels are solved in, one after the other."""
+
+
+def solvers(hidden: int) -> Iterator[Solver]:
+    """Yield the ways to solve, the one that takes least time and most memory first."""
+    yield Solver(preconditioner="blocks", gathered=True, column_blocks=1)
+    for preconditioner in ("blocks", "diagonal"):
+        blocks = 1
+        while blocks <= min(MOST_COLUMN_BLOCKS, hidden):
+            yield Solver(preconditioner=preconditioner, gathered=False, column_blocks=blocks)
+            blocks *= 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefitMemory:
+    """Bytes of a refit by what they depend on."""
+
+    settings: Settings
+    """What was asked for."""
+
+    stack: ExpertStack
+    """The experts of a source layer."""
+
+    top_k: int
+    """K."""
+
+    itemsize: int
+    """Bytes of a number in the run's dtype."""
+
+    def kept(self, tokens: int) -> int:
+        """Return what is kept of `tokens` calibration tokens, and the results."""
+        hidden, inner, method = self.stack.hidden, self.stack.inner, self.settings.method
+        # what is wanted and what the experts are given, and what is lacking
+        passes = tokens * hidden * (2 * self.itemsize + 4)
+        stored = DTYPES[self.stack.dtype].itemsize
+        numbers = len(method.refit_lambda) * self.settings.experts * hidden * inner
+        return passes + numbers * stored
+
+    def routing(self, tokens: int) -> int:
+        """Return what the experts of all tokens and their coefficients take."""
+        return tokens * self.top_k * (8 + 4)
+
+    def hearing(self, tokens: int) -> int:
+        """Return what comes and goes for a batch beside the layer that runs on it."""
+        return tokens * self.stack.hidden * (3 * 4 + self.itemsize)
+
+    def solving(self, solver: Solver, tokens: int) -> int:
+        """Return what comes and goes while it is solved, for batches of `tokens`."""
+        experts, inner = self.settings.experts, self.stack.inner
+        columns = -(-self.stack.hidden // solver.column_blocks)
+        vector = experts * inner * columns * 4
+        # target, residual, change, direction and product
+        held = 5 * vector + experts * inner * 8
+        if solver.preconditioner == "blocks":
+            held += experts * inner**2 * 4
+        # the float64 block, its triangle, the factor and its square
+        factor = 4 * inner**2 * 8 + 2 * inner * columns * 8
+        if solver.gathered:
+            held += (experts * inner) ** 2 * 4
+        rows = min(tokens, MAX_ROWS)
+        run = rows * inner * 3 * self.itemsize + rows * self.stack.hidden * self.itemsize
+        activations = tokens * self.top_k * inner * 4
+        # inputs, what is lacking and its columns, what is predicted, rows of one expert
+        given = tokens * (self.stack.hidden * (self.itemsize + 4) + columns * 3 * 4)
+        # all tokens may go to one expert: its activations are widened once more
+        widest = tokens * inner * (4 + 2 * self.itemsize)
+        return held + max(factor, run + activations + given + widest)

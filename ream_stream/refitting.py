@@ -1,0 +1,184 @@
+"""A layer's refit in the run: what it is compared with, and where it is done.
+
+The compressed layer is first written to a scratch folder, in the form that it will have
+in the output, and run from there. So whatever is rounded or encoded on the way to the
+file is part of what the refit makes up for, and nothing but the down projections is
+computed a second time: the rest of the final shards are copies of the scratch ones.
+
+Letters in shapes: T tokens of a batch, H hidden, I inner.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import durable
+from .calibration.hidden import HiddenStates
+from .calibration.tokens import Tokens
+from .checkpoint.header import TensorEntry
+from .errors import ReamStreamError
+from .events import Refitted
+from .journal import Workspace
+from .kept import Kept, keeping
+from .model import StreamedModel
+from .observe import Playback
+from .plan import Plan
+from .refit_budget import KEPT
+from .refit_passes import LayerRefit, RoutedTokens, held_back
+from .stream import Batches, with_states
+
+
+class RefitJob:
+    """The refit of one layer, from what is heard of the source to the final tensors.
+
+    Parameters
+    ----------
+    plan
+        Of the run.
+    tokens
+        The calibration set.
+    workspace
+        For scratch folders.
+    model
+        The compressed model.
+    index
+        The layer.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tokens: Tokens,
+        workspace: Workspace,
+        model: StreamedModel,
+        index: int,
+    ) -> None:
+        self._plan, self._tokens, self._workspace = plan, tokens, workspace
+        self._model, self._index = model, index
+        self._stack = ExitStack()
+        self._refit: LayerRefit | None = None
+        self._places: dict[str, int] = {}
+        self.folder = workspace.scratch("layer")
+        """Where the compressed layer is to be written first."""
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make what is needed on disk for the length of the block, and remove it after."""
+        durable.remove(self.folder)
+        durable.make_directory(self.folder)
+        with self._stack:
+            yield
+        durable.remove(self.folder)
+
+    @contextmanager
+    def hearing(self, experts: nn.Module) -> Iterator[None]:
+        """Keep what the source's experts give for each batch that runs in the block."""
+        self._wanted = self._store("wanted", self._plan.num_batches)
+        number = 0
+
+        def keep(_module: nn.Module, _args: Any, output_TH: Tensor) -> None:  # noqa: ANN401
+            nonlocal number
+            self._wanted.put(number, output_TH)
+            number += 1
+
+        handle = experts.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def steps(
+        self,
+        changing: Sequence[int],
+        batches: Batches,
+        entering: HiddenStates | None,
+        playback: Playback | None,
+    ) -> Iterator[tuple[int, int]]:
+        """Refit what was written to the scratch folder.
+
+        Parameters
+        ----------
+        changing
+            Experts that may be changed, by their number after compression.
+        batches, entering
+            The calibration set and the states that enter the layer.
+        playback
+            Outputs of its attention, if they were kept.
+
+        Yields
+        ------
+        tuple
+            Batches passed over, and how many it will be.
+        """
+        plan, method = self._plan, self._plan.settings.method
+        staged = plan.output_checkpoint(self.folder)
+        with self._model.open_layer(self._index, staged) as experts:
+            assert experts is not None
+            tokens = RoutedTokens(
+                experts,
+                changing,
+                held_back(self._tokens, plan.settings.seed),
+                self._store("inputs", len(batches)),
+                self._store("lacking", len(batches)),
+            )
+            trials = plan.solver.column_blocks * len(method.refit_lambda)
+            results = self._store("results", trials * len(changing))
+            refit = LayerRefit(tokens, method, plan.solver, results)
+            total, done = len(batches) * (1 + refit.passes), 0
+            mixers = self._model.mixers(self._index)
+            with nullcontext() if playback is None else playback.playing(mixers):
+                for _ in self._route(tokens, batches, entering):
+                    done += 1
+                    yield done, total
+            try:
+                for _ in refit.steps():
+                    done += 1
+                    yield min(done, total - 1), total
+            except ValueError as error:
+                raise ReamStreamError(f"layer {self._index}: {error}") from error
+        self._refit = refit
+        stack = self._model.layers[self._index].stack
+        assert stack is not None
+        self._places = {stack.experts[e].down: place for place, e in enumerate(changing)}
+        yield total, total
+
+    @property
+    def outcome(self) -> Refitted | None:
+        """What came of it; None if nothing could be changed."""
+        return None if self._refit is None else self._refit.outcome
+
+    def content(self) -> Callable[[str], Tensor | TensorEntry]:
+        """Return a function that gives each final tensor of the layer, by name."""
+        entries, refit = self._plan.output_checkpoint(self.folder).entries, self._refit
+
+        def content(name: str) -> Tensor | TensorEntry:
+            if refit is None or refit.penalty is None or name not in self._places:
+                return entries[name]
+            return refit.down(self._places[name])
+
+        return content
+
+    def _route(
+        self, tokens: RoutedTokens, batches: Batches, entering: HiddenStates | None
+    ) -> Iterator[None]:
+        """Run the compressed layer as far as its experts, and keep what they are given."""
+        heard: list[tuple[Any, Tensor]] = []
+        handle = tokens.experts.register_forward_hook(
+            lambda _module, args, output_TH: heard.append((args, output_TH))
+        )
+        try:
+            for number, batch, hidden_BLH in with_states(batches, entering):
+                self._model.observe_layer(self._index, batch, hidden_BLH, sums=True)
+                given, output_TH = heard.pop()
+                tokens.add(batch, given, self._wanted.get(number), output_TH)
+                yield
+        finally:
+            handle.remove()
+
+    def _store(self, name: str, numbers: int) -> Kept:
+        """Return a store, in memory if the plan has room for it, until `open` ends."""
+        in_memory = self._plan.memory[KEPT] > 0
+        path = None if in_memory else self._workspace.scratch(name)
+        return self._stack.enter_context(keeping(path, numbers))

@@ -1,0 +1,283 @@
+"""Refits in a run, against dense least squares in float64 on what transformers computes."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from tiny import run, settings, some_tokens
+from transformers import AutoModelForCausalLM
+
+from ream_stream.calibration.tokens import from_tensors
+from ream_stream.errors import UsageError
+from ream_stream.events import LayerDone, Step
+from ream_stream.refit_budget import KEPT, Solver
+from ream_stream.refit_passes import held_back
+
+KEEP = 6
+FAMILIES = ["qwen2_moe", "deepseek_v3", "mixtral"]
+"""With a gated shared expert; sigmoid, scaled, grouped and a shared expert; neither."""
+pruned = partial(settings, KEEP, grouping="none", saliency="energy")
+refitted = partial(pruned, refit="down")
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return some_tokens(20, 24)
+
+
+@pytest.fixture(scope="module")
+def source(checkpoints):
+    return checkpoints("qwen3_moe", torch.float32)
+
+
+def outcomes(done):
+    return {
+        event.layer: event.refitted
+        for event in done.events
+        if isinstance(event, LayerDone) and event.experts_before
+    }
+
+
+def downs(model, index):
+    module = next(
+        module
+        for path, module in model.model.layers[index].named_modules()
+        if path.endswith("experts") and hasattr(module, "down_proj")
+    )
+    return module, module.down_proj.detach().double()
+
+
+@torch.no_grad()
+def called(model, index, tokens):
+    """Return a layer's experts, what they are called with, and what they give."""
+    module, _ = downs(model, index)
+    seen = []
+    handle = module.register_forward_hook(lambda _m, args, output: seen.append((args, output)))
+    model(input_ids=tokens.input_ids_SL, attention_mask=tokens.attention_mask_SL)
+    handle.remove()
+    return module, *seen[0]
+
+
+@torch.no_grad()
+def design(module, hidden_TH, index_TK, weight_TK):
+    """Return the activations of all experts, times their coefficients: (T, E, I)."""
+    wide = module.gate_up_proj.shape[1] // 2
+    matrix_TEI = torch.zeros(len(hidden_TH), len(module.gate_up_proj), wide).double()
+    for expert, gate_up in enumerate(module.gate_up_proj.double()):
+        gate, up = torch.nn.functional.linear(hidden_TH.double(), gate_up).chunk(2, dim=-1)
+        coefficient_T = ((index_TK == expert) * weight_TK).sum(dim=1).double()
+        matrix_TEI[:, expert] = torch.nn.functional.silu(gate) * up * coefficient_T[:, None]
+    return matrix_TEI
+
+
+def least_squares(matrix_TEI, lacking_TH, penalty):
+    count, inner = matrix_TEI.shape[1:]
+    mean_E = matrix_TEI.square().sum(dim=0).mean(dim=1)
+    root = (penalty * mean_E).sqrt().repeat_interleave(inner)
+    matrix = torch.cat([matrix_TEI.flatten(1), torch.diag(root)])
+    target = torch.cat([lacking_TH, torch.zeros(len(root), lacking_TH.shape[1]).double()])
+    return torch.linalg.lstsq(matrix, target, driver="gelsd").solution.view(count, inner, -1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layer_is_refitted_as_dense_least_squares_would(
+    checkpoints, tmp_path, tokens, name
+):
+    source = checkpoints(name, torch.float32)
+    done = run(source, tmp_path / "out", refitted(refit_iterations=50), tokens)
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    held_T = held_back(tokens, 0).repeat_interleave(24)
+    groups = {layer["index"]: layer["groups"] for layer in done.manifest["layers"]}
+    assert any(found.penalty for found in outcomes(done).values())
+    for index, found in outcomes(done).items():
+        before, after = load(source).eval(), load(done.output).eval()
+        module, old_EHI = downs(before, index)
+        kept = [group[0] for group in groups[index]]
+        _, given, _ = called(after, index, tokens)
+        module, new_EHI = downs(after, index)
+        change_EIH = (new_EHI - old_EHI[kept]).transpose(1, 2)
+        matrix_TEI = design(module, *given)
+        after.model.layers[index] = before.model.layers[index]
+        _, _, wanted_TH = called(after, index, tokens)
+        output_TH = torch.einsum("tei,ehi->th", matrix_TEI, old_EHI[kept])
+        lacking_TH = wanted_TH.double() - output_TH
+        dense = {
+            penalty: least_squares(matrix_TEI[~held_T], lacking_TH[~held_T], penalty)
+            for penalty in (0.3, 1.0, 3.0)
+        }
+        energy = lacking_TH[held_T].square().sum()
+        for penalty, share in found.tried:
+            predicted_TH = torch.einsum("tei,eih->th", matrix_TEI, dense[penalty])
+            left = (lacking_TH - predicted_TH)[held_T].square().sum()
+            assert share == pytest.approx((left / energy).item(), rel=1e-3)
+        assert found.lacking == pytest.approx(
+            (energy / wanted_TH[held_T].double().square().sum()).item(), rel=1e-3
+        )
+        if found.penalty is None:
+            assert not change_EIH.any()
+        else:
+            wanted_EIH = dense[found.penalty]
+            assert (change_EIH - wanted_EIH).norm() < 1e-5 * wanted_EIH.norm() + 1e-6
+
+
+def test_only_down_projections_change(source, tmp_path, tokens):
+    plain = run(source, tmp_path / "plain", pruned(sequential=False), tokens)
+    done = run(source, tmp_path / "out", refitted(sequential=False), tokens)
+    ours, theirs = tiny.load_tensors(done.output), tiny.load_tensors(plain.output)
+    helped = {layer for layer, found in outcomes(done).items() if found.penalty}
+    assert helped
+    for key, tensor in theirs.items():
+        layer = int(key.split(".")[2]) if "layers" in key else None
+        changes = ".experts." in key and "down" in key and layer in helped
+        assert torch.equal(ours[key], tensor) != changes, key
+
+
+WAYS = {
+    "gathered": Solver(preconditioner="blocks", gathered=True, column_blocks=1),
+    "passes": Solver(preconditioner="blocks", gathered=False, column_blocks=1),
+    "columns": Solver(preconditioner="blocks", gathered=False, column_blocks=5),
+    "gathered-columns": Solver(preconditioner="blocks", gathered=True, column_blocks=2),
+    "diagonal": Solver(preconditioner="diagonal", gathered=False, column_blocks=2),
+}
+
+
+def test_every_way_to_solve_comes_to_the_same(source, tmp_path, tokens):
+    wanted = refitted(refit_iterations=30, refit_lambda=(1.0,))
+    plan = tiny.plan_for(source, tokens, wanted)
+    assert plan.solver == WAYS["gathered"]
+    runs = {
+        name: tiny.run_plan(replace(plan, solver=way), tokens, tmp_path / name)
+        for name, way in WAYS.items()
+    }
+    first = tiny.load_tensors(runs["gathered"].output)
+    for name, done in runs.items():
+        for index, found in outcomes(done).items():
+            wanted = outcomes(runs["gathered"])[index]
+            assert found.penalty == wanted.penalty
+            assert found.left == pytest.approx(wanted.left, rel=1e-4)
+            assert found.residuals[-1] == pytest.approx(wanted.residuals[-1], rel=1e-4)
+        for key, tensor in tiny.load_tensors(done.output).items():
+            torch.testing.assert_close(tensor, first[key], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_stores_on_disk_give_the_same_bytes_and_are_gone_afterwards(source, tmp_path, tokens):
+    plan = tiny.plan_for(source, tokens, refitted())
+    assert plan.memory[KEPT] > 0
+    one = tiny.run_plan(plan, tokens, tmp_path / "memory")
+    plan = replace(plan, memory={**plan.memory, KEPT: 0}, batch_sequences=20)
+    other = tiny.run_plan(plan, tokens, tmp_path / "disk")
+    assert one.files() == other.files()
+    assert not list((other.output / ".ream-stream").glob("scratch*"))
+
+
+@pytest.mark.parametrize("grouping", ["none", "ream"])
+def test_keeping_all_experts_changes_no_byte(source, tmp_path, tokens, grouping):
+    plain = run(source, tmp_path / "plain", settings(8, grouping=grouping), tokens)
+    done = run(source, tmp_path / "out", settings(8, grouping=grouping, refit="down"), tokens)
+    assert done.shards() == plain.shards()
+    for found in outcomes(done).values():
+        assert (found.penalty, found.lacking, found.left) == (None, 0.0, 1.0)
+
+
+def test_a_layer_that_refitting_does_not_help_is_left_as_it_was(source, tmp_path):
+    few = some_tokens(3, 5)
+    plain = run(source, tmp_path / "plain", pruned(), few)
+    done = run(source, tmp_path / "out", refitted(refit_lambda=(1e-4,)), few)
+    first = min(outcomes(done))
+    found = outcomes(done)[first]
+    assert found.penalty is None
+    assert found.tried[0][1] > 1
+    assert found.left == 1
+    shard = done.plan.layers[first].shards[0].name
+    assert done.shards()[shard] == plain.shards()[shard]
+    assert done.manifest["layers"][0]["refitted"]["penalty"] is None
+
+
+def test_experts_that_were_not_merged_may_be_left_as_they_are(source, tmp_path, tokens):
+    done = run(
+        source,
+        tmp_path / "out",
+        settings(KEEP, group_size=2, refit="down", refit_experts="changed"),
+        tokens,
+    )
+    before, after = tiny.load_tensors(source), tiny.load_tensors(done.output)
+    assert any(found.penalty for found in outcomes(done).values())
+    for layer in done.manifest["layers"]:
+        start = f"model.layers.{layer['index']}.mlp.experts."
+        for number, group in enumerate(layer["groups"]):
+            same = torch.equal(
+                after[f"{start}{number}.down_proj.weight"],
+                before[f"{start}{group[0]}.down_proj.weight"],
+            )
+            assert same == (len(group) == 1)
+
+
+def test_padding_is_neither_fitted_nor_judged_by(source, tmp_path, tokens):
+    ids_SL = torch.nn.functional.pad(tokens.input_ids_SL, (0, 6), value=5)
+    mask_SL = torch.nn.functional.pad(torch.ones_like(tokens.input_ids_SL), (0, 6))
+    wide = from_tensors({"input_ids": ids_SL, "attention_mask": mask_SL}, description="wide")
+    one = run(source, tmp_path / "one", refitted(), tokens)
+    other = run(source, tmp_path / "other", refitted(), wide)
+    for index, found in outcomes(one).items():
+        padded = outcomes(other)[index]
+        assert found.penalty == padded.penalty
+        assert found.lacking == pytest.approx(padded.lacking, rel=1e-3)
+        assert found.left == pytest.approx(padded.left, rel=1e-3)
+
+
+def test_the_objective_falls_and_the_events_count_up(source, tmp_path, tokens):
+    done = run(source, tmp_path / "out", refitted(), tokens)
+    for found in outcomes(done).values():
+        assert list(found.residuals) == sorted(found.residuals, reverse=True)
+        assert dict(found.tried)[found.penalty] == found.left == min(dict(found.tried).values())
+    for layer in outcomes(done):
+        steps = [
+            step
+            for step in done.events
+            if isinstance(step, Step) and (step.layer, step.phase) == (layer, "refit")
+        ]
+        assert [step.done for step in steps] == sorted(step.done for step in steps)
+        assert sum(step.done == step.total for step in steps) == 1
+
+
+def test_the_manifest_tells_what_refitting_came_to(source, tmp_path, tokens):
+    done = run(source, tmp_path / "out", refitted(), tokens)
+    for layer in done.manifest["layers"]:
+        found = outcomes(done)[layer["index"]]
+        assert layer["refitted"]["left"] == found.left
+        assert layer["refitted"]["tried"] == [list(pair) for pair in found.tried]
+    assert json.loads(json.dumps(done.manifest))["fingerprint"]["refit_lambda"] == [0.3, 1, 3]
+
+
+def test_a_tenth_of_each_domain_is_held_back():
+    ids_SL = torch.ones(50, 2, dtype=torch.int64)
+    domain_S = torch.tensor([0] * 29 + [1] * 20 + [2])
+    tokens = from_tensors({"input_ids": ids_SL, "domain": domain_S}, description="three")
+    held_S = held_back(tokens, 0)
+    assert [int(held_S[domain_S == domain].sum()) for domain in range(3)] == [3, 2, 0]
+    assert torch.equal(held_S, held_back(tokens, 0))
+    assert not torch.equal(held_S, held_back(tokens, 1))
+
+
+def test_one_sequence_cannot_be_judged_by_another(source, tmp_path):
+    with pytest.raises(UsageError, match="holds back"):
+        run(source, tmp_path / "out", refitted(), some_tokens(1, 12))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"refit_lambda": ()}, "above 0"),
+        ({"refit_lambda": (0.0,)}, "above 0"),
+        ({"refit_lambda": (1.0, 1.0)}, "twice"),
+        ({"refit_iterations": 0}, "at least 1"),
+        ({"refit_experts": "changed"}, "no expert"),
+    ],
+)
+def test_what_cannot_be_refitted_is_refused(source, tokens, wanted, message):
+    with pytest.raises(UsageError, match=message):
+        tiny.plan_for(source, tokens, refitted(**wanted))
