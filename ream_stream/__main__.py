@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 
 from .cli import cli
-from .errors import ReamStreamError
+from .errors import ReamStreamError, sentence
 
 _INTERRUPTED = 130
 
@@ -34,19 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_output()
         return 1
     except OSError as error:
-        return _fail(_sentence(error), ReamStreamError.exit_status)
+        return _fail(sentence(error), ReamStreamError.exit_status)
     return status if isinstance(status, int) else 0
 
 
 def _fail(message: str, status: int) -> int:
     click.echo(f"error: {message}", err=True)
     return status
-
-
-def _sentence(error: OSError) -> str:
-    if error.filename is None or error.strerror is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}"
 
 
 def _discard_output() -> None:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, TextIO
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import DamagedError, OtherRunError, OverBudgetError
+from .errors import DamagedError, OtherRunError, OverBudgetError, UsageError
 
 PARTIAL = ".partial"
 _COPY_BYTES = 1 << 22
@@ -109,8 +109,9 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    _make(path)
-    _sync_directory(path.parent)
+    with space_for(path):
+        _make(path)
+        _sync_directory(path.parent)
 
 
 def publish_directory(partial: Path, path: Path) -> None:
@@ -172,10 +173,29 @@ def space_for(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            error.filename = error.filename or str(path)
             raise
         raise OverBudgetError(
             f"no space left for {path}: free some and run the same command again to resume"
         ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Let errors of the disk met in the block name a file: that of a read names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Tell why nothing can be written where a folder is or would be; None if it can."""
+    folder = _existing(path)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return "its file system is read-only"
+    return None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
 
 
 @contextmanager
@@ -189,12 +209,18 @@ def lock(path: Path) -> Iterator[str | None]:
     ------
     OtherRunError
         A living process holds it.
+    UsageError
+        The file system has no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in {errno.ENOLCK, errno.ENOTSUP}:
+                raise UsageError(
+                    f"the file system of {path.parent} has no locks: use another --work-dir"
+                ) from error
             if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
                 raise
             raise OtherRunError(
@@ -204,8 +230,9 @@ def lock(path: Path) -> Iterator[str | None]:
         left_by = file.read().strip() or None
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with space_for(path):
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         try:
             yield left_by
         finally:
@@ -257,7 +284,8 @@ def _pieces(part: bytes | memoryview | FileRange) -> Iterator[bytes | memoryview
         file.seek(part.start)
         left = part.stop - part.start
         while left:
-            piece = file.read(min(left, _COPY_BYTES))
+            with reading(part.path):
+                piece = file.read(min(left, _COPY_BYTES))
             if not piece:
                 raise DamagedError(
                     f"{part.path} ends before byte {part.stop}: it was cut while it was read"
@@ -313,4 +341,6 @@ def _remove_empty(path: Path) -> None:
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is of any type
     """Read a JSON document."""
-    return json.loads(path.read_bytes())
+    with reading(path):
+        data = path.read_bytes()
+    return json.loads(data)

@@ -5,6 +5,13 @@ wrong, where, and what to do. A status that is not listed here means failure.
 """
 
 
+def sentence(error: OSError) -> str:
+    """Return what the system says of an error, with the file that it is about."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
+
+
 class ReamStreamError(Exception):
     """The run failed."""
 

@@ -16,6 +16,8 @@ journal first. A run that finds a journal made for other settings or another
 source does not touch anything.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ from .durable import Written
 from .errors import DamagedError, OtherRunError
 from .events import Refitted
 
-FORMAT = 1
+FORMAT = 2
 
 _OURS = re.compile(
     r"(journal\.json|tokens\.safetensors|log\.jsonl|hidden-\d{5}|statistics-\d{5}\.safetensors"
@@ -239,6 +241,8 @@ def load(workspace: Workspace) -> Journal:
             raise OtherRunError(
                 f"{workspace.journal} is of format {value['format']}, not {FORMAT}"
             )
+        if value["sha256"] != _digest(value):
+            raise ValueError("its content does not have its checksum")  # noqa: TRY301
         if not all(map(_is_inside, value["files"])):
             raise ValueError("it names files outside the folder")  # noqa: TRY301
         return Journal(
@@ -257,7 +261,9 @@ def load(workspace: Workspace) -> Journal:
 
 def save(workspace: Workspace, journal: Journal) -> None:
     """Commit: replace the journal file."""
-    durable.write_json(workspace.journal, {"format": FORMAT, **asdict(journal)})
+    value = asdict(journal)
+    head = {"format": FORMAT, "sha256": _digest(value)}
+    durable.write_json(workspace.journal, {**head, **value})
 
 
 def check_fingerprint(journal: Journal, fingerprint: Mapping[str, Any], output: Path) -> None:
@@ -279,6 +285,12 @@ def check_fingerprint(journal: Journal, fingerprint: Mapping[str, Any], output: 
             f"({'; '.join(different)}); use the same ones, another folder, or --restart "
             "to discard it"
         )
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a journal's fields, hex: a flipped digit would pass for another."""
+    fields = {name: value[name] for name in Journal.__dataclass_fields__}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _is_inside(name: str) -> bool:

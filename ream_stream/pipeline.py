@@ -157,8 +157,10 @@ def _layer(
     """Work on one layer and commit it."""
     before, index, plan = dict(context.seconds), layer.keys.index, context.plan
     meter.restart()
+    plan.source.check_unchanged(layer.keys.names)
     job = LayerJob(context, layer)
     yield from job.steps()
+    plan.source.check_unchanged(layer.keys.names)
     decision = job.decision
     record = LayerRecord(
         index=index,
@@ -191,6 +193,7 @@ def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) 
     """Write what is outside the layers, then the files that make the output complete."""
     for shard in plan.outside[len(journal.outside) :]:
         written = write_shard(workspace.output, shard, plan.source.entries.__getitem__)
+        plan.source.check_unchanged(tensor.name for tensor in shard.tensors)
         journal.outside.append(written)
         save(workspace, journal)
     write_rest(plan, tokens, workspace, journal)

@@ -168,7 +168,12 @@ class Plan:
                     position += tensor.nbytes
         inside = {name for layer in self.layers for name in layer.keys.names}
         outside = {n: e for n, e in self.source.entries.items() if n not in inside}
-        return Checkpoint(folder=folder, config=self.config, entries={**entries, **outside})
+        return Checkpoint(
+            folder=folder,
+            config=self.config,
+            entries={**entries, **outside},
+            stamps=self.source.stamps,
+        )
 
 
 def make_plan(

@@ -25,6 +25,16 @@ from .experts import StreamedExperts
 HEAD_BYTES = 64_000_000
 """Rows of the output matrix are used in pieces of about this size."""
 
+NAMES_CODE = frozenset(
+    {
+        "auto_map",
+        # transformers fetches kernels by the name of a repository
+        *("attn_implementation", "_attn_implementation"),
+        *("experts_implementation", "_experts_implementation"),
+    }
+)
+"""Keys of a config that name code: a checkpoint's own files, or somebody's on the hub."""
+
 
 def build_skeleton(
     config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
@@ -48,7 +58,7 @@ def build_skeleton(
 def _build(
     config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    values = {key: value for key, value in config.items() if key != "auto_map"}
+    values = _without_code(config)
     loaded = CONFIG_MAPPING[config["model_type"]].from_dict(values)
     loaded.dtype = dtype
     kind: Any = AutoModelForCausalLM._model_mapping[type(loaded)]
@@ -70,6 +80,13 @@ def _build(
         model.get_submodule(path)._buffers[leaf] = buffer.to(device)
     skeleton: PreTrainedModel = model.eval()
     return skeleton
+
+
+def _without_code(value: Any) -> Any:  # noqa: ANN401 - JSON is of any type
+    """Return a config without what makes transformers fetch or run somebody's code."""
+    if isinstance(value, Mapping):
+        return {k: _without_code(v) for k, v in value.items() if k not in NAMES_CODE}
+    return [_without_code(each) for each in value] if isinstance(value, list) else value
 
 
 def key_targets(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> dict[str, str]:

@@ -53,6 +53,8 @@ class Step:
 class Kill:
     step: int
     moment: Moment
+    error: int | None = None
+    """Instead of the kill, an error of the disk with this number."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Ending:
     """Of a job that finished."""
     value: Any
     """What the job returned, through JSON."""
+    failure: str = ""
+    """The traceback, of a job that failed as it was made to."""
 
 
 def run_in_child(
@@ -103,6 +107,8 @@ def run_in_child(
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and kill is not None:
         return Ending(finished=False, steps=[], value=None)
+    if status != 0 and kill is not None and kill.error is not None and report.exists():
+        return Ending(False, [], None, report.read_text(encoding="utf-8"))
     if status != 0:
         text = report.read_text(encoding="utf-8") if report.exists() else "it told nothing"
         raise JobFailedError(f"the child ended with status {status}:\n{text}")
@@ -184,9 +190,8 @@ def _wrap_primitives(kill: Kill | None, committed: Callable[[], list[str]]) -> l
     steps: list[Step] = []
 
     def die_at(moment: Moment) -> None:
-        if kill == Kill(len(steps) - 1, moment):
-            os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(SECONDS)  # zarr writes in a thread, which need not be the one to die
+        if kill is not None and (kill.step, kill.moment) == (len(steps) - 1, moment):
+            _end(kill.error)
 
     def wrap(module, name, kind, describe, halfway=None):
         original = getattr(module, name)
@@ -233,6 +238,14 @@ def _wrap_primitives(kill: Kill | None, committed: Callable[[], list[str]]) -> l
     wrap(durable, "_remove_empty", "remove_empty", first)
     wrap(zarr.storage._local, "_put", "put", first, half_put)
     return steps
+
+
+def _end(error: int | None) -> None:
+    """Die, or fail as a disk does."""
+    if error is not None:
+        raise OSError(error, os.strerror(error))
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(SECONDS)  # zarr writes in a thread, which need not be the one to die
 
 
 def _alike(step: Step, following: Step) -> bool:

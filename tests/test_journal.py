@@ -71,7 +71,7 @@ def committed(workspace):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"format": 1}', '{"format": 1, "layers": 3}', '"text"', "\0\0"],
+    ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "layers": 3}', '"text"', "\0\0"],
 )
 def test_a_damaged_journal_is_named_and_nothing_is_deleted(text, workspace):
     committed(workspace)
@@ -93,8 +93,8 @@ def test_a_journal_that_names_files_elsewhere_is_damaged(workspace):
 
 
 def test_a_journal_of_another_format_is_another_program_s(workspace):
-    workspace.journal.write_text('{"format": 2}')
-    with pytest.raises(OtherRunError, match="format 2"):
+    workspace.journal.write_text('{"format": 3}')
+    with pytest.raises(OtherRunError, match="format 3"):
         journal.load(workspace)
 
 
@@ -178,4 +178,18 @@ def test_the_journal_is_a_document_people_can_read(workspace):
     journal.save(workspace, committed(workspace))
     text = workspace.journal.read_text(encoding="utf-8")
     assert json.loads(text)["layers"][0]["shards"][0]["size"] == 4
-    assert text.startswith('{\n  "format": 1,\n')
+    assert text.startswith('{\n  "format": 2,\n')
+
+
+@given(position=st.integers(0, 10**6), value=st.integers(0, 255))
+def test_a_journal_with_a_changed_byte_is_refused_or_says_the_same(scratch, position, value):
+    written = committed(scratch)
+    journal.save(scratch, written)
+    data = bytearray(scratch.journal.read_bytes())
+    data[position % len(data)] = value
+    scratch.journal.write_bytes(data)
+    try:
+        loaded = journal.load(scratch)
+    except (DamagedError, OtherRunError):
+        return
+    assert loaded == written

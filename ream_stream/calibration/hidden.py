@@ -134,7 +134,8 @@ class HiddenStates:
         start = index * self._batch
         self._check_is_there(index)
         try:
-            bits = np.asarray(self._array[start : start + self._batch])
+            with durable.reading(self._path):
+                bits = np.asarray(self._array[start : start + self._batch])
         except ValueError as error:
             raise DamagedError(
                 f"{self._path}: batch {index} is damaged ({error}); start over with --restart"

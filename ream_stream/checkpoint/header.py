@@ -5,14 +5,17 @@ Checkpoints come from strangers: all that the header says is checked against the
 size of the file before anything is allocated or mapped.
 """
 
+import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ream_stream import durable
 from ream_stream.errors import DamagedError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -70,6 +73,37 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stamp:
+    """What tells a file from another that took its place."""
+
+    size: int
+    """Bytes."""
+
+    modified: int
+    """Time of the last change, nanoseconds."""
+
+    header: str
+    """SHA-256 of the header, hex."""
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        """Read the stamp of a file whose header was read before."""
+        with path.open("rb") as file, durable.reading(path):
+            status = os.fstat(file.fileno())
+            length = int.from_bytes(file.read(8), "little")
+            digest = hashlib.sha256(file.read(min(length, MAX_HEADER_BYTES)))
+        return cls(size=status.st_size, modified=status.st_mtime_ns, header=digest.hexdigest())
+
+    def difference(self, now: "Stamp") -> str | None:
+        """Say what is not as it was; None if all is."""
+        if now.size != self.size:
+            return f"it had {self.size} bytes and has {now.size}"
+        if now.header != self.header:
+            return "its header is another"
+        return "it was written to" if now.modified != self.modified else None
+
+
 def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]:
     """Read and check the header of one file.
 
@@ -86,7 +120,7 @@ def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]
         The header is not plausible, or the file is shorter or longer than it says.
     """
     file_bytes = path.stat().st_size
-    with path.open("rb") as file:
+    with path.open("rb") as file, durable.reading(path):
         prefix = file.read(8)
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):

@@ -3,18 +3,19 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ream_stream import durable
 from ream_stream.errors import DamagedError, UsageError
 
-from .header import TensorEntry, read_header
+from .header import Stamp, TensorEntry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,8 +30,8 @@ _WEIGHTS = re.compile(
 class MappedTensors:
     """Tensors of a checkpoint as views of mapped files; see `Checkpoint.open`."""
 
-    def __init__(self, entries: Mapping[str, TensorEntry], stack: ExitStack) -> None:
-        self._entries = entries
+    def __init__(self, checkpoint: "Checkpoint", stack: ExitStack) -> None:
+        self._checkpoint, self._entries = checkpoint, checkpoint.entries
         self._stack = stack
         self._files: dict[Path, Any] = {}
 
@@ -38,7 +39,12 @@ class MappedTensors:
         """Return a tensor whose memory is the page cache; it must not be written to."""
         path = self._entries[name].path
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            self._checkpoint.check_unchanged([name])
+            try:
+                opened = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise DamagedError(f"{path} cannot be mapped: {error}") from error
+            self._files[path] = self._stack.enter_context(opened)
         tensor: Tensor = self._files[path].get_tensor(name)
         return tensor
 
@@ -56,6 +62,9 @@ class Checkpoint:
     entries: Mapping[str, TensorEntry] = field(repr=False)
     """Every tensor by name."""
 
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
+    """What the files were when their headers were read; those not listed are not watched."""
+
     @contextmanager
     def open(self) -> Iterator[MappedTensors]:
         """Map files as tensors are asked for; unmap them at the end of the block.
@@ -64,7 +73,26 @@ class Checkpoint:
         block should not outlive the layer it serves.
         """
         with ExitStack() as stack:
-            yield MappedTensors(self.entries, stack)
+            yield MappedTensors(self, stack)
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Make sure that the files of some tensors are those whose headers were read.
+
+        Raises
+        ------
+        DamagedError
+            One is gone, or its size, header or time of change is another.
+        """
+        for path in sorted({self.entries[name].path for name in names} & set(self.stamps)):
+            try:
+                difference = self.stamps[path].difference(Stamp.of(path))
+            except FileNotFoundError:
+                difference = "it is gone"
+            if difference is not None:
+                raise DamagedError(
+                    f"{path} was changed while it was being read: {difference}; "
+                    "bring it back and run the same command again"
+                )
 
     def files(self) -> list[Path]:
         """Return the shards, in order of name."""
@@ -135,7 +163,8 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
         raise UsageError(f"{folder} has neither {SINGLE} nor {INDEX}: no safetensors weights")
     if not entries:
         raise DamagedError(f"{folder} holds no tensor")
-    return Checkpoint(folder=folder, config=config, entries=entries)
+    stamps = {path: Stamp.of(path) for path in {entry.path for entry in entries.values()}}
+    return Checkpoint(folder=folder, config=config, entries=entries, stamps=stamps)
 
 
 def _indexed(folder: Path, *, with_data: bool) -> dict[str, TensorEntry]:
@@ -189,7 +218,8 @@ def read_object(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise DamagedError(f"{path} has more than {MAX_JSON_BYTES} bytes")
     try:
-        value = json.loads(path.read_bytes())
+        with durable.reading(path):
+            value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -15,7 +15,8 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.header import DTYPES
 from ream_stream.checkpoint.layouts import find_experts
 from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
-from ream_stream.errors import OtherRunError, UnsupportedModelError
+from ream_stream.durable import why_not_writable
+from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
 from ream_stream.families import family_of
 from ream_stream.finish import MANIFEST
 from ream_stream.journal import Journal, Workspace, check_fingerprint, load
@@ -162,6 +163,9 @@ def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device)
 
 def _journal(workspace: Workspace, *, restart: bool) -> Journal | None:
     """Return the journal of a run to go on with; refuse a folder that is not ours or in use."""
+    for folder in (workspace.output, workspace.work):
+        if (reason := why_not_writable(folder)) is not None:
+            raise UsageError(f"{folder} cannot be written to: {reason}")
     workspace.check_is_ours()
     holder = workspace.holder()
     if holder is not None:

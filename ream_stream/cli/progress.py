@@ -3,15 +3,18 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ream_stream import durable
+from ream_stream.errors import OverBudgetError, ReamStreamError
 from ream_stream.events import Event, Finished, LayerDone, Started, Step
 from ream_stream.memory import anonymous_bytes
 from ream_stream.sizes import format_size
@@ -151,8 +154,8 @@ class Live(AbstractContextManager["Live"]):
 class Log:
     """Events as JSON lines: all of them but the steps within a phase."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path = file, path
 
     def show(self, event: Event) -> None:
         """Append the event."""
@@ -164,7 +167,13 @@ class Log:
         """Append a line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": now, "event": name, **fields}
-        self._file.write(json.dumps(line) + "\n")
+        with durable.space_for(self._path):
+            self._file.write(json.dumps(line) + "\n")
+
+    def end(self, error: ReamStreamError) -> None:
+        """Append why the run ends; where the log itself cannot be written, that is known."""
+        with suppress(OSError, OverBudgetError):
+            self.write("failed", {"status": error.exit_status, "message": str(error)})
 
 
 NAMES: Mapping[type[Event], str] = {

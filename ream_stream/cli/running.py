@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ream_stream import durable
-from ream_stream.errors import InterruptedRunError, ReamStreamError
+from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, sentence
 from ream_stream.events import Finished
 from ream_stream.journal import Workspace
 from ream_stream.pipeline import compress
@@ -63,23 +63,37 @@ def run(
         raise ValueError("a run needs calibration tokens")
     start = time.monotonic()
     with ExitStack() as stack:
-        stack.enter_context(workspace.locked())
+        left_by = stack.enter_context(workspace.locked())
+        if job.journal is None and not restart and workspace.journal.is_file():
+            raise OtherRunError(
+                f"another run began in {workspace.output} meanwhile; run the command again"
+            )
         if restart and workspace.journal.is_file():
             workspace.discard()
         if job.request is not None and job.journal is None:
             store(workspace.tokens, job.tokens, job.request)
-        log = Log(stack.enter_context(durable.open_log(workspace.log)))
+        log = Log(stack.enter_context(durable.open_log(workspace.log)), workspace.log)
         log.write("command", {"command": command, "directory": str(Path.cwd())})
+        if left_by is not None:
+            console.print(f"taking over from {left_by}, which ended without a word")
+            log.write("taken over", {"from": left_by})
         asked = stack.enter_context(stop_requests())
         try:
             finished = _follow(job, workspace, console, log, asked)
+        except InterruptedRunError as error:
+            log.end(error)
+            number = error.exit_status - 128
+            message = f"{error}\nresume with: {command}"
+            raise InterruptedRunError(message, signal_number=number) from error
         except ReamStreamError as error:
-            log.write("failed", {"status": error.exit_status, "message": str(error)})
-            if isinstance(error, InterruptedRunError):
-                number = error.exit_status - 128
-                message = f"{error}\nresume with: {command}"
-                raise InterruptedRunError(message, signal_number=number) from error
+            log.end(error)
             raise
+        except OSError as error:
+            failed = ReamStreamError(
+                f"{sentence(error)}\nonce it is mended, go on with: {command}"
+            )
+            log.end(failed)
+            raise failed from error
     return Outcome(finished=finished, seconds=time.monotonic() - start)
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import click
@@ -21,7 +21,8 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
             # every commit is durable: leaving here loses no more than the layer in flight
             os._exit(128 + number)
         caught.append(number)
-        click.echo("stopping at the next safe point; once more to stop at once", err=True)
+        with suppress(OSError):  # whoever read this may be gone
+            click.echo("stopping at the next safe point; once more to stop at once", err=True)
 
     # what nohup ignores stays ignored
     asking = [number for number in _ASKING if signal.getsignal(number) != signal.SIG_IGN]

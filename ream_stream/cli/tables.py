@@ -1,9 +1,11 @@
 """What the verbs print for people, and the same facts for machines."""
 
+import errno
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -20,7 +22,37 @@ from .options import RunOptions
 
 def console(*, stderr: bool) -> Console:
     """Return a console that prints text as it is: paths may hold brackets and colons."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    # what is asked for goes to stdout and ends with its reader; a run goes on without one
+    file: Any = _Lasting(sys.stderr) if stderr else None
+    return Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+class _Lasting:
+    """A stream that goes silent once its reader is gone: a run outlives its terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._gone = stream, False
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, if anyone reads."""
+        self._lasting(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if anyone reads."""
+        self._lasting(self._stream.flush)
+
+    def _lasting(self, act: Callable[[], object]) -> None:
+        try:
+            if not self._gone:
+                act()
+        except OSError as error:
+            if error.errno not in {errno.EPIPE, errno.EIO}:
+                raise
+            self._gone = True
 
 
 def print_json(value: object) -> None:
