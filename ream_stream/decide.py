@@ -19,8 +19,15 @@ from .method.expert import Expert, reorder
 from .method.grouping import GROUPINGS, Evidence
 from .method.merging import MERGES, merge
 from .method.saliency import SALIENCIES, merge_weights
-from .method.similarity import distance, expert_similarity, gate_similarity
+from .method.similarity import (
+    RANDOM,
+    distance,
+    expert_similarity,
+    gate_similarity,
+    random_distance,
+)
 from .observe import Observer, TokenSample
+from .seeds import generator
 from .settings import Method, Settings
 
 
@@ -66,6 +73,9 @@ def decide(
             None if observer.gram is None else gate_similarity(observer.gram.gram_EE.cpu())
         )
         distance_EE = distance(expert_similarity(mean_EH), gate_EE)
+        if method.similarity == RANDOM:
+            drawn = generator(settings.seed, layer, "distances")
+            distance_EE = random_distance(len(mean_EH), drawn)
     try:
         groups = GROUPINGS[grouping](
             Evidence(saliency_E=saliency_E, distance_EE=distance_EE, mean_EH=mean_EH),

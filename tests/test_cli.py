@@ -89,7 +89,7 @@ def test_the_examples_of_the_help_can_be_parsed(capsys, tmp_path, monkeypatch):
     for folder in ("Qwen3-30B-A3B", "Qwen3-23B"):
         (tmp_path / folder).mkdir()
     (tmp_path / "src").mkdir()
-    for file in ("text.jsonl", "test.txt", "test.jsonl", "arc.jsonl"):
+    for file in ("text.jsonl", "test.txt", "test.jsonl", "arc.jsonl", "problems.jsonl"):
         (tmp_path / file).touch()
     for verb in VERBS:
         _, out, _ = call(capsys, verb, "--help")
@@ -716,6 +716,38 @@ def test_eval_of_text_takes_whole_sequences_up_to_the_limit(capsys, tmp_path):
     status, _, err = call(capsys, *words)
     assert status == 2
     assert "do not fill a sequence of 16" in err
+
+
+def test_compare_and_sweep_write_their_results_and_do_nothing_twice(capsys, tmp_path):
+    for name in ("general", "math", "code"):
+        (tmp_path / f"{name}.txt").write_text(f"Some words of {name}, 1 + 1 = 2.\n" * 60)
+    names = ("general", "math", "code")
+    size = ("--sequences", 10, "--sequence-length", 16, "--max-tokens", 64)
+    words = [CHECKPOINT, "--experts", 24, "--seeds", 1, "--threads", 1, *size]
+    for option in ("--calibration", "--text"):
+        words += [w for n in names for w in (option, f"{n}={tmp_path / n}.txt")]
+    folder = tmp_path / "compared"
+    command = ("compare", *words, "--methods", "reap,frequency", "--output", folder)
+    status, out, err = call(capsys, *command, "--json")
+    known = json.loads(out)
+    assert status == 0
+    assert [each["name"] for each in known["summary"]] == ["original", "reap", "frequency"]
+    assert json.loads((folder / "comparison.json").read_text()) == known
+    assert "layer 4" in err
+    status, out, err = call(capsys, *command)
+    assert (status, err) == (0, "")
+    assert "frequency" in out
+    assert call(capsys, "compare", *words, "--methods", "none")[0] == 2
+
+    mixes = ("--mixes", "general-50-math-50-code-00,general-00-math-30-code-70")
+    folder = tmp_path / "swept"
+    command = ("sweep", *words, "--methods", "reap", *mixes, "--output", folder)
+    known = json.loads(call(capsys, *command, "--json")[1])
+    assert known["axes"] == list(names)
+    assert len(known["points"]) == 2
+    assert "hypervolume" in call(capsys, *command)[1]
+    assert (folder / "sweep.svg").read_text().startswith("<svg")
+    assert call(capsys, "sweep", *words, "--mixes", "paper")[0] == 2
 
 
 # --- how it looks

@@ -2,35 +2,60 @@
 
     python tools/bench_quality.py methods       REAM and REAP at 24 and 16 of 32 experts
     python tools/bench_quality.py similarity    REAM at 16, similarity from 512 tokens to all
+    python tools/bench_quality.py compare       five methods, three seeds, 24 and 16 experts
+    python tools/bench_quality.py ablation      REAM with one part changed at a time, the same
+    python tools/bench_quality.py controls      random groups, no alignment, REAP's variants
+    python tools/bench_quality.py sweep         REAM and REAP on the paper's ten mixes, 24
 
 The second takes groups of at most 3: with the default size of a group all dropped experts
-join the most salient one here, whatever the similarity says.
+join the most salient one here, whatever the similarity says. The last four keep what they
+have measured in --output and go on with it; a seed draws other documents and samples.
 
-Calibration is 288 sequences of 256 tokens, a third of each domain; the perplexities are of
-up to 30,000 test tokens a domain. Everything is computed in float32 on the CPU.
+Calibration is 288 sequences of 256 tokens, a third of each domain or as the mix says; the
+perplexities are of up to 30,000 test tokens a domain. All in float32 on the CPU.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from transformers import logging
 
-from ream_stream.calibration.tokens import Tokens, from_file
+from ream_stream.calibration.mix import MIXES, Part, shares
+from ream_stream.calibration.packing import load_tokenizer, pack
+from ream_stream.calibration.text import in_seeded_order
+from ream_stream.calibration.tokens import Tokens, from_file, joined
 from ream_stream.checkpoint.source import open_checkpoint
-from ream_stream.cli.demonstration import FULL, write_texts
+from ream_stream.cli.comparing import (
+    Grid,
+    as_csv,
+    carry_out,
+    comparison_facts,
+    markdown,
+    sweep_facts,
+    sweep_tables,
+    trials_of,
+    write_files,
+)
+from ream_stream.cli.demonstration import FULL, QUICK, SEQUENCE_LENGTH, Amount, write_texts
+from ream_stream.cli.figures import pareto_picture, standalone
+from ream_stream.cli.variants import named
 from ream_stream.demo import CHECKPOINT
+from ream_stream.demo.texts import DOMAINS, documents
 from ream_stream.durable import read_json
 from ream_stream.evaluate import Result, evaluate
 from ream_stream.finish import MANIFEST
 from ream_stream.journal import Workspace
+from ream_stream.memory import available_bytes
 from ream_stream.pipeline import compress
-from ream_stream.plan import make_plan
+from ream_stream.plan import RAM_SHARE, make_plan
 from ream_stream.scores import Evaluation
 from ream_stream.settings import Method, Settings
+from ream_stream.trials import Bench
 
 CPU = torch.device("cpu")
 
@@ -104,19 +129,107 @@ def compare_samples(folder: Path, tokens: Tokens, tests: Mapping[str, Tokens]) -
     line(f"all ({tokens.num_tokens})", score(everything, tests, folder), " 100% |")
 
 
+def calibration(amount: Amount) -> Callable[[str, int], Tokens]:
+    """Return what packs the demo's documents, by mix and seed."""
+    tokenizer, total = load_tokenizer(CHECKPOINT), len(DOMAINS) * amount.calibration_sequences
+    made: dict[tuple[str, int], Tokens] = {}
+
+    def make(mix: str, seed: int) -> Tokens:
+        if (mix, seed) not in made:
+            weights = MIXES[mix] if mix else dict.fromkeys(DOMAINS, 1.0)
+            parts = [Part(name=n, source=n, weight=w) for n, w in weights.items() if w > 0]
+            sets = {
+                part.name: pack(
+                    in_seeded_order(documents(part.name, "calibration"), seed),
+                    tokenizer,
+                    num_sequences=count,
+                    sequence_length=SEQUENCE_LENGTH,
+                    description=part.name,
+                )
+                for part, count in zip(parts, shares(parts, total), strict=True)
+            }
+            made[mix, seed] = joined(sets, description=mix or "all domains")
+        return made[mix, seed]
+
+    return make
+
+
+def bench(folder: Path, tests: Mapping[str, Tokens]) -> Bench:
+    """Return what all trials on the demo checkpoint share."""
+    return Bench(
+        source=open_checkpoint(CHECKPOINT),
+        tests=joined(tests, description="test texts"),
+        folder=folder,
+        device=CPU,
+        dtype=torch.float32,
+        threads=torch.get_num_threads(),
+        ram=int(RAM_SHARE * available_bytes()),
+    )
+
+
+def compare_seeds(
+    names: str, counts: tuple[int, ...], seeds: int, job: Bench, amount: Amount
+) -> None:
+    """Print a table of methods by name at several sizes, with the spread over seeds."""
+    for experts in counts:
+        grid = Grid(
+            experts=experts, methods=named(names), seeds=tuple(range(seeds)), group_size=None
+        )
+        trials = trials_of(job, grid, calibration(amount))
+        outcomes = carry_out(job, trials, Console(stderr=True))
+        print(f"\n{experts} of 32 experts, {seeds} seeds\n\n{markdown(outcomes)}", flush=True)
+        files = {"json": comparison_facts(job, outcomes), "csv": as_csv(outcomes)}
+        write_files(job.folder, {f"{names}-{experts}.{k}": v for k, v in files.items()})
+
+
+def sweep(seeds: int, job: Bench, amount: Amount) -> None:
+    """Print scores, front, hypervolumes and correlations of ten mixes."""
+    grid = Grid(
+        experts=24,
+        methods=("ream", "reap"),
+        seeds=tuple(range(seeds)),
+        group_size=None,
+        mixes=tuple(MIXES),
+    )
+    outcomes = carry_out(job, trials_of(job, grid, calibration(amount)), Console(stderr=True))
+    known = sweep_facts(job, grid, outcomes)
+    write_files(
+        job.folder, {"sweep.json": known, "sweep.svg": standalone(pareto_picture(known))}
+    )
+    for table in sweep_tables(known):
+        Console(width=120).print(table)
+
+
 def main() -> None:
     """Print the table asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=["methods", "similarity"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    once = {"methods": compare_methods, "similarity": compare_samples}
+    sets = {"compare": "methods", "ablation": "ablation", "controls": "controls"}
+    parser.add_argument("table", choices=[*once, *sets, "sweep"])
+    parser.add_argument("--output", type=Path, default=Path("bench-output"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--experts", type=int, nargs="+", default=[24, 16])
+    parser.add_argument("--quick", action="store_true", help="little text: to see it work")
     options = parser.parse_args()
     logging.set_verbosity_error()
+    amount = QUICK if options.quick else FULL
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tests = {domain: from_file(path) for domain, path in write_texts(folder, FULL).items()}
+        texts = write_texts(folder, amount)
+        tests = {domain: from_file(path) for domain, path in texts.items()}
         tokens = from_file(folder / "calibration.safetensors")
         print(f"calibration: {tokens.num_tokens} tokens", file=sys.stderr)
-        table = {"methods": compare_methods, "similarity": compare_samples}[options.table]
-        table(folder, tokens, tests)
+        if options.table in once:
+            once[options.table](folder, tokens, tests)
+            return
+        job = bench(options.output, tests)
+        if options.table == "sweep":
+            sweep(options.seeds, job, amount)
+        else:
+            counts = tuple(options.experts)
+            compare_seeds(sets[options.table], counts, options.seeds, job, amount)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import click
 
 from ream_stream import __version__
 
+from .compare import compare, sweep
 from .compress import compress
 from .demo import demo
 from .eval import evaluate
@@ -33,5 +34,16 @@ def cli() -> None:
     """
 
 
-for _verb in (compress, plan, inspect, status, verify, evaluate, make_tokens, demo):
+for _verb in (
+    compress,
+    plan,
+    inspect,
+    status,
+    verify,
+    evaluate,
+    compare,
+    sweep,
+    make_tokens,
+    demo,
+):
     cli.add_command(_verb)

@@ -28,7 +28,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "saliency": (
         "reap", "reap-softmax", "reap-squared", "reap-sum", "energy", "frequency", "ean",
     ),
-    "similarity": ("gated", "plain"),
+    "similarity": ("gated", "plain", "random"),
     "grouping": ("ream", "mc-smoe", "hc-smoe", "none"),
     "alignment": ("both", "activations", "weights", "none"),
     "merge": ("saliency", "mean"),
@@ -203,7 +203,10 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
             "or if half or less are kept]",
         ),
         _choice(
-            method, "similarity", default="gated", help="Weight of tokens in mean outputs."
+            method,
+            "similarity",
+            default="gated",
+            help="Weight of tokens in mean outputs; random is a control.",
         ),
         option(
             method,

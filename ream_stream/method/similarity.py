@@ -27,8 +27,17 @@ def equally(score_T: Tensor) -> Tensor:
     return torch.ones_like(score_T)
 
 
-SIMILARITIES: Mapping[str, Callable[[Tensor], Tensor]] = {"gated": by_score, "plain": equally}
-"""Weights of tokens in an expert's mean output, from the scores p_e(x)."""
+RANDOM = "random"
+
+SIMILARITIES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gated": by_score,
+    "plain": equally,
+    RANDOM: equally,
+}
+"""Weights of tokens in an expert's mean output, from the scores p_e(x).
+
+`RANDOM` is a control: distances are drawn, whatever experts do (`random_distance`).
+"""
 
 
 class MeanActivations:
@@ -143,3 +152,9 @@ def distance(expert_EE: Tensor, gate_EE: Tensor | None) -> Tensor:
     if gate_EE is None:
         return 1 - expert_EE
     return 1 - (expert_EE + gate_EE.to(expert_EE.device)) / 2
+
+
+def random_distance(num_experts: int, generator: torch.Generator) -> Tensor:
+    """Return drawn distances in the form of `distance`: groups by them mean nothing."""
+    drawn_EE = torch.rand(num_experts, num_experts, generator=generator, dtype=torch.float64)
+    return ((drawn_EE + drawn_EE.T) / 2).fill_diagonal_(0)

@@ -1,0 +1,89 @@
+"""What `compare` compares: methods by name, and methods with one part changed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ream_stream.errors import UsageError
+from ream_stream.settings import Method, Settings
+
+from .options import PRESETS, default_group_size
+
+REAM, REAP = PRESETS["ream"], PRESETS["reap"]
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    **PRESETS,
+    "frequency": {**REAP, "saliency": "frequency"},
+    # the parts of REAM that its figure 4 leaves out one by one
+    "ream by frequency": {**REAM, "saliency": "frequency"},
+    "ream without gate term": {**REAM, "gate_term": False},
+    "ream without pseudo-pruning": {**REAM, "grouping": "mc-smoe"},
+    "ream aligned by activations": {**REAM, "alignment": "activations"},
+    "ream without alignment": {**REAM, "alignment": "none"},
+    "ream not sequential": {**REAM, "sequential": False},
+    # controls
+    "reap not sequential": {**REAP, "sequential": False},
+    "ream in random groups": {**REAM, "similarity": "random"},
+    "ream by reap-softmax": {**REAM, "saliency": "reap-softmax"},
+    "ream by reap-squared": {**REAM, "saliency": "reap-squared"},
+    "reap-softmax": {**REAP, "saliency": "reap-softmax"},
+    "reap-squared": {**REAP, "saliency": "reap-squared"},
+    "ream with 512 similarity tokens": {**REAM, "similarity_tokens": 512},
+    "ream with all similarity tokens": {**REAM, "similarity_tokens": 0},
+}
+"""Fields of `Method` and `Settings` that differ from their defaults, by name."""
+
+SETS: Mapping[str, tuple[str, ...]] = {
+    "methods": ("ream", "reap", "hc-smoe", "mc-smoe", "frequency"),
+    "ablation": ("ream", *(name for name in VARIANTS if name.startswith("ream "))),
+    "controls": (
+        "ream",
+        "reap",
+        "reap not sequential",
+        "ream in random groups",
+        "ream without alignment",
+        "reap-softmax",
+        "reap-squared",
+    ),
+}
+"""Names of several variants."""
+
+
+def named(names: str) -> tuple[str, ...]:
+    """Return the variants of a comma-separated list of their names and of `SETS`.
+
+    Raises
+    ------
+    UsageError
+        A name is unknown.
+    """
+    found: list[str] = []
+    for name in (each.strip() for each in names.split(",")):
+        if name not in SETS and name not in VARIANTS:
+            known = ", ".join([*SETS, *VARIANTS])
+            raise UsageError(f"--methods: {name!r} is not known; there are: {known}")
+        found += [each for each in SETS.get(name, (name,)) if each not in found]
+    return tuple(found)
+
+
+def settings_of(
+    name: str,
+    *,
+    experts: int,
+    num_experts: int,
+    seed: int,
+    compute_dtype: str,
+    device_kind: str,
+    group_size: int | None = None,
+) -> Settings:
+    """Return the settings of a variant."""
+    fields = dict(VARIANTS[name])
+    sequential = fields.pop("sequential", True)
+    size = default_group_size(experts, num_experts) if group_size is None else group_size
+    return Settings(
+        experts=experts,
+        method=Method(group_size=size, **fields),
+        sequential=sequential,
+        compute_dtype=compute_dtype,
+        seed=seed,
+        device_kind=device_kind,
+    )

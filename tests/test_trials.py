@@ -1,0 +1,268 @@
+"""Comparisons: every trial once, the original once, and what follows from the numbers."""
+
+import csv
+import io
+import json
+import math
+import re
+import signal
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CPU, settings
+
+from ream_stream.calibration.tokens import from_tensors, joined
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.cli.comparing import (
+    Grid,
+    as_csv,
+    comparison_facts,
+    markdown,
+    sweep_facts,
+    trials_of,
+)
+from ream_stream.cli.figures import bars, heat_map, lines, pareto_picture, standalone
+from ream_stream.cli.variants import SETS, VARIANTS, named, settings_of
+from ream_stream.demo import CHECKPOINT
+from ream_stream.errors import InterruptedRunError, UsageError
+from ream_stream.evaluate import evaluate
+from ream_stream.events import Finished, Step
+from ream_stream.pareto import correlation, front, hypervolume, reference
+from ream_stream.plan import make_plan
+from ream_stream.settings import Method
+from ream_stream.trials import ALL, ORIGINAL, Bench, Outcome, Trial, run_trials, spread, summary
+
+
+def drawn(sequences, length=24, *, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids_SL = torch.randint(2, 4096, (sequences, length), generator=generator)
+    return from_tensors({"input_ids": ids_SL}, description="drawn")
+
+
+def bench(folder, **fields):
+    return Bench(
+        source=open_checkpoint(CHECKPOINT),
+        tests=joined({"one": drawn(2, seed=1), "two": drawn(3, seed=2)}, description="tests"),
+        folder=folder,
+        device=CPU,
+        dtype=torch.float32,
+        threads=1,
+        ram=10**11,
+        **fields,
+    )
+
+
+def trial(name="reap", *, seed=0, experts=24):
+    return Trial(
+        name=name,
+        settings=settings(experts, grouping="none", seed=seed),
+        calibration=drawn(4, seed=10 + seed),
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Give two trials that were carried out: their bench, outcomes and events."""
+    job = bench(tmp_path_factory.mktemp("trials"))
+    *events, outcomes = run_trials(job, [trial(seed=0), trial(seed=1)])
+    return job, outcomes, events
+
+
+def test_the_numbers_are_those_of_an_evaluation(made, tmp_path):
+    job, outcomes, _ = made
+    assert [each.name for each in outcomes] == [ORIGINAL, "reap", "reap"]
+    *_, result = evaluate(job.source, job.tests, tmp_path, dtype=torch.float32, device=CPU)
+    assert outcomes[0].value(ALL, "nats") == pytest.approx(result.evaluation.nats)
+    domain = result.by_domain(job.tests)["two"]
+    assert outcomes[0].value("two", "perplexity") == pytest.approx(domain.evaluation.perplexity)
+    assert outcomes[0].value(ALL, "nats more") == 0
+    first = outcomes[1]
+    gap = first.value("one", "nats") - outcomes[0].value("one", "nats")
+    assert first.value("one", "nats more") == pytest.approx(gap)
+    assert first.value(ALL, "divergence") > 0
+    assert first.output_bytes < 7_770_000
+    assert first.fields["grouping"] == "none"
+
+
+def test_the_original_is_run_once_and_compressed_checkpoints_are_removed(made):
+    job, _, events = made
+    assert sum(isinstance(event, Finished) for event in events) == 2
+    evaluated = [
+        e for e in events if isinstance(e, Step) and e.total == 5 and e.phase == "score"
+    ]
+    assert len(evaluated) == 3 * 5
+    assert sorted(path.name for path in job.folder.iterdir()) == ["lock", "results", "trials"]
+    assert list((job.folder / "trials").iterdir()) == []
+
+
+def test_what_was_measured_is_not_done_again(made):
+    job, outcomes, _ = made
+    *events, again = run_trials(job, [trial(seed=0), trial(seed=1)])
+    assert events == []
+    assert again == outcomes
+
+
+@pytest.mark.parametrize("after", [1, 9, 22, 31])
+def test_an_interrupted_comparison_goes_on_to_the_same_numbers(made, tmp_path, after):
+    _, outcomes, events = made
+    asked = iter([None] * after)
+    stopping = bench(tmp_path, stop_requested=lambda: next(asked, signal.SIGTERM))
+    with pytest.raises(InterruptedRunError):
+        list(run_trials(stopping, [trial(seed=0)]))
+    *left, again = run_trials(bench(tmp_path), [trial(seed=0)])
+    assert len(left) < len(events)
+    assert [replace(each, seconds=None) for each in again] == [
+        replace(each, seconds=None) for each in outcomes[:2]
+    ]
+
+
+def outcome(name, seed, nats, *, mix="", **scores):
+    facts = {"perplexity": math.exp(nats), "nats": nats, "accuracy": {"value": 0.5}}
+    domains = {
+        domain: {**facts, "accuracy": {"value": value}} for domain, value in scores.items()
+    }
+    return Outcome(
+        name=name,
+        mix=mix,
+        seed=seed,
+        scores={ALL: facts, **domains},
+        seconds=None,
+        output_bytes=None,
+        fields={},
+    )
+
+
+def test_mean_and_spread_by_hand():
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+    assert spread([1.0]) == (1.0, 0.0)
+    assert spread([1.0, None]) is None
+    listed = summary([outcome(ORIGINAL, 0, 1.0), outcome("a", 0, 2.0), outcome("a", 1, 4.0)])
+    assert [(each["name"], each["runs"]) for each in listed] == [(ORIGINAL, 1), ("a", 2)]
+    assert listed[1]["scores"][ALL]["nats"] == (3.0, pytest.approx(math.sqrt(2)))
+
+
+def test_a_comparison_is_told_as_table_json_and_csv(made):
+    job, outcomes, _ = made
+    known = json.loads(json.dumps(comparison_facts(job, outcomes)))
+    assert [each["runs"] for each in known["summary"]] == [1, 2]
+    table = markdown(outcomes).splitlines()
+    assert re.fullmatch(r"\| reap \| (\S+ \+- \S+ \| ){5}", table[3] + " ")
+    flat = list(csv.DictReader(io.StringIO(as_csv(outcomes))))
+    assert len(flat) == 3 * 3
+    assert float(flat[4]["nats"]) == outcomes[1].value("one", "nats")
+
+
+def test_the_front_and_the_hypervolume_by_hand():
+    points = [(3.0, 1.0), (2.0, 2.0), (1.0, 3.0), (1.0, 1.0)]
+    assert front(points) == [0, 1, 2]
+    assert reference(points) == (0.0, 0.0)
+    # boxes 3 x 1, 2 x 2 and 1 x 3: 1 x 3 at the bottom, 1 x 2 above it, 1 x 1 on top
+    assert hypervolume(points, (0.0, 0.0)) == 6
+    assert hypervolume([(5.0, 7.0)], (4.0, 6.0)) == 1
+    assert hypervolume([(2.0, 3.0, 4.0)], (1.0, 1.0, 1.0)) == 6
+    # two boxes 2x1x1 and 1x1x2 that share a unit
+    assert hypervolume([(2.0, 1.0, 1.0), (1.0, 1.0, 2.0)], (0.0, 0.0, 0.0)) == 3
+    assert hypervolume([(1.0, 5.0)], (1.0, 0.0)) == 0
+    assert front([(1.0, 1.0), (1.0, 1.0)]) == [0, 1]
+
+
+@given(
+    points=st.lists(st.tuples(*[st.integers(1, 6)] * 3), min_size=1, max_size=6),
+)
+def test_the_hypervolume_is_the_count_of_covered_unit_cubes(points):
+    cubes = {
+        (x, y, z)
+        for point in points
+        for x in range(point[0])
+        for y in range(point[1])
+        for z in range(point[2])
+    }
+    assert hypervolume([tuple(map(float, p)) for p in points], (0.0, 0.0, 0.0)) == len(cubes)
+
+
+def test_a_correlation_of_what_never_varies_is_none():
+    assert correlation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(1)
+    assert correlation([1.0, 2.0], [3.0, 3.0]) is None
+    assert correlation([1.0], [3.0]) is None
+
+
+def swept(made):
+    job, _, _ = made
+    mixes = ("general-50-math-50-code-00", "general-00-math-30-code-70")
+    grid = Grid(experts=24, methods=("a", "b"), seeds=(0,), group_size=None, mixes=mixes)
+    outcomes = [
+        outcome(ORIGINAL, 0, 1.0, general=0.9, code=0.9),
+        outcome("a", 0, 1.0, mix=mixes[0], general=0.6, code=0.2),
+        outcome("b", 0, 1.0, mix=mixes[0], general=0.5, code=0.2),
+        outcome("a", 0, 1.0, mix=mixes[1], general=0.2, code=0.6),
+        outcome("b", 0, 1.0, mix=mixes[1], general=0.1, code=0.7),
+    ]
+    return sweep_facts(job, grid, outcomes)
+
+
+def test_a_sweep_by_hand(made):
+    known = swept(made)
+    assert known["axes"] == ["general", "code"]
+    assert known["corner"] == pytest.approx((9, 19))
+    assert [each["on front"] for each in known["points"]] == [True, False, True, True]
+    # a: 51 x 1 and 11 x 41 less what they share; b: 41 x 1 and 1 x 51
+    assert known["hypervolume"]["a"] == pytest.approx(51 * 1 + 11 * 41 - 11 * 1)
+    assert known["hypervolume"]["b"] == pytest.approx(41 * 1 + 1 * 51 - 1 * 1)
+    assert known["correlations"]["a"]["general"]["general"] == pytest.approx(1)
+    assert known["correlations"]["a"]["code"]["general"] == pytest.approx(-1)
+    json.dumps(known)
+
+
+def test_pictures_are_svg_that_brings_its_colors_along(made):
+    figures = [
+        pareto_picture(swept(made)),
+        heat_map([[1.0, 0.0], [0.0, 1.0]], "cells"),
+        bars([0.0, 2.0], "bars & more", marked=[1]),
+        lines({"own": [0.1, 0.2], "total": [0.2, 0.3]}, "layer", "error"),
+    ]
+    for figure in figures:
+        ElementTree.fromstring(figure)
+    root = ElementTree.fromstring(standalone(figures[0]))
+    assert root[0].tag.endswith("style")
+    dots = [each for each in root.iter() if each.tag.endswith("title")]
+    assert len(dots) == 5
+
+
+def test_sets_of_variants_are_variants_that_can_be_planned():
+    source = open_checkpoint(CHECKPOINT)
+    assert named("ream, methods") == ("ream", "reap", "hc-smoe", "mc-smoe", "frequency")
+    with pytest.raises(UsageError, match="'reem' is not known; there are: methods, ablation"):
+        named("reem")
+    for names in SETS.values():
+        assert set(names) <= set(VARIANTS)
+    seen = set()
+    for name in VARIANTS:
+        wanted = settings_of(
+            name,
+            experts=16,
+            num_experts=32,
+            seed=3,
+            compute_dtype="float32",
+            device_kind="cpu",
+        )
+        make_plan(source, wanted, 4, 16)
+        assert wanted.method.group_size == 32
+        seen.add(json.dumps(wanted.fields()))
+    assert len(seen) == len(VARIANTS)
+    assert VARIANTS["ream without gate term"]["gate_term"] is not Method().gate_term
+
+
+def test_a_grid_has_each_method_on_each_mix_with_each_seed(tmp_path):
+    grid = Grid(
+        experts=24, methods=("ream", "reap"), seeds=(0, 1), group_size=4, mixes=("", "x")
+    )
+    trials = trials_of(bench(tmp_path), grid, lambda mix, seed: (mix, seed))
+    assert [(t.mix, t.name, t.settings.seed) for t in trials] == [
+        (mix, name, seed) for mix in ("", "x") for name in ("ream", "reap") for seed in (0, 1)
+    ]
+    assert all(t.calibration == (t.mix, t.settings.seed) for t in trials)
+    assert {t.settings.method.group_size for t in trials} == {4}
