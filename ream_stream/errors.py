@@ -48,6 +48,10 @@ class OverBudgetError(ReamStreamError):
     exit_status = 12
 
 
+class NumbersError(ReamStreamError):
+    """Weights, states or statistics are NaN or infinite."""
+
+
 class InterruptedRunError(ReamStreamError):
     """A signal asked the run to stop; what was committed stays."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["observe", "compare", "align", "refit", "write", "propagate", "score"]
+Phase = Literal["check", "observe", "compare", "align", "refit", "write", "propagate", "score"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +85,9 @@ class LayerDone:
 
     refitted: Refitted | None = None
     """What refitting came to; None if it was not asked for, or the layer is dense."""
+
+    excluded: int = 0
+    """Calibration sequences that are left out from here on, as their states are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

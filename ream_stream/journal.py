@@ -68,6 +68,9 @@ class LayerRecord:
     refitted: Refitted | None = None
     """What refitting came to; None if it was not asked for, or the layer is dense."""
 
+    excluded: tuple[int, ...] = ()
+    """Calibration sequences that count no more from this layer on."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Journal:
@@ -317,4 +320,5 @@ def _record(value: Mapping[str, Any]) -> LayerRecord:
         domain_saliency={k: tuple(v) for k, v in value.get("domain_saliency", {}).items()},
         groups=None if groups is None else tuple(tuple(group) for group in groups),
         refitted=Refitted(**value["refitted"]) if value.get("refitted") else None,
+        excluded=tuple(value["excluded"]),
     )

@@ -20,8 +20,10 @@ from .checkpoint.shards import write_shard
 from .checkpoint.source import MappedTensors
 from .decide import Decision, alignment_orders, decide, layer_content
 from .durable import Written
+from .errors import NumbersError
 from .events import Phase, Refitted, Step
 from .experts import StreamedExperts
+from .finite import CheckedWriter, Excluded, is_finite, not_finite
 from .journal import Workspace
 from .model import StreamedModel
 from .observe import Observer, Playback, TokenSample, mean_outputs
@@ -55,6 +57,9 @@ class Context:
     threads: int
     """For the assignments of the alignment."""
 
+    excluded: Excluded
+    """Calibration sequences that are left out."""
+
     seconds: dict[str, float] = field(default_factory=dict)
     """Time spent by phase."""
 
@@ -79,10 +84,11 @@ class Context:
         path, plan = self.workspace.hidden(boundary), self.plan
         return HiddenStates(path, plan.hidden_shape, plan.dtype, self.batch_sequences)
 
-    def hidden_writer(self, boundary: int) -> HiddenWriter:
+    def hidden_writer(self, boundary: int) -> CheckedWriter:
         """Begin the states that enter a layer."""
-        path, plan = self.workspace.hidden(boundary), self.plan
-        return HiddenWriter(path, plan.hidden_shape, plan.dtype, self.batch_sequences)
+        path, plan, batch = self.workspace.hidden(boundary), self.plan, self.batch_sequences
+        writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch)
+        return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 
 
 class LayerJob:
@@ -106,6 +112,7 @@ class LayerJob:
 
     def steps(self) -> Iterator[Step]:
         """Do the layer's phases in order."""
+        yield from self._check()
         if self.layer.keys.stack is None:
             entries = self.plan.source.entries
             yield from self._write(entries.__getitem__, self.context.workspace.output)
@@ -119,6 +126,21 @@ class LayerJob:
         if self.plan.settings.sequential and not self.is_last:
             yield from self._propagate(self.context.output)
 
+    def _check(self) -> Iterator[Step]:
+        """Make sure that the layer's weights are numbers; with the first, those of no layer."""
+        names = list(self.layer.keys.names)
+        if self.index == 0:
+            names += self.context.source.outside_names
+        entries = self.plan.source.entries
+        with self.context.timed("check"), self.plan.source.open() as tensors:
+            for done, (name, bad) in enumerate(not_finite(tensors, names), start=1):
+                if bad:
+                    raise NumbersError(
+                        f"{name} in {entries[name].path} holds NaN or infinite numbers "
+                        f"(found at layer {self.index}): fetch the file again"
+                    )
+                yield self._step("check", done, len(names))
+
     def _compress(self) -> Iterator[Step]:
         source, method = self.context.source, self.plan.settings.method
         refit, stack = self._refit, self.layer.keys.stack
@@ -131,6 +153,7 @@ class LayerJob:
                 nullcontext() if refit is None else refit.hearing(experts),
             ):
                 yield from self._observe(observer)
+            observer.finish(self.index)
             mean_EH = None
             if observer.sample is not None:
                 means = torch.zeros(self.plan.num_experts, self.plan.hidden_size).double()
@@ -140,6 +163,12 @@ class LayerJob:
                     ):
                         yield self._step("compare", done, len(means))
                 mean_EH = means
+                if (bad_E := ~means.isfinite().all(dim=1)).any():
+                    raise NumbersError(
+                        f"layer {self.index}: the mean output of expert "
+                        f"{int(bad_E.int().argmax())} is not finite; --compute-dtype float32 "
+                        "has more range"
+                    )
             self.decision = decide(
                 self.plan.settings, self.plan.routing_groups, observer, mean_EH, self.index
             )
@@ -176,6 +205,7 @@ class LayerJob:
             plan.num_experts,
             sample,
             self.context.tokens,
+            self.context.excluded,
             gate_term=compares and method.gate_term,
             device=self.context.source.device,
         )
@@ -247,10 +277,25 @@ class LayerJob:
         final = folder == self.context.workspace.output
         with self.context.timed("write"):
             for number, shard in enumerate(self.layer.shards, start=1):
-                written = write_shard(folder, shard, content)
+                written = write_shard(folder, shard, self._finite(content))
                 if final:
                     self.shards.append(written)
                     yield self._step("write", number, len(self.layer.shards))
+
+    def _finite(
+        self, content: Callable[[str], Tensor | TensorEntry]
+    ) -> Callable[[str], Tensor | TensorEntry]:
+        """Return the same content, that refuses what it makes of numbers that are not finite."""
+
+        def checked(name: str) -> Tensor | TensorEntry:
+            value = content(name)
+            if isinstance(value, Tensor) and not is_finite(value):
+                raise NumbersError(
+                    f"layer {self.index}: merging makes numbers of {name} that are not finite"
+                )
+            return value
+
+        return checked
 
     def _propagate(self, model: StreamedModel) -> Iterator[Step]:
         """Run the layer, as `model` has it, to give what enters the next."""

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .calibration.tokens import Tokens
+from .errors import NumbersError
 from .experts import Routed, StreamedExperts
 from .families import SCORES, Family
+from .finite import Excluded, is_finite
 from .method.saliency import RoutedSums
 from .method.similarity import LogitGram, MeanActivations
 from .model import Batch
@@ -60,6 +62,15 @@ class TokenSample:
         row = (self.position_n[first:last] - start).to(hidden_TH.device)
         self.hidden_nH[first:last] = hidden_TH[row]
         self.score_nE[first:last] = score_TE[row]
+
+    def drop(self, excluded: Excluded, length: int) -> None:
+        """Forget the tokens of excluded sequences, each of `length` tokens."""
+        if len(excluded) and len(self.hidden_nH):
+            sequence_n = self.position_n // length
+            keep_n = ~torch.isin(sequence_n, torch.tensor([*excluded]))
+            self.position_n = self.position_n[keep_n]
+            self.hidden_nH = self.hidden_nH[keep_n.to(self.hidden_nH.device)]
+            self.score_nE = self.score_nE[keep_n.to(self.score_nE.device)]
 
     def spread(self, count: int) -> Tensor:
         """Return the inputs of `count` of its tokens, or of all, evenly spread."""
@@ -135,6 +146,8 @@ class Observer:
         Filled along the way; None if experts are not compared.
     tokens
         The calibration set, for the domain of each sequence.
+    excluded
+        Sequences that do not count; those with numbers that are not finite are added.
     gate_term
         Whether the router's logits are compared.
     device
@@ -147,6 +160,7 @@ class Observer:
         num_experts: int,
         sample: TokenSample | None,
         tokens: Tokens,
+        excluded: Excluded,
         *,
         gate_term: bool,
         device: torch.device,
@@ -155,6 +169,8 @@ class Observer:
         self.sample = sample
         self.gram = LogitGram(num_experts, device=device) if gate_term else None
         self._score = SCORES[family.score]
+        self._excluded, self._length = excluded, tokens.sequence_length
+        self._late: dict[int, Tensor] = {}
         self._logits_TE = torch.empty(0)
         self._keep_T: Tensor | None = None
         self._start = 0
@@ -179,9 +195,33 @@ class Observer:
         mask_BL = batch.attention_mask_BL
         self._keep_T = None if mask_BL is None else mask_BL.reshape(-1).bool()
         self._start = first
+        self._leave_out(self._excluded.kept(first // self._length, len(batch.input_ids_BL)))
         self.sums.expect(first, batch.input_ids_BL.numel())
 
+    def finish(self, layer: int) -> None:
+        """Forget what was sampled of excluded sequences, and check the sums.
+
+        Raises
+        ------
+        NumbersError
+            More sequences were excluded than may be, or a sum is not finite.
+        """
+        for first, bad_B in self._late.items():
+            self._excluded.note(layer, first, bad_B)
+        if self.sample is not None:
+            self.sample.drop(self._excluded, self._length)
+        for name, sum_E in self.sums.tensors().items():
+            if not is_finite(sum_E):
+                raise NumbersError(f"layer {layer}: the statistics {name} are not finite")
+
+    def _leave_out(self, kept_B: Tensor | None) -> None:
+        """Let no token of some sequences of the batch count."""
+        if kept_B is not None:
+            kept_T = kept_B.repeat_interleave(self._length)
+            self._keep_T = kept_T if self._keep_T is None else self._keep_T & kept_T
+
     def _take(self, routed: Routed) -> None:
+        self._leave_out_bad(routed.hidden_TH, routed.norm_TK, self._logits_TE)
         score_TE = self._score(self._logits_TE)
         if self.sample is not None:
             self.sample.take(self._start, routed.hidden_TH, score_TE)
@@ -195,6 +235,19 @@ class Observer:
         self.sums.update(index_TK, weight_TK, scored_TK, norm_TK, self._keep_T)
         if self.gram is not None:
             self.gram.update(logits_TE)
+
+    def _leave_out_bad(self, *state_TX: Tensor) -> None:
+        """Leave out the sequences of the batch for which a number is not finite."""
+        first = self._start // self._length
+        for state in state_TX:
+            found_B = self._excluded.bad_rows(
+                first, state.reshape(-1, self._length, state.shape[-1])
+            )
+            if found_B is not None:
+                self._late[first] = (
+                    self._late.get(first, torch.zeros(1, dtype=torch.bool)) | found_B
+                )
+                self._leave_out(~found_B)
 
 
 def mean_outputs(

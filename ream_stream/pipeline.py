@@ -18,6 +18,7 @@ from .checkpoint.shards import write_shard
 from .errors import InterruptedRunError
 from .events import Event, Finished, LayerDone, Started
 from .finish import MANIFEST, output_files, write_rest
+from .finite import Excluded
 from .journal import Journal, LayerRecord, Workspace, check_fingerprint, load, save
 from .layer import Context, LayerJob
 from .memory import Gauge, gauge, return_freed_memory
@@ -148,6 +149,7 @@ def _open(  # the parts of a context, each given once
         output=output,
         batch_sequences=journal.machine["batch_sequences"],
         threads=threads,
+        excluded=Excluded(tokens, (n for layer in journal.layers for n in layer.excluded)),
     )
 
 
@@ -162,6 +164,7 @@ def _layer(
     yield from job.steps()
     plan.source.check_unchanged(layer.keys.names)
     decision = job.decision
+    known = {number for done in journal.layers for number in done.excluded}
     record = LayerRecord(
         index=index,
         shards=tuple(job.shards),
@@ -171,6 +174,7 @@ def _layer(
         domain_saliency=decision.domain_saliency if decision else {},
         groups=decision.groups if decision else None,
         refitted=job.refitted,
+        excluded=tuple(number for number in context.excluded if number not in known),
     )
     journal.layers.append(record)
     save(context.workspace, journal)
@@ -186,6 +190,7 @@ def _layer(
         written_bytes=sum(shard.size for shard in job.shards),
         seconds={k: v - before.get(k, 0.0) for k, v in context.seconds.items()},
         peak_anonymous_bytes=meter.peak,
+        excluded=len(context.excluded),
     )
 
 

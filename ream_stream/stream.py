@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .calibration.hidden import HiddenStates, HiddenWriter
 from .calibration.tokens import Tokens
+from .finite import CheckedWriter
 from .model import Batch, StreamedModel
 
 
@@ -33,7 +34,7 @@ def advance(
     index: int,
     batches: Batches,
     entering: HiddenStates | None,
-    leaving: HiddenWriter,
+    leaving: HiddenWriter | CheckedWriter,
 ) -> Iterator[int]:
     """Run an open layer on all batches and publish what leaves it.
 

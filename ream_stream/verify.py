@@ -9,16 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from .checkpoint.header import DTYPES
 from .checks import CHECKS, Subject
 from .errors import ReamStreamError, UsageError
-
-BLOCK_ELEMENTS = 1 << 22
-"""Numbers that are looked at together; what is not of a native float type is copied."""
-
-_NATIVE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+from .finite import is_finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,18 +112,8 @@ def _finite(subject: Subject, shard: str) -> Iterator[str]:
     names = [entry.name for entry in entries if entry.path.name == shard]
     with subject.checkpoint.open() as tensors:
         for name in sorted(names):
-            if DTYPES[subject.checkpoint.entries[name].dtype].is_floating_point:
-                blocks = torch.split(tensors[name].reshape(-1), BLOCK_ELEMENTS)
-                if not all(map(_is_finite, blocks)):
-                    yield f"{name} in {shard} holds NaN or infinite numbers"
-
-
-def _is_finite(block: torch.Tensor) -> bool:
-    if not len(block):
-        return True
-    # a NaN is both the smallest and the largest number; thirty times as fast as isfinite
-    lowest, highest = torch.aminmax(block if block.dtype in _NATIVE else block.float())
-    return bool(lowest.isfinite() & highest.isfinite())
+            if not is_finite(tensors[name]):
+                yield f"{name} in {shard} holds NaN or infinite numbers"
 
 
 SHARD_CHECKS: tuple[ShardCheck, ...] = (

@@ -6,6 +6,7 @@ from tiny import CPU, TINY, some_tokens
 
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.families import family_of
+from ream_stream.finite import Excluded
 from ream_stream.footprint import Footprints, LiveBytes
 from ream_stream.model import Batch, StreamedModel
 from ream_stream.observe import Observer
@@ -50,7 +51,13 @@ class Really:
             experts.dispatch = all_to_one
             count = len(experts.weights.stack.experts)
             observer = Observer(
-                self.family, count, None, self.tokens, gate_term=True, device=CPU
+                self.family,
+                count,
+                None,
+                self.tokens,
+                Excluded(self.tokens),
+                gate_term=True,
+                device=CPU,
             )
             observer.expect(self.batch, 0)
             with observer.listening(self.model.router(index), experts):

@@ -9,7 +9,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from ream_stream import verify as module
+from ream_stream import finite as module
+from ream_stream import verify as verification
 from ream_stream.checks import CHECKS, Subject
 from ream_stream.demo import CHECKPOINT
 from ream_stream.errors import UsageError
@@ -508,19 +509,19 @@ def test_a_flipped_bit_anywhere_in_the_documents_never_crashes(output):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_number_that_is_not_finite_is_seen_wherever_it_is(dtype, value):
     good = torch.linspace(-3, 3, 133).to(dtype)
-    assert module._is_finite(good)
+    assert module.is_finite(good)
     for position in range(len(good)):
         bad = good.clone()
         bad[position] = value
-        assert not module._is_finite(bad), position
+        assert not module.is_finite(bad), position
 
 
 def test_numbers_of_eight_bits_are_looked_at_too():
     good = torch.linspace(-3, 3, 40).to(torch.float8_e4m3fn)
     bad = good.clone()
     bad[7] = math.nan
-    assert module._is_finite(good)
-    assert not module._is_finite(bad)
+    assert module.is_finite(good)
+    assert not module.is_finite(bad)
 
 
 @pytest.mark.parametrize("native", [module._NATIVE, frozenset()], ids=["native", "converted"])
@@ -533,7 +534,7 @@ def test_a_scan_holds_a_block_and_not_a_tensor(tmp_path, monkeypatch, native):
     subject = Subject(tmp_path)
     with gauge(0.001) as meter:
         before = meter.highest
-        found = list(module._finite(subject, "model.safetensors"))
+        found = list(verification._finite(subject, "model.safetensors"))
         meter.sample()
         # how much of what was freed the heap holds on to depends on the tests before
         assert meter.highest - before < 4 * 4 * module.BLOCK_ELEMENTS

@@ -192,6 +192,8 @@ def layer_line(event: LayerDone, count: int, pace: Pace) -> str:
         experts = f"{event.experts_before} -> {event.experts_after} experts"
         if event.changed:
             experts += f", {event.changed} merged"
+    if event.excluded:
+        experts += f", {event.excluded} sequences left out"
     left = pace.left()
     words = [
         f"layer {event.layer + 1}/{count}",
