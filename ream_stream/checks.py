@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .checkpoint.layouts import ExpertStack, find_experts
-from .checkpoint.source import INDEX, Checkpoint, open_checkpoint, read_object
+from .checkpoint.source import INDEX, MAX_JSON_BYTES, Checkpoint, open_checkpoint, read_object
 from .durable import PARTIAL
 from .families import Family, family_of
 from .finish import MANIFEST
@@ -127,6 +127,9 @@ def _total(subject: Subject) -> Iterator[str]:
 
 def _documents(subject: Subject) -> Iterator[str]:
     for path in sorted(subject.folder.glob("*.json")):
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+            yield f"{path.name} is not a file of at most {MAX_JSON_BYTES} bytes"
+            continue
         try:
             json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:

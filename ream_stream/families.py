@@ -108,6 +108,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+            + (
+                "; code that comes with a checkpoint is never run"
+                if "auto_map" in config
+                else ""
+            )
         )
     if config.get("quantization_config"):
         described: Any = config["quantization_config"]

@@ -244,7 +244,7 @@ def load(workspace: Workspace) -> Journal:
             raise OtherRunError(
                 f"{workspace.journal} is of format {value['format']}, not {FORMAT}"
             )
-        if value["sha256"] != _digest(value):
+        if value["sha256"] != digest(value):
             raise ValueError("its content does not have its checksum")  # noqa: TRY301
         if not all(map(_is_inside, value["files"])):
             raise ValueError("it names files outside the folder")  # noqa: TRY301
@@ -255,7 +255,7 @@ def load(workspace: Workspace) -> Journal:
             layers=[_record(record) for record in value["layers"]],
             outside=[Written(**file) for file in value["outside"]],
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(
             f"{workspace.journal} is damaged ({error}); "
             f"delete {workspace.output} and {workspace.work} and start over"
@@ -265,7 +265,7 @@ def load(workspace: Workspace) -> Journal:
 def save(workspace: Workspace, journal: Journal) -> None:
     """Commit: replace the journal file."""
     value = asdict(journal)
-    head = {"format": FORMAT, "sha256": _digest(value)}
+    head = {"format": FORMAT, "sha256": digest(value)}
     durable.write_json(workspace.journal, {**head, **value})
 
 
@@ -290,7 +290,7 @@ def check_fingerprint(journal: Journal, fingerprint: Mapping[str, Any], output: 
         )
 
 
-def _digest(value: Mapping[str, Any]) -> str:
+def digest(value: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a journal's fields, hex: a flipped digit would pass for another."""
     fields = {name: value[name] for name in Journal.__dataclass_fields__}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -285,7 +285,7 @@ class LayerJob:
     def _finite(
         self, content: Callable[[str], Tensor | TensorEntry]
     ) -> Callable[[str], Tensor | TensorEntry]:
-        """Return the same content, that refuses what it makes of numbers that are not finite."""
+        """Return the same content, which refuses to make numbers that are not finite."""
 
         def checked(name: str) -> Tensor | TensorEntry:
             value = content(name)

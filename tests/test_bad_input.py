@@ -434,8 +434,9 @@ def test_an_empty_index(copy, tmp_path):
 
 
 def test_links_out_of_the_folder_are_followed_as_the_hubs_cache_has_them(copy, tmp_path):
-    """A link is made by who owns this machine; only an index comes from a stranger."""
-    source, blobs = copy("qwen3_moe"), tmp_path / "blobs"
+    cache = tmp_path / "models--org--name"
+    source, blobs = cache / "snapshots" / "0123abcd", cache / "blobs"
+    shutil.copytree(copy("qwen3_moe"), source)
     blobs.mkdir()
     for number, path in enumerate(sorted(source.iterdir())):
         path.rename(blobs / str(number))

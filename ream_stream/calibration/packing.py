@@ -18,6 +18,8 @@ from .text import Render, in_seeded_order
 from .tokens import Tokens, first, from_file, from_tensors, joined
 
 _PART = 1 << 16  # characters: a tokenizer needs some hundred bytes for each while it works
+_TOKENIZER_FILES = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken"})
+_TOKENIZER_BYTES = 200_000_000
 _PASS_TOKENS = "pass a safetensors file with input_ids as --calibration instead of text"
 
 
@@ -100,6 +102,11 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
     return render
 
 
+def _is_plain(path: Path) -> bool:
+    """Tell whether a file can be read to its end: no device, no pipe, not endless."""
+    return path.is_dir() or (path.is_file() and path.stat().st_size <= _TOKENIZER_BYTES)
+
+
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer; its Python files, if it has any, are not run.
 
@@ -108,6 +115,11 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     UsageError
         There is none that can be loaded.
     """
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix in _TOKENIZER_FILES and not _is_plain(path):
+            raise UsageError(
+                f"{path}: not a file of at most {_TOKENIZER_BYTES} bytes; {_PASS_TOKENS}"
+            )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             checkpoint, trust_remote_code=False, local_files_only=True

@@ -31,6 +31,8 @@ from .text import Documents, Render, TextFile, check_length
 _COPY_BYTES = 1 << 20
 _FILE_BYTES = 1 << 24
 """Larger files of a folder are data, not text that somebody wrote."""
+_UNPACKED_BYTES, _UNPACKED_RATIO = 1 << 24, 100
+"""What a text unpacks to at most; what is made to fill a disk unpacks to a thousand times."""
 
 
 def open_documents(
@@ -244,8 +246,12 @@ def _unzstd(path: Path, field: str) -> Iterator[bytes]:
 def _copied(path: Path, opened: Callable[[], Any]) -> Iterator[bytes]:
     """Yield what a compressed file holds, piece by piece."""
     try:
+        most, total = _UNPACKED_BYTES + _UNPACKED_RATIO * path.stat().st_size, 0
         with closing(opened()) as file:
-            yield from iter(lambda: file.read(_COPY_BYTES), b"")
+            for piece in iter(lambda: file.read(_COPY_BYTES), b""):
+                if (total := total + len(piece)) > most:
+                    raise UsageError(f"{path}: it unpacks to more than {most} bytes")
+                yield piece
     except (OSError, EOFError, ValueError) as error:
         raise UsageError(f"{path}: it cannot be unpacked ({error})") from error
 

@@ -21,6 +21,9 @@ from ream_stream.errors import DamagedError
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
+MAX_TENSORS = 1_000_000
+"""Ten times those of the largest model there is; one that fills the header takes gigabytes."""
+
 MAX_AXES = 64
 """torch's own limit; the product of a million sizes would take hours."""
 
@@ -128,8 +131,11 @@ def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]
                 f"{path} is not a safetensors file or is cut short: it has {file_bytes} bytes "
                 f"and announces a header of {header_bytes}"
             )
+        raw = file.read(header_bytes)
+        if raw.count(b"data_offsets") > MAX_TENSORS:
+            raise DamagedError(f"{path}: the header describes more than {MAX_TENSORS} tensors")
         try:
-            header = json.loads(file.read(header_bytes), object_pairs_hook=_unique)
+            header = json.loads(raw, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise DamagedError(f"{path}: the header is not valid: {error}") from error
     if not isinstance(header, dict):

@@ -19,7 +19,11 @@ from .header import Stamp, TensorEntry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_CONFIG_BYTES = 16_000_000
 MAX_JSON_BYTES = 200_000_000
+"""Of an index: that of a million tensors."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pth?|ckpt|gguf|h5|msgpack|onnx|onnx_data|index\.json)", re.IGNORECASE
@@ -122,15 +126,7 @@ class Checkpoint:
         Hidden ones are left out, and so are weights that the index does not name:
         transformers prefers a ``model.safetensors`` to the index beside it.
         """
-        found = []
-        for path in sorted(self.folder.rglob("*")):
-            inside = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in inside.parts)
-            if hidden or inside == Path("config.json") or _WEIGHTS.fullmatch(path.name):
-                continue
-            if path.is_file():
-                found.append(path)
-        return found
+        return _other_files(self.folder)
 
 
 def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
@@ -154,15 +150,19 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
         raise UsageError(f"{folder} is not a folder")
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: it is not a model checkpoint")
-    config = read_object(folder / "config.json")
-    if (folder / INDEX).is_file():
+    config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
+    if (folder / INDEX).exists():
         entries = _indexed(folder, with_data=with_data)
     elif (folder / SINGLE).is_file():
         entries = read_header(folder / SINGLE, with_data=with_data)
     else:
-        raise UsageError(f"{folder} has neither {SINGLE} nor {INDEX}: no safetensors weights")
+        raise UsageError(
+            f"{folder} has neither {SINGLE} nor {INDEX}: no safetensors weights"
+            + _pickles(folder)
+        )
     if not entries:
         raise DamagedError(f"{folder} holds no tensor")
+    _check_links(folder)
     stamps = {path: Stamp.of(path) for path in {entry.path for entry in entries.values()}}
     return Checkpoint(folder=folder, config=config, entries=entries, stamps=stamps)
 
@@ -213,10 +213,54 @@ def _inside(folder: Path, shard: str) -> Path:
     return path
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def _other_files(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or inside == Path("config.json") or _WEIGHTS.fullmatch(path.name):
+            continue
+        if path.is_file():
+            found.append(path)
+    return found
+
+
+def _pickles(folder: Path) -> str:
+    """Name a file of weights that is never opened, if there is one."""
+    found = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if not found:
+        return ""
+    return f"; {found[0]} may hold code that runs when it is opened: convert it to safetensors"
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links to files elsewhere among those that are copied as they are.
+
+    A stranger's archive could thus have a file of this machine copied into an output, and
+    published. Config, index and shards may be links to anywhere: they are not copied but
+    parsed. The hub's cache is made of links to the ``blobs`` beside its ``snapshots``.
+
+    Raises
+    ------
+    UsageError
+        There is such a link.
+    """
+    real = folder.resolve()
+    homes = [real]
+    if real.parent.name == "snapshots":
+        homes.append(real.parent.parent / "blobs")
+    for path in _other_files(folder):
+        target = path.resolve()
+        if not any(target.is_relative_to(home) for home in homes):
+            raise UsageError(
+                f"{path} is a link to {target}, outside of the folder: replace it by a copy"
+            )
+
+
+def read_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object of bounded size."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise DamagedError(f"{path} has more than {MAX_JSON_BYTES} bytes")
+    if not path.is_file() or path.stat().st_size > most:
+        raise DamagedError(f"{path} is not a file of at most {most} bytes")
     try:
         with durable.reading(path):
             value = json.loads(path.read_bytes())
