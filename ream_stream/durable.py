@@ -32,6 +32,9 @@ from torch import Tensor
 from .errors import DamagedError, OtherRunError, OverBudgetError, UsageError
 
 PARTIAL = ".partial"
+LOG_BYTES = 10_000_000
+"""Of a log that is put aside when a run opens it; a run of a day writes a tenth of it."""
+
 _COPY_BYTES = 1 << 22
 
 
@@ -150,8 +153,13 @@ def same_disk(one: Path, other: Path) -> bool:
     return _existing(one).stat().st_dev == _existing(other).stat().st_dev
 
 
-def open_log(path: Path) -> TextIO:
-    """Open a log for appending; each line reaches the kernel as it is written."""
+def open_log(path: Path, older: Path) -> TextIO:
+    """Open a log for appending; each line reaches the kernel as it is written.
+
+    A large one is put aside as `older` first, in place of the one that was there.
+    """
+    if path.is_file() and path.stat().st_size > LOG_BYTES:
+        _replace(path, older)
     return path.open("a", encoding="utf-8", buffering=1)
 
 

@@ -33,7 +33,7 @@ from .events import Refitted
 FORMAT = 2
 
 _OURS = re.compile(
-    r"(journal\.json|tokens\.safetensors|log\.jsonl|hidden-\d{5}|statistics-\d{5}\.safetensors"
+    r"(journal\.json|tokens\.safetensors|log(\.1)?\.jsonl|hidden-\d{5}|statistics-\d{5}\.safetensors"
     r"|scratch-[a-z0-9-]+)"
     rf"(?P<partial>{re.escape(durable.PARTIAL)})?"
 )
@@ -121,6 +121,11 @@ class Workspace:
         """Events as JSON lines, appended."""
         return self.work / "log.jsonl"
 
+    @property
+    def older_log(self) -> Path:
+        """What was the log until it was large."""
+        return self.work / "log.1.jsonl"
+
     def hidden(self, boundary: int) -> Path:
         """Return the folder of the states that enter layer `boundary`."""
         return self.work / f"hidden-{boundary:05d}"
@@ -173,7 +178,7 @@ class Workspace:
 
     def remove_strays(self, journal: Journal) -> None:
         """Delete files of ours that the journal does not name."""
-        named = {self.journal.name, self.tokens.name, self.log.name}
+        named = {self.journal.name, self.tokens.name, self.log.name, self.older_log.name}
         named |= {record.statistics.name for record in journal.layers if record.statistics}
         if journal.layers and journal.layers[-1].hidden:
             named.add(journal.layers[-1].hidden)
@@ -202,6 +207,18 @@ class Workspace:
                         f"{path} {state}, the journal says {file.size} bytes; "
                         "restore it or start over with --restart"
                     )
+
+    def clean(self) -> None:
+        """Delete the work files of a run, and the work folder if nothing else is in it.
+
+        The journal goes first, as it names what goes next. What is in OUTPUT stays.
+        """
+        durable.remove(self.journal)
+        for path in sorted(self.work.iterdir()):
+            if _OURS.fullmatch(path.name):
+                durable.remove(path)
+        durable.remove(self.work / "lock")
+        durable.remove_empty(self.work)
 
     def discard(self) -> None:
         """Delete everything this run wrote, the lock aside; nothing else is touched.

@@ -182,7 +182,7 @@ def full_log(case):
         def write(self, _):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    case.patch.setattr(durable, "open_log", lambda _: Full())
+    case.patch.setattr(durable, "open_log", lambda *_: Full())
 
 
 def no_permission(case):

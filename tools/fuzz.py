@@ -2,7 +2,7 @@
 
 Each input is a valid file with some bytes or JSON values changed, cut, doubled or put where
 another belongs. It must be read or refused with one of the project's own errors, in the memory
-of a few times its size. The first that is not is written to the current folder.
+of a few times its size. What was drawn for one that is not is kept with temporary files.
 
     python tools/fuzz.py --seconds 60 --seed 1
 """
@@ -184,7 +184,9 @@ def main() -> int:
                     feed(draw)
                 except Exception as error:  # noqa: BLE001 - whatever is no refusal is a find
                     print(f"{name}: {error!r} with --seed {asked.seed}, input {counts[name]}")
-                    Path("fuzz-find.txt").write_text(f"{name}\n{state}\n", encoding="utf-8")
+                    Path(tempfile.gettempdir(), "fuzz-find.txt").write_text(
+                        f"{name}\n{state}\n", encoding="utf-8"
+                    )
                     return 1
                 counts[name] += 1
     for name, count in counts.items():

@@ -9,6 +9,7 @@ import click
 
 from ream_stream import __version__
 
+from .clean import clean
 from .compare import compare, sweep
 from .compress import compress
 from .demo import demo
@@ -40,6 +41,7 @@ for _verb in (
     inspect,
     status,
     verify,
+    clean,
     evaluate,
     compare,
     sweep,

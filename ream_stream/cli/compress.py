@@ -15,6 +15,13 @@ from .style import Verb, exit_statuses, json_option, option, resume_command
 @run_options(calibration_required=True)
 @option("Output", "--dry-run", is_flag=True, help="Print the plan and stop; write nothing.")
 @option("Output", "--restart", is_flag=True, help="Discard the run that is in OUTPUT.")
+@option(
+    "Output",
+    "--keep-work/--remove-work",
+    default=True,
+    show_default=True,
+    help="What becomes of journal, statistics, tokens and log when it is done.",
+)
 @json_option
 @click.pass_context
 def compress(
@@ -25,6 +32,7 @@ def compress(
     *,
     dry_run: bool,
     restart: bool,
+    keep_work: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - the fields of RunOptions
 ) -> None:
@@ -55,7 +63,9 @@ def compress(
             print_json(plan_facts(job))
         return
     command = resume_command(ctx)
-    outcome = run(job, job.workspace, shown, command=command, restart=restart)
+    outcome = run(
+        job, job.workspace, shown, command=command, restart=restart, keep_work=keep_work
+    )
     say_summary(job, outcome, shown)
     if as_json:
         print_json(plan_facts(job) | outcome_facts(outcome))

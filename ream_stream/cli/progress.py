@@ -21,6 +21,9 @@ from ream_stream.sizes import format_size
 
 from .tables import format_seconds
 
+BEAT_SECONDS = 30.0
+"""A log is silent no longer than this, unless a single batch takes longer."""
+
 
 class Display(Protocol):
     """Something that shows events."""
@@ -152,16 +155,33 @@ class Live(AbstractContextManager["Live"]):
 
 
 class Log:
-    """Events as JSON lines: all of them but the steps within a phase."""
+    """Events as JSON lines; of the steps within a phase, one now and then.
 
-    def __init__(self, file: TextIO, path: Path) -> None:
-        self._file, self._path = file, path
+    Each tells the time that is left and the memory in use, for who looks from elsewhere.
+    """
+
+    def __init__(self, file: TextIO, path: Path, layer_bytes: Sequence[int] = ()) -> None:
+        self._file, self._path, self._pace = file, path, Pace(layer_bytes)
+        self._begun = self._told = time.monotonic()
 
     def show(self, event: Event) -> None:
         """Append the event."""
-        if isinstance(event, Step) and event.done < event.total:
+        now = time.monotonic()
+        within = isinstance(event, Step) and event.done < event.total
+        if within and now - self._told < BEAT_SECONDS:
             return
-        self.write(NAMES[type(event)], asdict(event))
+        if isinstance(event, Started):
+            self._pace.skip(event.committed)
+        elif isinstance(event, LayerDone):
+            self._pace.finish(now - self._begun)
+        if isinstance(event, Started | LayerDone):
+            self._begun = now
+        self._told = now
+        known = {
+            "left_seconds": self._pace.left(now - self._begun),
+            "anonymous_bytes": anonymous_bytes(),
+        }
+        self.write("step" if within else NAMES[type(event)], asdict(event) | known)
 
     def write(self, name: str, fields: Mapping[str, object]) -> None:
         """Append a line."""

@@ -38,6 +38,7 @@ def run(
     *,
     command: str,
     restart: bool = False,
+    keep_work: bool = True,
 ) -> Outcome:
     """Carry out a job.
 
@@ -53,6 +54,8 @@ def run(
         What goes on with it; kept in the log and told when it is interrupted.
     restart
         Discard the run that is there.
+    keep_work
+        Whether journal, statistics, tokens and log stay when it is done.
 
     Raises
     ------
@@ -72,7 +75,8 @@ def run(
             workspace.discard()
         if job.request is not None and job.journal is None:
             store(workspace.tokens, job.tokens, job.request)
-        log = Log(stack.enter_context(durable.open_log(workspace.log)), workspace.log)
+        file = stack.enter_context(durable.open_log(workspace.log, workspace.older_log))
+        log = Log(file, workspace.log, _layer_bytes(job))
         log.write("command", {"command": command, "directory": str(Path.cwd())})
         if left_by is not None:
             console.print(f"taking over from {left_by}, which ended without a word")
@@ -94,6 +98,8 @@ def run(
             )
             log.end(failed)
             raise failed from error
+        if not keep_work:
+            workspace.clean()
     return Outcome(finished=finished, seconds=time.monotonic() - start)
 
 
@@ -106,8 +112,6 @@ def _follow(
 ) -> Finished:
     plan, tokens = job.plan, job.tokens
     assert tokens is not None
-    entries = plan.source.entries
-    sizes = [sum(entries[name].nbytes for name in layer.keys.names) for layer in plan.layers]
     events = compress(
         plan,
         tokens,
@@ -117,7 +121,7 @@ def _follow(
         stop_requested=asked,
     )
     finished = None
-    with display(console, sizes) as shown:
+    with display(console, _layer_bytes(job)) as shown:
         for event in events:
             log.show(event)
             shown.show(event)
@@ -125,3 +129,8 @@ def _follow(
                 finished = event
     assert finished is not None
     return finished
+
+
+def _layer_bytes(job: Job) -> list[int]:
+    entries = job.plan.source.entries
+    return [sum(entries[name].nbytes for name in layer.keys.names) for layer in job.plan.layers]

@@ -1,6 +1,7 @@
 """The verb `status`."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +59,13 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     from .job import is_complete
 
     holder = workspace.holder()
-    if not workspace.journal.is_file() and holder is None:
+    complete = is_complete(workspace)
+    if not (workspace.journal.is_file() or holder or complete):
         raise UsageError(f"{workspace.output} holds no run of ream-stream")
     journal = load(workspace) if workspace.journal.is_file() else None
     log = read_log(workspace.log)
     started, command = log.get("started", {}), log.get("command", {})
-    state = "complete" if is_complete(workspace) else "running" if holder else "stopped"
+    state = "complete" if complete else "running" if holder else "stopped"
     return {
         "output": str(workspace.output),
         "state": state,
@@ -71,6 +73,8 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
         "committed_layers": len(journal.layers) if journal else 0,
         "layers": started.get("layers"),
         "written_bytes": sum(shard.size for shard in journal.shards()) if journal else 0,
+        "left_seconds": _left(log) if state == "running" else None,
+        "anonymous_bytes": log.get("last", {}).get("anonymous_bytes"),
         "last_event": log.get("last"),
         "directory": command.get("directory"),
         "resume": None if state == "complete" else command.get("command"),
@@ -95,8 +99,22 @@ def read_log(path: Path) -> dict[str, Any]:
     return newest
 
 
+def _left(log: dict[str, Any]) -> float | None:
+    """Return the seconds that are left, as the last line of the log tells it."""
+    last = log.get("last", {})
+    try:
+        told = datetime.fromisoformat(last["time"])
+        # a clock may have been set meanwhile
+        since = max(0.0, (datetime.now(UTC) - told).total_seconds())
+        return max(0.0, float(last["left_seconds"]) - since)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
     from ream_stream.sizes import format_size
+
+    from .tables import format_seconds
 
     count = known["layers"] or "?"
     rows = [
@@ -104,6 +122,10 @@ def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         ("layers", f"{known['committed_layers']} of {count} committed"),
         ("written", format_size(known["written_bytes"])),
     ]
+    if known["left_seconds"] is not None:
+        rows.append(("left", f"about {format_seconds(known['left_seconds'])}"))
+    if known["state"] == "running" and known["anonymous_bytes"] is not None:
+        rows.append(("memory", format_size(known["anonymous_bytes"])))
     if (last := known["last_event"]) is not None:
         rows.append(("last event", _sentence(last)))
     if known["state"] == "stopped" and known["resume"]:

@@ -1,0 +1,55 @@
+"""The verb `clean`."""
+
+from pathlib import Path
+
+import click
+
+from .style import Verb, exit_statuses, json_option, option
+
+
+@click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 11))
+@click.argument("output", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@option(
+    "Machine",
+    "--work-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="The --work-dir of the run, if it had one.",
+)
+@option(
+    "Output",
+    "--force",
+    is_flag=True,
+    help="Discard a run that is not finished, with the shards it wrote.",
+)
+@json_option
+def clean(output: Path, work_dir: Path | None, *, force: bool, as_json: bool) -> None:
+    """Remove the work files of the run in OUTPUT: journal, statistics, tokens and log.
+
+    The checkpoint stays. Files that are not of ream-stream are never touched.
+
+    Example:
+
+    \b
+        ream-stream clean ./Qwen3-23B
+    """
+    from ream_stream import durable
+    from ream_stream.errors import UsageError
+
+    from .job import is_complete, workspace_of
+    from .tables import print_json
+
+    workspace = workspace_of(output, work_dir)
+    complete = is_complete(workspace)
+    if not workspace.work.is_dir() or not (complete or workspace.journal.is_file()):
+        raise UsageError(f"{workspace.work} holds no run of ream-stream")
+    if not complete and not force:
+        raise UsageError(
+            f"the run in {output} is not finished: go on with it, or discard it with --force"
+        )
+    with durable.lock(workspace.work / "lock"):
+        if not complete:
+            workspace.discard()
+        workspace.clean()
+    if as_json:
+        print_json({"output": str(output), "discarded": not complete})
