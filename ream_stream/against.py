@@ -1,13 +1,16 @@
 """An output held against its source: what was not merged must be the source's bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint.layouts import ExpertStack, find_experts
+from .checkpoint.formats import Stored
+from .checkpoint.quantized import find_quantized
 from .checkpoint.source import Checkpoint, MappedTensors, open_checkpoint
+from .checkpoint.stacks import ExpertStack
 from .checks import Subject
 from .errors import ReamStreamError
 from .manifest import LayerGroups
@@ -46,46 +49,99 @@ def against(output: Path, source: Path) -> Iterator[Finding]:
         yield _bad(str(error))
 
 
+Pieces = Callable[[MappedTensors, MappedTensors], Iterator[tuple[Tensor, Tensor]]]
+"""Yields pairs of what the output has and what it should have, given both checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Origin:
     """Where the bytes of an output tensor come from."""
 
-    def __init__(self, name: str, axis: int | None = None, rows: Tensor | None = None) -> None:
-        self.name, self.axis, self.rows = name, axis, rows
+    name: str
+    """The tensor of the source."""
 
-    def read(self, tensors: MappedTensors) -> Tensor:
-        """Return what the output should hold."""
-        tensor = tensors[self.name]
-        if self.axis is None or self.rows is None:
-            return tensor
-        return tensor.index_select(self.axis, self.rows)
+    pieces: Pieces
+    """Its parts that were not merged."""
+
+    is_whole: bool = True
+    """Whether that is all of it."""
 
 
 def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None]:
     """Return the origin of every output tensor; None for what was merged."""
-    origins: dict[str, _Origin | None] = {
-        name: _Origin(name) for name in subject.checkpoint.entries
-    }
-    stacks = find_experts(original.entries)
+    quantized = find_quantized(original.entries, original.quantization)
+    found: dict[str, _Origin | None] = {}
+    for name, entry in subject.checkpoint.entries.items():
+        old_entry = original.entries.get(name)
+        if name in quantized and (old_entry is None or old_entry.dtype != entry.dtype):
+            found[name] = _decoded(name, quantized[name])
+        else:
+            found[name] = _same(name)
+    stacks = original.experts()
     owners = {layer.index: layer.stack for layer in subject.model.layers if layer.stack}
     for groups in subject.manifest.layers:
         new = owners[groups.index]
         old = stacks[new.prefix]
-        origins.update(_of_experts(groups, new, old))
-        rows = torch.tensor([group[0] for group in groups.groups])
+        found |= dict.fromkeys(new.slots())
+        if [m.stored.codec for m in old.matrices] == [m.stored.codec for m in new.matrices]:
+            found |= _of_experts(groups, new, old)
+        rows = [group[0] for group in groups.groups]
         for suffix in subject.family.routers:
             name = old.block + suffix
-            axis = original.entries[name].shape.index(len(old.experts))
-            origins[name] = _Origin(name, axis, rows)
-    return origins
+            shape = original.entries[name].shape
+            axis = shape.index(old.count)
+            rest = range(old.count, shape[axis])
+            found[name] = _rows(name, axis, torch.tensor([*rows, *rest]))
+    return found
+
+
+def _same(name: str) -> _Origin:
+    return _Origin(name=name, pieces=lambda ours, theirs: iter([(ours[name], theirs[name])]))
+
+
+def _decoded(name: str, stored: Stored) -> _Origin:
+    def pieces(ours: MappedTensors, theirs: MappedTensors) -> Iterator[tuple[Tensor, Tensor]]:
+        have, cpu = ours[name], torch.device("cpu")
+        for index in [None] if stored.count is None else range(stored.count):
+            want = theirs.matrix(stored, index, have.dtype, cpu)
+            yield have if index is None else have[index], want
+
+    return _Origin(name=name, pieces=pieces)
+
+
+def _rows(name: str, axis: int, rows: Tensor) -> _Origin:
+    def pieces(ours: MappedTensors, theirs: MappedTensors) -> Iterator[tuple[Tensor, Tensor]]:
+        yield ours[name], theirs[name].index_select(axis, rows)
+
+    return _Origin(name=name, pieces=pieces)
 
 
 def _of_experts(
     groups: LayerGroups, new: ExpertStack, old: ExpertStack
-) -> Iterator[tuple[str, _Origin | None]]:
-    for group, expert in zip(groups.groups, new.experts, strict=True):
-        source = old.experts[group[0]]
-        for name, origin in zip(expert.parts(), source.parts(), strict=True):
-            yield name, _Origin(origin) if len(group) == 1 else None
+) -> dict[str, _Origin | None]:
+    """Return the origins of experts that are alone in their groups."""
+    alone = [(n, group[0]) for n, group in enumerate(groups.groups) if len(group) == 1]
+    origins: dict[str, _Origin | None] = {}
+    places: dict[str, list[tuple[int | None, str, int | None]]] = {}
+    for number, expert in alone:
+        for (name, into), (origin, at) in zip(
+            new.expert_slots(number), old.expert_slots(expert), strict=True
+        ):
+            places.setdefault(name, []).append((into, origin, at))
+    for name, pairs in places.items():
+        whole = pairs[0][0] is None or len(alone) == new.count
+        origins[name] = _Origin(name=pairs[0][1], pieces=_placed(name, pairs), is_whole=whole)
+    return origins
+
+
+def _placed(name: str, pairs: Sequence[tuple[int | None, str, int | None]]) -> Pieces:
+    def pieces(ours: MappedTensors, theirs: MappedTensors) -> Iterator[tuple[Tensor, Tensor]]:
+        have = ours[name]
+        for into, origin, at in pairs:
+            want = theirs[origin]
+            yield have if into is None else have[into], want if at is None else want[at]
+
+    return pieces
 
 
 def _shard(
@@ -98,13 +154,15 @@ def _shard(
             n for n, entry in output.entries.items() if entry.path.name == shard
         ):
             origin = origins[name]
-            if origin is None:
-                merged += 1
-            elif _same_bytes(ours[name], origin.read(theirs)):
-                equal += 1
-            else:
+            if origin is not None and not all(
+                _same_bytes(have, want) for have, want in origin.pieces(ours, theirs)
+            ):
                 wrong = True
                 yield _bad(f"{name} in {shard} differs from {origin.name} of the source")
+            elif origin is not None and origin.is_whole:
+                equal += 1
+            else:
+                merged += 1
     if not wrong:
         message = f"{shard}: {equal} tensors are the source's byte for byte, {merged} merged"
         yield Finding(check=CHECK, ok=True, message=message)

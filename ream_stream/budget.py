@@ -5,16 +5,16 @@ is the most that any phase has alive at once: from `footprint` where a layer run
 shapes where experts are compared, aligned and merged. docs/memory.md explains the words.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .checkpoint.header import DTYPES
-from .checkpoint.layouts import ExpertStack
+from .checkpoint.stacks import ExpertStack
 from .errors import OverBudgetError
 from .footprint import Footprints
 from .memory import anonymous_bytes
 from .method.alignment import ALIGNMENTS
-from .model import StreamedModel
 from .observe import SAMPLE_ROWS
 from .refit_budget import KEPT, RefitMemory, Solver, solvers
 from .settings import Method, Settings
@@ -140,9 +140,9 @@ def _fixed(footprints: Footprints, size: Size) -> dict[str, int]:
     stack = _stack(footprints)
     converted = max(
         sum(
-            entries[name].num_elements
-            for name in layer.dense.values()
-            if DTYPES[entries[name].dtype] != model.dtype
+            math.prod(layer.shape(name, entries))
+            for name in layer.dense_names()
+            if name in layer.quantized or DTYPES[entries[name].dtype] != model.dtype
         )
         for layer in model.layers
     )
@@ -158,7 +158,7 @@ def _held(footprints: Footprints, settings: Settings, size: Size) -> dict[str, d
     """Return what is kept from one phase to another until the shards are written."""
     model, method = footprints.model, settings.method
     stack = _stack(footprints)
-    experts, itemsize = len(stack.experts), model.dtype.itemsize
+    experts, itemsize = stack.count, model.dtype.itemsize
     tokens = min(method.similarity_tokens or size.tokens, size.tokens)
     sample = {"token sample": tokens * (stack.hidden * itemsize + 4 * experts)}
     compared = {**sample, "mean outputs": experts * stack.hidden * 8 + 3 * experts**2 * 8}
@@ -216,7 +216,9 @@ def _align_bytes(method: Method, stack: ExpertStack, itemsize: int, threads: int
 
 def _merge_bytes(stack: ExpertStack) -> int:
     """Return what merging takes: a float32 sum, a member, its widened part, a result."""
-    matrix, itemsize = stack.hidden * stack.inner, DTYPES[stack.dtype].itemsize
+    # what is quantized is decoded to float32
+    itemsize = DTYPES[stack.dtype].itemsize if stack.scheme == "plain" else 4
+    matrix = stack.hidden * stack.inner
     return 3 * matrix * 4 + 2 * 3 * matrix * itemsize + 2 * matrix * 4
 
 
@@ -233,16 +235,9 @@ def _refit(footprints: Footprints, settings: Settings) -> RefitMemory:
     return RefitMemory(
         settings=settings,
         stack=_stack(footprints),
-        top_k=top_k(footprints.model),
+        top_k=footprints.model.top_k,
         itemsize=footprints.model.dtype.itemsize,
     )
-
-
-def top_k(model: StreamedModel) -> int:
-    """Return the experts that a token is sent to."""
-    first = next(layer.index for layer in model.layers if layer.stack)
-    found: int = model.router(first).top_k  # type: ignore[assignment]
-    return found
 
 
 def _stack(footprints: Footprints) -> ExpertStack:

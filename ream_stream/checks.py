@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint.layouts import ExpertStack, find_experts
 from .checkpoint.source import INDEX, MAX_JSON_BYTES, Checkpoint, open_checkpoint, read_object
+from .checkpoint.stacks import ExpertStack
 from .durable import PARTIAL
 from .families import Family, family_of
 from .finish import MANIFEST
@@ -41,7 +41,7 @@ class Subject:
     @cached_property
     def stacks(self) -> Mapping[str, ExpertStack]:
         """Its experts by prefix, wherever they are in the model."""
-        return find_experts(self.checkpoint.entries)
+        return self.checkpoint.experts()
 
     @property
     def family(self) -> Family:
@@ -149,9 +149,9 @@ def _experts(subject: Subject) -> Iterator[str]:
         yield f"config.json has no {keys}: readers will take their class's default"
     for prefix, stack in subject.stacks.items():
         for key, count in counts.items():
-            if count != len(stack.experts):
+            if count != stack.count:
                 yield (
-                    f"{prefix} has {len(stack.experts)} experts, config.json says "
+                    f"{prefix} has {stack.count} experts, config.json says "
                     f"{key}={config[key]!r}"
                 )
 
@@ -172,9 +172,9 @@ def _config_counts(subject: Subject) -> dict[str, Any]:
 
 def _kept(subject: Subject) -> Iterator[str]:
     for prefix, stack in subject.stacks.items():
-        if len(stack.experts) != subject.manifest.after:
+        if stack.count != subject.manifest.after:
             yield (
-                f"{prefix} has {len(stack.experts)} experts, the manifest says "
+                f"{prefix} has {stack.count} experts, the manifest says "
                 f"{subject.manifest.after}"
             )
 
@@ -186,10 +186,10 @@ def _routers(subject: Subject) -> Iterator[str]:
             entry = entries.get(stack.block + suffix)
             if entry is None:
                 yield f"{stack.block}{suffix} is missing"
-            elif len(stack.experts) not in entry.shape:
+            elif stack.count not in entry.shape:
                 yield (
                     f"{entry.name} has shape {entry.shape}, none of its axes is the layer's "
-                    f"{len(stack.experts)} experts"
+                    f"{stack.count} experts"
                 )
 
 
@@ -200,8 +200,7 @@ def _routing(subject: Subject) -> Iterator[str]:
     for layer in subject.model.layers:
         if layer.stack is None:
             continue
-        count, router = len(layer.stack.experts), subject.model.router(layer.index)
-        top_k = int(getattr(router, "top_k"))  # noqa: B009 - a module's attributes are untyped
+        count, top_k = layer.stack.count, subject.model.top_k
         if top_k > count:
             yield f"layer {layer.index} has {count} experts, tokens are sent to {top_k}"
         if count % groups or (groups > 1 and count // groups < 2):

@@ -1,23 +1,19 @@
-"""Which experts of a layer become which, and the tensors that follow.
+"""Which experts of a layer become which, and in which order their neurons are averaged.
 
 Letters in shapes: n sampled tokens, E experts, H hidden, I inner.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .checkpoint.header import DTYPES, TensorEntry
-from .checkpoint.layouts import ExpertStack
-from .checkpoint.source import MappedTensors
+from .checkpoint.stacks import Tensors
 from .errors import ReamStreamError
 from .experts import StreamedExperts
 from .method.alignment import ALIGNMENTS, Neurons, Pair, align_all
-from .method.expert import Expert, reorder
 from .method.grouping import GROUPINGS, Evidence
-from .method.merging import MERGES, merge
+from .method.merging import MERGES
 from .method.saliency import SALIENCIES, merge_weights
 from .method.similarity import (
     RANDOM,
@@ -103,7 +99,7 @@ def alignment_orders(
     method: Method,
     decision: Decision,
     experts: StreamedExperts,
-    tensors: MappedTensors,
+    tensors: Tensors,
     sample: TokenSample | None,
     threads: int,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -118,8 +114,8 @@ def alignment_orders(
     def neurons(expert: int) -> Neurons:
         inner_nI = None
         if hidden_nH is not None:
-            inner_nI = experts.inner(hidden_nH, experts.weights.load(expert)[0]).float().cpu()
-        return Neurons(expert=read_expert(tensors, stack, expert), activation_nI=inner_nI)
+            inner_nI = experts.inner(hidden_nH, experts.weights.load(expert)).float().cpu()
+        return Neurons(expert=stack.read(tensors, expert), activation_nI=inner_nI)
 
     def load() -> Iterator[Pair]:
         last, centroid = -1, None
@@ -131,58 +127,3 @@ def alignment_orders(
     orders = align_all(alignment, load(), threads=threads)
     for (_, member), order_I in zip(pairs, orders, strict=True):
         yield member, order_I
-
-
-def read_expert(tensors: MappedTensors, stack: ExpertStack, expert: int) -> Expert:
-    """Return one expert as the file has it, without a copy."""
-    names = stack.experts[expert]
-    return Expert(
-        gate_IH=tensors[names.gate], up_IH=tensors[names.up], down_HI=tensors[names.down]
-    )
-
-
-def layer_content(
-    decision: Decision,
-    orders: Mapping[int, Tensor],
-    stack: ExpertStack,
-    routers: Mapping[str, int],
-    entries: Mapping[str, TensorEntry],
-    tensors: MappedTensors,
-) -> Callable[[str], Tensor | TensorEntry]:
-    """Return a function that gives each tensor of a compressed layer, by output name.
-
-    Experts of groups of one, and all that is not an expert's or the router's,
-    are source tensors to be copied byte for byte. A merged expert is made when
-    the first of its three tensors is asked for and held until the next one is.
-    """
-    owner = {
-        name: (number, part)
-        for number, expert in enumerate(stack.experts)
-        for part, name in enumerate(expert.parts())
-    }
-    kept = torch.tensor([group[0] for group in decision.groups])
-    merged: tuple[int, Expert | None] = (-1, None)
-
-    def merge_group(number: int) -> Expert:
-        def members() -> Iterator[Expert]:
-            for expert in decision.groups[number]:
-                weights = read_expert(tensors, stack, expert)
-                yield reorder(weights, orders[expert]) if expert in orders else weights
-
-        return merge(decision.shares[number], members(), DTYPES[stack.dtype])
-
-    def content(name: str) -> Tensor | TensorEntry:
-        nonlocal merged
-        if name in routers:
-            return tensors[name].index_select(routers[name], kept)
-        if name not in owner:
-            return entries[name]
-        number, part = owner[name]
-        group = decision.groups[number]
-        if len(group) == 1:
-            return entries[stack.experts[group[0]].parts()[part]]
-        if merged[0] != number:
-            merged = (number, merge_group(number))
-        return merged[1][part]  # type: ignore[index]
-
-    return content

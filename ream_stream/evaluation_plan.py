@@ -1,5 +1,6 @@
 """What an evaluation holds in memory, from headers, and the batch that fits a budget."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,7 @@ def _layer_bytes(footprints: Footprints) -> int:
     entries, itemsize = model.checkpoint.entries, model.dtype.itemsize
     sizes = []
     for layer in model.layers:
-        held = sum(entries[name].num_elements for name in layer.dense.values())
+        held = sum(math.prod(layer.shape(name, entries)) for name in layer.dense_names())
         stack = layer.stack
         sizes.append(held + (3 * stack.hidden * stack.inner if stack else 0))
     return max(sizes) * itemsize

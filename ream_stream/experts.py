@@ -11,14 +11,13 @@ expert, S = T * K slots, H hidden, I inner.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checkpoint.layouts import ExpertStack
-from .checkpoint.source import MappedTensors
+from .checkpoint.stacks import ExpertStack, Tensors
 
 ROW_MULTIPLE = 64
 """Rows of a bf16 product on the CPU are rounded up to a multiple of this.
@@ -53,6 +52,49 @@ class Routed:
     """L2 norms of the outputs before that multiplication, float32."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """What a family's experts module makes of the weights; flags of transformers."""
+
+    is_gated: bool = True
+    """Whether there is a gate projection beside the up projection."""
+
+    is_interleaved: bool = False
+    """Whether rows of gate and up take turns; otherwise all of gate comes first."""
+
+    is_transposed: bool = False
+    """Whether products are made with inputs as rows, which decides their last bits."""
+
+    has_bias: bool = False
+    """Whether both products are followed by biases."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Form":
+        """Return the form of an experts module."""
+        return cls(
+            is_gated=bool(getattr(module, "has_gate", True)),
+            is_interleaved=not getattr(module, "is_concatenated", True),
+            is_transposed=bool(getattr(module, "is_transposed", False)),
+            has_bias=bool(getattr(module, "has_bias", False)),
+        )
+
+
+class Loaded(NamedTuple):
+    """The weights of one expert."""
+
+    gate_up: Tensor
+    """Gate and up projection, (2I, H); without a gate (I, H)."""
+
+    down_HI: Tensor
+    """Down projection."""
+
+    gate_up_bias: Tensor | None = None
+    """Added to the first product, if the family has biases."""
+
+    down_bias_H: Tensor | None = None
+    """Added to the second."""
+
+
 class ExpertWeights:
     """Weights of single experts in the dtype and on the device they are run in.
 
@@ -61,26 +103,50 @@ class ExpertWeights:
 
     def __init__(
         self,
-        tensors: MappedTensors,
+        tensors: Tensors,
         stack: ExpertStack,
         dtype: torch.dtype,
         device: torch.device,
+        form: Form | None = None,
     ) -> None:
         self.stack = stack
         self.dtype, self.device = dtype, device
         self._tensors = tensors
-        inner, hidden = stack.inner, stack.hidden
-        self._gate_up_2IH = torch.empty(2 * inner, hidden, dtype=dtype, device=device)
-        self._down_HI = torch.empty(hidden, inner, dtype=dtype, device=device)
+        self.form = form = form or Form()
+        rows = stack.inner * (2 if form.is_gated else 1)
 
-    def load(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Return gate above up (2I, H), and down (H, I)."""
-        names, inner = self.stack.experts[expert], self.stack.inner
-        self._gate_up_2IH[:inner].copy_(self._tensors[names.gate])
-        self._gate_up_2IH[inner:].copy_(self._tensors[names.up])
-        # copied even where the dtype is right: the last bits of a product with one row
-        # depend on the weights' alignment, and in a mapped file that is accidental
-        return self._gate_up_2IH, self._down_HI.copy_(self._tensors[names.down])
+        def empty(outputs: int, inputs: int) -> Tensor:
+            shape = (inputs, outputs) if form.is_transposed else (outputs, inputs)
+            matrix = torch.empty(shape, dtype=dtype, device=device)
+            return matrix.T if form.is_transposed else matrix
+
+        def bias(length: int) -> Tensor | None:
+            return torch.empty(length, dtype=dtype, device=device) if form.has_bias else None
+
+        self._loaded = Loaded(
+            empty(rows, stack.hidden),
+            empty(stack.hidden, stack.inner),
+            bias(rows),
+            bias(stack.hidden),
+        )
+        self._parts = {"down": self._loaded.down_HI}
+        for suffix, both in (("", self._loaded.gate_up), ("_bias", self._loaded.gate_up_bias)):
+            if both is not None:
+                gate, up = (both[0::2], both[1::2]) if form.is_interleaved else both.chunk(2)
+                split = {"gate": gate, "up": up} if form.is_gated else {"up": both}
+                self._parts |= {part + suffix: value for part, value in split.items()}
+        if self._loaded.down_bias_H is not None:
+            self._parts["down_bias"] = self._loaded.down_bias_H
+
+    def load(self, expert: int) -> Loaded:
+        """Return the weights of an expert."""
+        for matrix in self.stack.matrices:
+            found = matrix.read(self._tensors, expert, self.dtype, self.device)
+            for part, value in found.items():
+                # copied even where the dtype is right: the last bits of a product with one
+                # row depend on the weights' alignment, which is accidental in a mapped file
+                self._parts[part].copy_(value)
+        return self._loaded
 
 
 class StreamedExperts(nn.Module):
@@ -94,32 +160,37 @@ class StreamedExperts(nn.Module):
         self.dispatch: Callable[[Tensor, int], Iterable[tuple[int, Tensor]]] = slots_by_expert
         # float32 products on the CPU are of another library, which compiles nothing
         self._rounds_up = weights.device.type == "cpu" and weights.dtype != torch.float32
-        self._gate: Any = original._apply_gate
+        form = weights.form
+        self._activate: Any = original._apply_gate if form.is_gated else original.act_fn
 
-    def inner(self, hidden_RH: Tensor, gate_up_2IH: Tensor) -> Tensor:
+    def inner(self, hidden_RH: Tensor, loaded: Loaded) -> Tensor:
         """Return act(gate) * up, (R, I): what the down projection is applied to."""
-        inner_RI: Tensor = self._gate(functional.linear(hidden_RH, gate_up_2IH))
+        product = functional.linear(hidden_RH, loaded.gate_up)
+        if loaded.gate_up_bias is not None:
+            product.add_(loaded.gate_up_bias)
+        inner_RI: Tensor = self._activate(product)
         return inner_RI
 
     def _run(self, expert: int, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
         """Return one expert's outputs (R, H) for some rows of the batch."""
-        gate_up_2IH, down_HI = self.weights.load(expert)
+        loaded = self.weights.load(expert)
         padded_R = _round_up(token_R) if self._rounds_up else token_R
-        inner_RI = self.inner(hidden_TH.index_select(0, padded_R), gate_up_2IH)
-        return functional.linear(inner_RI, down_HI)[: len(token_R)]
+        inner_RI = self.inner(hidden_TH.index_select(0, padded_R), loaded)
+        output_RH = functional.linear(inner_RI, loaded.down_HI)[: len(token_R)]
+        return output_RH if loaded.down_bias_H is None else output_RH.add_(loaded.down_bias_H)
 
     @property
     def count(self) -> int:
         """Experts of the layer."""
-        return len(self.weights.stack.experts)
+        return self.weights.stack.count
 
     def activations(self, expert: int, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
         """Return `inner` (R, I) of one expert for some rows of the batch."""
-        gate_up_2IH, _ = self.weights.load(expert)
+        loaded = self.weights.load(expert)
         found = []
         for part_R in token_R.chunk(-(-len(token_R) // MAX_ROWS)):
             padded_R = _round_up(part_R) if self._rounds_up else part_R
-            inner_RI = self.inner(hidden_TH.index_select(0, padded_R), gate_up_2IH)
+            inner_RI = self.inner(hidden_TH.index_select(0, padded_R), loaded)
             found.append(inner_RI[: len(part_R)])
         return torch.cat(found)
 

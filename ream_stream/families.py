@@ -5,95 +5,155 @@ A new family is one entry here and one tiny checkpoint in the tests.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import UnsupportedModelError
 
-Score = Literal["softmax", "sigmoid"]
+Scores = Callable[[Tensor], Tensor]
 
-SCORES: Mapping[Score, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits_TE: torch.softmax(logits_TE.float(), dim=-1),
-    "sigmoid": lambda logits_TE: torch.sigmoid(logits_TE.float()),
-}
-"""Router scores over all experts, before top-k, in float32."""
+
+def _softmax(logits_TE: Tensor) -> Tensor:
+    return torch.softmax(logits_TE.float(), dim=-1)
+
+
+def _sigmoid(logits_TE: Tensor) -> Tensor:
+    return torch.sigmoid(logits_TE.float())
+
+
+def _root_softplus(logits_TE: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(logits_TE.float()).sqrt()
+
+
+def _groups(config: Any) -> int:  # noqa: ANN401
+    for key in ("n_group", "num_expert_group"):
+        if getattr(config, key, None):
+            return int(getattr(config, key))
+    return 1
+
+
+def _deepseek_v2_groups(config: Any) -> int:  # noqa: ANN401
+    return _groups(config) if config.topk_method == "group_limited_greedy" else 1
+
+
+_EXPERTS = ("num_experts", "num_local_experts")
+_LOCAL = ("num_local_experts", "num_experts")
+_ROUTED = ("n_routed_experts",)
+_GATE = ("gate.weight",)
+_BIASED = ("gate.weight", "gate.e_score_correction_bias")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """One Hugging Face ``model_type``."""
+    """One Hugging Face ``model_type``; of a wrapper, that of its text decoder."""
 
-    count_keys: tuple[str, ...]
+    count_keys: tuple[str, ...] = _EXPERTS
     """Keys of config.json that may hold the number of routed experts."""
 
-    routers: tuple[str, ...]
+    routers: tuple[str, ...] = _GATE
     """Router-side tensors, as they are named inside the MoE block on disk; one axis is E."""
 
-    score: Score = "softmax"
-    """Key of `SCORES`."""
+    score: Scores = _softmax
+    """Router scores over all experts, before top-k, in float32, from the logits."""
 
-    groups: Callable[[Any], int] = lambda config: 1
+    gives_scores: bool = False
+    """Whether the router's first output is the scores, not the logits."""
+
+    groups: Callable[[Any], int] = _groups
     """Groups of experts the router selects in, from the transformers config."""
 
 
-def _sigmoid_groups(config: Any) -> int:  # noqa: ANN401
-    return int(config.n_group or 1)
+def _deepseek(**fields: Any) -> Family:  # noqa: ANN401
+    """Return a family with the router of DeepSeek-V3: sigmoid, and a bias for the choice."""
+    given = {"count_keys": _ROUTED, "routers": _BIASED, "score": _sigmoid, **fields}
+    return Family(**given)
 
 
-def _deepseek_v2_groups(config: Any) -> int:  # noqa: ANN401
-    return int(config.n_group or 1) if config.topk_method == "group_limited_greedy" else 1
-
-
-_BIASED_GATE = ("gate.weight", "gate.e_score_correction_bias")
+_GRANITE = Family(count_keys=_LOCAL, routers=("router.layer.weight",))
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen3_moe": Family(
-        count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)
-    ),
-    "qwen2_moe": Family(
-        count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)
-    ),
-    "qwen3_next": Family(
-        count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)
-    ),
-    "olmoe": Family(count_keys=("num_experts", "num_local_experts"), routers=("gate.weight",)),
-    "mixtral": Family(
-        count_keys=("num_local_experts", "num_experts"), routers=("gate.weight",)
-    ),
-    "deepseek_v2": Family(
-        count_keys=("n_routed_experts",), routers=("gate.weight",), groups=_deepseek_v2_groups
-    ),
-    "deepseek_v3": Family(
-        count_keys=("n_routed_experts",),
-        routers=_BIASED_GATE,
-        score="sigmoid",
-        groups=_sigmoid_groups,
-    ),
-    "glm4_moe": Family(
-        count_keys=("n_routed_experts",),
-        routers=_BIASED_GATE,
-        score="sigmoid",
-        groups=_sigmoid_groups,
-    ),
-    "dots1": Family(
-        count_keys=("n_routed_experts",),
-        routers=_BIASED_GATE,
-        score="sigmoid",
-        groups=_sigmoid_groups,
-    ),
-    "minimax_m2": Family(
-        count_keys=("num_local_experts",),
-        routers=("gate.weight", "e_score_correction_bias"),
-        score="sigmoid",
-    ),
+    "qwen3_moe": Family(),
+    "qwen2_moe": Family(),
+    "qwen3_next": Family(),
+    "qwen3_5_moe_text": Family(),
+    "olmoe": Family(),
+    "flex_olmo": Family(),
+    "mixtral": Family(count_keys=_LOCAL),
+    "minimax": Family(count_keys=_LOCAL),
+    "phimoe": Family(count_keys=_LOCAL),
+    "mellum": Family(count_keys=_LOCAL),
+    "gpt_oss": Family(count_keys=_LOCAL, routers=("router.weight", "router.bias")),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "granitemoehybrid": _GRANITE,
+    "granitemoe_swa": Family(count_keys=_LOCAL, routers=("router.weight",)),
+    "jamba": Family(routers=("router.weight",)),
+    "hunyuan_v1_moe": Family(routers=("gate.wg.weight",)),
     "ernie4_5_moe": Family(
         count_keys=("moe_num_experts",),
         routers=("gate.weight", "moe_statics.e_score_correction_bias"),
     ),
-    "hunyuan_v1_moe": Family(count_keys=("num_experts",), routers=("gate.wg.weight",)),
+    "gemma4_text": Family(
+        routers=("router.proj.weight", "router.per_expert_scale"),
+        score=lambda scores_TE: scores_TE.float(),
+        gives_scores=True,
+    ),
+    "deepseek_v2": Family(count_keys=_ROUTED, groups=_deepseek_v2_groups),
+    "deepseek_v3": _deepseek(),
+    "deepseek_v32": _deepseek(),
+    "glm4_moe": _deepseek(),
+    "glm4_moe_lite": _deepseek(),
+    "glm_moe_dsa": _deepseek(),
+    "dots1": _deepseek(),
+    "solar_open": _deepseek(),
+    "mimo_v2_flash": _deepseek(),
+    "axk1": _deepseek(),
+    "axk2": _deepseek(),
+    "nemotron_h": _deepseek(),
+    "kimi_linear": _deepseek(count_keys=_EXPERTS),
+    "bailing_hybrid": _deepseek(
+        count_keys=_EXPERTS, routers=("gate.weight", "gate.expert_bias")
+    ),
+    "exaone_moe": _deepseek(
+        count_keys=_EXPERTS, routers=("gate.weight", "e_score_correction_bias")
+    ),
+    "laguna": _deepseek(
+        count_keys=_EXPERTS, routers=("gate.weight", "experts.e_score_correction_bias")
+    ),
+    "afmoe": _deepseek(count_keys=_EXPERTS, routers=("router.gate.weight", "expert_bias")),
+    "hy_v3": _deepseek(count_keys=_EXPERTS, routers=("router.gate.weight", "expert_bias")),
+    "lfm2_moe": _deepseek(count_keys=_EXPERTS, routers=("gate.weight", "expert_bias")),
+    "minimax_m2": _deepseek(
+        count_keys=_LOCAL, routers=("gate.weight", "e_score_correction_bias")
+    ),
+    "flint": _deepseek(count_keys=_EXPERTS, routers=_GATE),
 }
+"""By model type; each has a tiny checkpoint in tests/tiny.py."""
+
+REFUSED: Mapping[str, str] = {
+    "aria": "its experts have names of their own (fc1, fc2)",
+    "aria_text": "its experts have names of their own (fc1, fc2)",
+    "beam": "no published checkpoint was seen",
+    "cohere2_moe": "its router scores the chosen experts alone, by a rule of the config",
+    "dbrx": "transformers runs its experts in a way of its own",
+    "deepseek_v4": "its first layers choose experts by token id",
+    "ernie4_5_vl_moe": "it has two sets of experts of different widths in one layer",
+    "hy_v4": "its layers pass more than hidden states on",
+    "inkling_text": "its shared experts are routed too",
+    "inkling2_text": "it stores gate and up rows in turn, in tensors of its own names",
+    "jetmoe": "its attention has experts too",
+    "kolibri1": "its router's bias is outside the block of experts",
+    "llama4": "its router scales the experts' inputs",
+    "llama4_text": "its router scales the experts' inputs",
+    "longcat_flash": "it has experts without weights",
+    "minimax_m3_vl_text": "no published layout was seen",
+    "qwen4_exp": "no published layout was seen",
+    "switch_transformers": "it is an encoder and a decoder",
+    "nllb-moe": "it is an encoder and a decoder",
+}
+"""Families with experts that are not supported, and why."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -102,9 +162,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises
     ------
     UnsupportedModelError
-        It is not in the table, or it is quantized.
+        It is not in the table.
     """
-    model_type = str(config.get("model_type"))
+    model_type = str(text_config(config).get("model_type"))
+    if model_type in REFUSED:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported: {REFUSED[model_type]}"
+        )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
@@ -114,14 +178,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
                 else ""
             )
         )
-    if config.get("quantization_config"):
-        described: Any = config["quantization_config"]
-        method = described.get("quant_method") if isinstance(described, Mapping) else None
-        raise UnsupportedModelError(
-            f"the checkpoint is quantized ({method or 'an unnamed method'}): "
-            "quantized sources are not supported yet"
-        )
     return FAMILIES[model_type]
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of config.json that describes the text decoder: all, but in wrappers."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
 
 
 def with_expert_count(config: Mapping[str, Any], family: Family, count: int) -> dict[str, Any]:
@@ -131,6 +194,8 @@ def with_expert_count(config: Mapping[str, Any], family: Family, count: int) -> 
     JSON: saving it through transformers would rename keys.
     """
     patched = dict(config)
+    if text_config(config) is not config:
+        patched["text_config"] = with_expert_count(text_config(config), family, count)
     for key in family.count_keys:
         if key in patched:
             old = patched[key]

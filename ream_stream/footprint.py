@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .checkpoint.formats import Plain, Stored
 from .checkpoint.header import DTYPES
 from .checkpoint.source import Checkpoint
 from .experts import Routed, StreamedExperts
@@ -88,6 +89,16 @@ class _NoData:
         entry = self.entries[name]
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
 
+    def matrix(
+        self, stored: Stored, index: int | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        plain = isinstance(stored.codec, Plain)
+        stack = () if index is not None or stored.count is None else (stored.count,)
+        stored_dtype = DTYPES[stored.codec.parts(stored.rows, stored.cols)[0].dtype]
+        return torch.empty(
+            (*stack, stored.rows, stored.cols), dtype=stored_dtype if plain else dtype
+        )
+
     @contextmanager
     def open(self) -> Iterator["_NoData"]:
         """Give the tensors; there is nothing to close."""
@@ -117,7 +128,7 @@ class Footprints:
         kinds: dict[tuple[Any, ...], int] = {}
         for layer in self.model.layers:
             names = [target.split(".", 3)[-1] for target in layer.dense]
-            shapes = [entries[name].shape for name in layer.dense.values()]
+            shapes = [layer.shape(name, entries) for name in layer.dense_names()]
             kinds.setdefault((tuple(names), tuple(shapes), layer.stack is None), layer.index)
         return list(kinds.values())
 
@@ -160,7 +171,7 @@ def _all_to_one(index_TK: Tensor, _num_experts: int) -> list[tuple[int, Tensor]]
 
 def _statistics(experts: StreamedExperts) -> Callable[[Routed], None]:
     """Return a listener that takes the memory of the real one."""
-    count = len(experts.weights.stack.experts)
+    count = experts.weights.stack.count
 
     def listen(routed: Routed) -> None:
         tokens, top_k = routed.index_TK.shape

@@ -4,7 +4,7 @@ Everything a layer does happens here up to its commit, which is the pipeline's.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,11 @@ from . import durable
 from .calibration.hidden import HiddenStates, HiddenWriter
 from .calibration.tokens import Tokens
 from .checkpoint.header import TensorEntry
-from .checkpoint.shards import write_shard
+from .checkpoint.shards import Content, write_shard
 from .checkpoint.source import MappedTensors
-from .decide import Decision, alignment_orders, decide, layer_content
-from .durable import Written
+from .content import Unchanged, layer_content
+from .decide import Decision, alignment_orders, decide
+from .durable import FileRange, Written
 from .errors import NumbersError
 from .events import Phase, Refitted, Step
 from .experts import StreamedExperts
@@ -114,8 +115,7 @@ class LayerJob:
         """Do the layer's phases in order."""
         yield from self._check()
         if self.layer.keys.stack is None:
-            entries = self.plan.source.entries
-            yield from self._write(entries.__getitem__, self.context.workspace.output)
+            yield from self._copy()
             if not self.is_last:
                 yield from self._propagate(self.context.source)
             return
@@ -156,7 +156,8 @@ class LayerJob:
             observer.finish(self.index)
             mean_EH = None
             if observer.sample is not None:
-                means = torch.zeros(self.plan.num_experts, self.plan.hidden_size).double()
+                stack = experts.weights.stack
+                means = torch.zeros(stack.count, stack.hidden).double()
                 with self.context.timed("compare"):
                     for done in mean_outputs(
                         experts, observer.sample, method.similarity, means
@@ -175,13 +176,15 @@ class LayerJob:
             orders: dict[int, Tensor] = {}
             if mean_EH is not None:
                 yield from self._align(experts, tensors, observer.sample, orders)
+            output = self.layer.stack
+            assert output is not None
             content = layer_content(
                 self.decision,
                 orders,
                 stack,
+                output,
                 self.layer.routers,
-                self.plan.source.entries,
-                tensors,
+                self._unchanged(tensors),
             )
             folder = self.context.workspace.output if refit is None else refit.folder
             yield from self._write(content, folder)
@@ -270,9 +273,7 @@ class LayerJob:
             self.refitted = refit.outcome
         yield from self._write(refit.content(), self.context.workspace.output)
 
-    def _write(
-        self, content: Callable[[str], Tensor | TensorEntry], folder: Path
-    ) -> Iterator[Step]:
+    def _write(self, content: Callable[[str], Content], folder: Path) -> Iterator[Step]:
         """Write the layer's shards; of a layer that is refitted there is a first version."""
         final = folder == self.context.workspace.output
         with self.context.timed("write"):
@@ -282,20 +283,39 @@ class LayerJob:
                     self.shards.append(written)
                     yield self._step("write", number, len(self.layer.shards))
 
-    def _finite(
-        self, content: Callable[[str], Tensor | TensorEntry]
-    ) -> Callable[[str], Tensor | TensorEntry]:
+    def _finite(self, content: Callable[[str], Content]) -> Callable[[str], Content]:
         """Return the same content, which refuses to make numbers that are not finite."""
 
-        def checked(name: str) -> Tensor | TensorEntry:
+        def checked(name: str) -> Content:
             value = content(name)
-            if isinstance(value, Tensor) and not is_finite(value):
+            if isinstance(value, TensorEntry):
+                return value
+            return piece(name, value) if isinstance(value, Tensor) else pieces(name, value)
+
+        def pieces(
+            name: str, values: Iterable[Tensor | FileRange]
+        ) -> Iterator[Tensor | FileRange]:
+            for value in values:
+                yield value if isinstance(value, FileRange) else piece(name, value)
+
+        def piece(name: str, value: Tensor) -> Tensor:
+            if not is_finite(value):
                 raise NumbersError(
                     f"layer {self.index}: merging makes numbers of {name} that are not finite"
                 )
             return value
 
         return checked
+
+    def _copy(self) -> Iterator[Step]:
+        with self.plan.source.open() as tensors:
+            yield from self._write(
+                self._unchanged(tensors).content, self.context.workspace.output
+            )
+
+    def _unchanged(self, tensors: MappedTensors) -> Unchanged:
+        entries, decoded = self.plan.source.entries, self.plan.decoded
+        return Unchanged(entries=entries, tensors=tensors, decoded=decoded)
 
     def _propagate(self, model: StreamedModel) -> Iterator[Step]:
         """Run the layer, as `model` has it, to give what enters the next."""

@@ -10,18 +10,21 @@ again here.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.layouts import ExpertStack, find_experts
-from .checkpoint.source import Checkpoint, MappedTensors
+from .checkpoint.formats import Stored
+from .checkpoint.header import TensorEntry
+from .checkpoint.quantized import find_quantized, float_name, tensors_of
+from .checkpoint.source import Checkpoint
+from .checkpoint.stacks import ExpertStack, Tensors
 from .errors import DamagedError, UnsupportedModelError
-from .experts import ExpertWeights, StreamedExperts
+from .experts import ExpertWeights, Form, StreamedExperts
 from .memory import bound_kernel_caches, trim
 from .skeleton import (
     build_skeleton,
@@ -30,6 +33,7 @@ from .skeleton import (
     find_fused_experts,
     get_tensor,
     key_targets,
+    passes_selection,
     path_of,
     project_pieces,
     put_tensor,
@@ -65,11 +69,38 @@ class LayerKeys:
     names: tuple[str, ...]
     """All its tensors in the checkpoint, sorted."""
 
-    dense: Mapping[str, str]
-    """Checkpoint name of every parameter and buffer that is not an expert's."""
+    dense: Mapping[str, tuple[str, ...]]
+    """Of every parameter and buffer that is no expert's the tensors, several if they are
+    joined; names of their floats, if quantized."""
 
     stack: ExpertStack | None
     """Its routed experts; None in a dense layer."""
+
+    quantized: Mapping[str, Stored] = field(default_factory=dict)
+    """How those of `dense` are stored that are not floats."""
+
+    def shape(self, name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, ...]:
+        """Return the shape of one of `dense`."""
+        return shape_of(name, self.quantized, entries)
+
+    def dense_names(self) -> list[str]:
+        """Return all names of `dense`."""
+        return [name for names in self.dense.values() for name in names]
+
+    def dense_tensors(self) -> list[str]:
+        """Return its tensors that are no expert's."""
+        experts = self.stack.slots() if self.stack else {}
+        return [name for name in self.names if name not in experts]
+
+
+def shape_of(
+    name: str, quantized: Mapping[str, Stored], entries: Mapping[str, TensorEntry]
+) -> tuple[int, ...]:
+    """Return the shape of a tensor's floats, by the name that they have."""
+    if name not in quantized:
+        return entries[name].shape
+    stored = quantized[name]
+    return (*([] if stored.count is None else [stored.count]), stored.rows, stored.cols)
 
 
 class StreamedModel:
@@ -105,24 +136,34 @@ class StreamedModel:
             )
         self.model = build_skeleton(checkpoint.config, dtype, device)
         self._layers_path, self._decoder = find_decoder(self.model)
+        self._is_tuple = passes_selection(self.model, self._decoder)
         self._active: int | None = None
         self._feed: Tensor | None = None
         self._only_feed = False
         for index, module in enumerate(self._decoder):
             module.forward = self._relay(index, module.forward)
-        self._targets = key_targets(self.model, checkpoint.entries)
+        entries = checkpoint.entries
+        self.quantized = find_quantized(entries, checkpoint.quantization)
+        coded = {name for stored in self.quantized.values() for name in tensors_of(stored)}
+        names = [name for name in entries if name not in coded]
+        self._targets = key_targets(self.model, [*names, *self.quantized])
         self.layers = self._plan_layers()
-        self._outside = {
-            target: name
-            for name, target in self._targets.items()
-            if not target.startswith(self._layers_path + ".")
-        }
+        self._outside: dict[str, tuple[str, ...]] = {}
+        for name, target in self._targets.items():
+            if not target.startswith(self._layers_path + "."):
+                self._outside[target] = (*self._outside.get(target, ()), name)
         self._check_outside()
 
     @property
     def num_layers(self) -> int:
         """Decoder layers, dense ones included."""
         return len(self._decoder)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of what goes from layer to layer."""
+        embedding: Any = self.model
+        return int(embedding.get_input_embeddings().weight.shape[1])
 
     @property
     def outside_names(self) -> list[str]:
@@ -132,13 +173,18 @@ class StreamedModel:
 
     def router(self, index: int) -> nn.Module:
         """Return the router module of an MoE layer."""
-        recorders: Any = self.model._can_record_outputs
-        recorder = recorders["router_logits"]
-        kind: type[nn.Module] = getattr(recorder, "target_class", recorder)
         for module in self._decoder[index].modules():
-            if isinstance(module, kind):
+            if type(module).__name__.endswith(("Router", "HunYuanMoEV1Gate")):
                 return module
-        raise UnsupportedModelError(f"layer {index} has experts but no {kind.__name__}")
+        raise UnsupportedModelError(f"layer {index} has experts but no router")
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token is sent to."""
+        first = next(layer.index for layer in self.layers if layer.stack)
+        config: Any = self.model.config.get_text_config(decoder=True)
+        top_k = getattr(self.router(first), "top_k", None) or config.top_k_experts
+        return int(top_k)
 
     @contextmanager
     def open_outside(self) -> Iterator[None]:
@@ -153,17 +199,18 @@ class StreamedModel:
             embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
             large = {id(embedding.weight), id(head.weight)}
             small = {
-                target: name
-                for target, name in self._outside.items()
+                target: found
+                for target, found in self._outside.items()
                 if id(get_tensor(self.model, target)) not in large
             }
             self._fill(small, tensors)
             stack.callback(self._drop, small)
-            table = self._outside[path_of(self.model, embedding) + ".weight"]
+            (table,) = self._outside[path_of(self.model, embedding) + ".weight"]
             embedding.padding_idx = None
-            embedding.forward = embed_rows(embedding, tensors[table], self.dtype, self.device)
-            matrix = self._outside.get(path_of(self.model, head) + ".weight", table)
-            head.forward = project_pieces(head.bias, tensors[matrix])
+            rows = self._read(tensors, table, self.dtype)
+            embedding.forward = embed_rows(embedding, rows, self.dtype, self.device)
+            (matrix,) = self._outside.get(path_of(self.model, head) + ".weight", (table,))
+            head.forward = project_pieces(head.bias, self._read(tensors, matrix, self.dtype))
             yield
 
     @contextmanager
@@ -189,7 +236,9 @@ class StreamedModel:
                 streamed = None
                 if keys.stack is not None:
                     path, original = find_fused_experts(layer)
-                    weights = ExpertWeights(tensors, keys.stack, self.dtype, self.device)
+                    weights = ExpertWeights(
+                        tensors, keys.stack, self.dtype, self.device, Form.of(original)
+                    )
                     streamed = StreamedExperts(original, weights)
                     layer.set_submodule(path, streamed)
                 try:
@@ -292,11 +341,13 @@ class StreamedModel:
         forms: their outputs do not depend on the experts, so they can be kept
         and played back when the layer runs again with other experts.
         """
-        block = find_fused_experts(self._decoder[index])[0].split(".")[0]
+        experts = find_fused_experts(self._decoder[index])[1]
+        apart = {experts, self.router(index)}
         return [
             child
-            for name, child in self._decoder[index].named_children()
-            if name != block and any(p.dim() > 1 for p in child.parameters())
+            for child in self._decoder[index].children()
+            if apart.isdisjoint(child.modules())
+            and any(p.dim() > 1 for p in child.parameters())
         ]
 
     def _forward(self, batch: Batch, **options: Any) -> Any:  # noqa: ANN401
@@ -313,12 +364,14 @@ class StreamedModel:
     def _relay(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def relayed(hidden_BLH: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             if index != self._active:
-                return hidden_BLH
+                return (hidden_BLH, None) if self._is_tuple else hidden_BLH
             if self._feed is not None:
                 hidden_BLH = self._feed.to(self.device)
             if self._only_feed:
-                return hidden_BLH
+                return (hidden_BLH, None) if self._is_tuple else hidden_BLH
             output = forward(hidden_BLH, *args, **kwargs)
+            if self._is_tuple:
+                output = output[0]
             if not isinstance(output, Tensor):
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} passes more than hidden states between layers"
@@ -328,29 +381,52 @@ class StreamedModel:
         return relayed
 
     def _plan_layers(self) -> list[LayerKeys]:
-        entries = self.checkpoint.entries
-        stacks = find_experts(entries)
+        stacks = self.checkpoint.experts().values()
         pattern = re.compile(re.escape(self._layers_path) + r"\.(\d+)\.(.+)")
         names: list[list[str]] = [[] for _ in self._decoder]
-        dense: list[dict[str, str]] = [{} for _ in self._decoder]
+        dense: list[dict[str, tuple[str, ...]]] = [{} for _ in self._decoder]
         owner: dict[int, ExpertStack] = {}
-        stack_of = {n: s for s in stacks.values() for e in s.experts for n in e.parts()}
+        stack_of: dict[str, ExpertStack] = {}
+        for stack in stacks:
+            for name, slot in stack.slots().items():
+                plain = (
+                    name
+                    if name in self._targets
+                    else float_name(
+                        stack.matrices[slot.matrix].place(slot.expert or 0), slot.part.suffix
+                    )
+                )
+                stack_of[plain] = stack
         for name, target in self._targets.items():
             match = pattern.fullmatch(target)
             if match is None:
                 continue
             index = int(match[1])
-            names[index].append(name)
-            if name in stack_of:
-                owner[index] = stack_of[name]
-            else:
-                dense[index][target] = name
+            of = stack_of.get(name)
+            if of is None:
+                dense[index][target] = (*dense[index].get(target, ()), name)
+                stored = self.quantized.get(name)
+                names[index] += [name] if stored is None else tensors_of(stored)
+            elif index not in owner:
+                owner[index] = of
+                names[index] += of.slots()
+            elif owner[index] is not of:
+                raise UnsupportedModelError(
+                    f"layer {index} has two sets of routed experts, {owner[index].prefix} "
+                    f"and {of.prefix}"
+                )
         layers = [
             LayerKeys(
                 index=index,
                 names=tuple(sorted(names[index])),
                 dense=dense[index],
                 stack=owner.get(index),
+                quantized={
+                    name: self.quantized[name]
+                    for parts in dense[index].values()
+                    for name in parts
+                    if name in self.quantized
+                },
             )
             for index in range(len(self._decoder))
         ]
@@ -366,18 +442,29 @@ class StreamedModel:
             path, module = find_fused_experts(self._decoder[layer.index])
             fused = {f"{prefix}{path}.{name}" for name, _ in module.named_parameters()}
             wanted -= fused
-            count, hidden, inner = get_tensor(module, "down_proj").shape
-            if len(layer.stack.experts) != count:
-                raise DamagedError(
-                    f"layer {layer.index} has {len(layer.stack.experts)} experts, "
-                    f"config.json says {count}"
-                )
-            if (layer.stack.inner, layer.stack.hidden) != (inner, hidden):
-                raise DamagedError(
-                    f"{layer.stack.experts[0].gate} has shape "
-                    f"{(layer.stack.inner, layer.stack.hidden)}, the model {(inner, hidden)}"
-                )
+            self._check_stack(layer.index, layer.stack, module)
         self._check_tensors(wanted, layer.dense)
+
+    def _check_stack(self, index: int, stack: ExpertStack, module: nn.Module) -> None:
+        """Refuse experts that are not the model's."""
+        form = Form.of(module)
+        count, hidden, inner = get_tensor(module, "down_proj").shape
+        if form.is_transposed:
+            hidden, inner = inner, hidden
+        if stack.count != count:
+            raise DamagedError(
+                f"layer {index} has {stack.count} experts, config.json says {count}"
+            )
+        if (stack.inner, stack.hidden) != (inner, hidden):
+            first = stack.matrices[0]
+            raise DamagedError(
+                f"{next(stack.expert_slots(0))[0]} has shape {first.shape}, the model has "
+                f"experts of {(inner, hidden)}"
+            )
+        if (stack.is_gated, stack.has_bias) != (form.is_gated, form.has_bias):
+            raise DamagedError(
+                f"{stack.prefix}: gates or biases are not those of {type(module).__name__}"
+            )
 
     def _check_outside(self) -> None:
         """Refuse a checkpoint that lacks what is outside the layers; what is tied may lack."""
@@ -385,25 +472,37 @@ class StreamedModel:
         wanted = {key for key in self.model.state_dict() if not key.startswith(prefix)}
         self._check_tensors(wanted - set(self.model.all_tied_weights_keys), self._outside)
 
-    def _check_tensors(self, wanted: set[str], found: Mapping[str, str]) -> None:
+    def _check_tensors(self, wanted: set[str], found: Mapping[str, tuple[str, ...]]) -> None:
         missing = sorted(wanted - set(found))
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise DamagedError(f"the checkpoint lacks {missing[0]}{more}")
-        for target, name in found.items():
-            shape = self.checkpoint.entries[name].shape
+        for target, names in found.items():
+            name = names[0]
+            shapes = [shape_of(n, self.quantized, self.checkpoint.entries) for n in names]
+            shape = shapes[0]
+            if len(names) > 1:
+                shape = (sum(part[0] for part in shapes), *shape[1:])
             expected = tuple(get_tensor(self.model, target).shape)
             if shape != expected:
                 raise DamagedError(f"{name} has shape {shape}, the model {expected}")
 
-    def _fill(self, keys: Mapping[str, str], tensors: MappedTensors) -> None:
+    def _read(self, tensors: Tensors, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a tensor: floats as they are stored, others decoded to `dtype`."""
+        if name not in self.quantized:
+            return tensors[name]
+        return tensors.matrix(self.quantized[name], None, dtype, self.device)
+
+    def _fill(self, keys: Mapping[str, tuple[str, ...]], tensors: Tensors) -> None:
         plan = self.model._get_dtype_plan(self.dtype)
-        for target, name in keys.items():
+        for target, names in keys.items():
             dtype = next(
                 (plan[p] for p in plan if p in target), get_tensor(self.model, target).dtype
             )
-            put_tensor(self.model, target, tensors[name].to(self.device, dtype))
+            values = [self._read(tensors, name, dtype) for name in names]
+            value = values[0] if len(values) == 1 else torch.cat(values)
+            put_tensor(self.model, target, value.to(self.device, dtype))
 
-    def _drop(self, keys: Mapping[str, str]) -> None:
+    def _drop(self, keys: Iterable[str]) -> None:
         for target in keys:
             put_tensor(self.model, target, get_tensor(self.model, target).to("meta"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .calibration.tokens import Tokens
 from .errors import NumbersError
 from .experts import Routed, StreamedExperts
-from .families import SCORES, Family
+from .families import Family
 from .finite import Excluded, is_finite
 from .method.saliency import RoutedSums
 from .method.similarity import LogitGram, MeanActivations
@@ -168,7 +168,7 @@ class Observer:
         self.sums = SumsByDomain(tokens, num_experts)
         self.sample = sample
         self.gram = LogitGram(num_experts, device=device) if gate_term else None
-        self._score = SCORES[family.score]
+        self._family = family
         self._excluded, self._length = excluded, tokens.sequence_length
         self._late: dict[int, Tensor] = {}
         self._logits_TE = torch.empty(0)
@@ -222,7 +222,7 @@ class Observer:
 
     def _take(self, routed: Routed) -> None:
         self._leave_out_bad(routed.hidden_TH, routed.norm_TK, self._logits_TE)
-        score_TE = self._score(self._logits_TE)
+        score_TE = self._family.score(self._logits_TE)
         if self.sample is not None:
             self.sample.take(self._start, routed.hidden_TH, score_TE)
         index_TK, weight_TK, norm_TK = routed.index_TK, routed.weight_TK, routed.norm_TK
@@ -234,7 +234,10 @@ class Observer:
         scored_TK = score_TE.gather(1, index_TK)
         self.sums.update(index_TK, weight_TK, scored_TK, norm_TK, self._keep_T)
         if self.gram is not None:
-            self.gram.update(logits_TE)
+            # of probabilities the logarithm; tiny ones round to zero
+            smallest = torch.finfo(torch.float32).tiny
+            log = self._family.gives_scores
+            self.gram.update(logits_TE.clamp_min(smallest).log() if log else logits_TE)
 
     def _leave_out_bad(self, *state_TX: Tensor) -> None:
         """Leave out the sequences of the batch for which a number is not finite."""
@@ -273,14 +276,16 @@ def mean_outputs(
     """
     hidden_nH, score_nE = sample.hidden_nH, sample.score_nE
     for expert in range(len(mean_EH)):
-        gate_up_2IH, down_HI = experts.weights.load(expert)
-        inner = down_HI.shape[1]
+        loaded = experts.weights.load(expert)
+        inner = loaded.down_HI.shape[1]
         means = MeanActivations(1, inner, similarity=similarity, device=hidden_nH.device)
         for start in range(0, len(hidden_nH), SAMPLE_ROWS):
             rows = slice(start, start + SAMPLE_ROWS)
-            means.add(0, experts.inner(hidden_nH[rows], gate_up_2IH), score_nE[rows, expert])
+            means.add(0, experts.inner(hidden_nH[rows], loaded), score_nE[rows, expert])
         # in float32 at least: rounding would blur experts that are nearly alike
-        mean_EH[expert] = down_HI.float() @ means.mean_EI()[0].float()
+        mean_EH[expert] = loaded.down_HI.float() @ means.mean_EI()[0].float()
+        if loaded.down_bias_H is not None:
+            mean_EH[expert] += means.mean_weight_E()[0] * loaded.down_bias_H.double()
         yield expert + 1
 
 
@@ -299,7 +304,7 @@ class Playback:
         """Keep what the modules return, batch by batch, for the length of the block."""
         self._outputs = [[] for _ in mixers]
         handles = [
-            module.register_forward_hook(lambda _m, _a, output, kept=kept: kept.append(output))
+            module.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(_main(out)))
             for module, kept in zip(mixers, self._outputs, strict=True)
         ]
         try:
@@ -310,14 +315,27 @@ class Playback:
 
     @contextmanager
     def playing(self, mixers: Sequence[nn.Module]) -> Iterator[None]:
-        """Let the modules return what was kept, in order, for the length of the block."""
-        for module, kept in zip(mixers, self._outputs, strict=True):
-            module.forward = _next_of(iter(kept))
+        """Let the modules return what was kept, in order, for the length of the block.
+
+        What runs after the experts was not reached when they were observed: it runs.
+        """
+        kept = [
+            (m, outputs) for m, outputs in zip(mixers, self._outputs, strict=True) if outputs
+        ]
+        for module, outputs in kept:
+            module.forward = _next_of(iter(outputs))
         try:
             yield
         finally:
-            for module in mixers:
+            for module, _ in kept:
                 del module.forward
+
+
+def _main(output: Any) -> Any:  # noqa: ANN401
+    """Return an output without what comes beside it, attention weights, that nothing reads."""
+    if isinstance(output, tuple):
+        return (output[0], *[None] * (len(output) - 1))
+    return output
 
 
 def _next_of(outputs: Iterator[Any]) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ import torch
 from . import __version__, durable
 from .calibration.tokens import Tokens
 from .checkpoint.shards import write_shard
+from .content import Unchanged
 from .errors import InterruptedRunError
 from .events import Event, Finished, LayerDone, Started
 from .finish import MANIFEST, output_files, write_rest
@@ -196,11 +197,17 @@ def _layer(
 
 def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) -> None:
     """Write what is outside the layers, then the files that make the output complete."""
-    for shard in plan.outside[len(journal.outside) :]:
-        written = write_shard(workspace.output, shard, plan.source.entries.__getitem__)
-        plan.source.check_unchanged(tensor.name for tensor in shard.tensors)
-        journal.outside.append(written)
-        save(workspace, journal)
+    with plan.source.open() as tensors:
+        unchanged = Unchanged(
+            entries=plan.source.entries, tensors=tensors, decoded=plan.decoded
+        )
+        for shard in plan.outside[len(journal.outside) :]:
+            written = write_shard(workspace.output, shard, unchanged.content)
+            plan.source.check_unchanged(
+                name for tensor in shard.tensors for name in unchanged.origins(tensor.name)
+            )
+            journal.outside.append(written)
+            save(workspace, journal)
     write_rest(plan, tokens, workspace, journal)
 
 

@@ -6,25 +6,29 @@ config, so that a checkpoint which would not load is refused before the first
 layer.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .budget import Size, allot, top_k
+from .budget import Size, allot
+from .checkpoint.formats import Stored, rename_skipped
 from .checkpoint.header import TensorEntry
-from .checkpoint.layouts import find_experts
+from .checkpoint.quantized import tensors_of
 from .checkpoint.shards import PlannedTensor, Shard, cut, name_shards
 from .checkpoint.source import Checkpoint
+from .checkpoint.stacks import ExpertStack
 from .durable import free_bytes, same_disk
 from .errors import DamagedError, OverBudgetError, UnsupportedModelError
 from .families import Family, family_of, with_expert_count
 from .footprint import Footprints
 from .journal import Journal
 from .memory import available_bytes
-from .model import LayerKeys, StreamedModel
+from .model import LayerKeys, StreamedModel, shape_of
+from .mtp import find_mtp, without_mtp
 from .refit_budget import Solver
 from .settings import Settings, check_counts, check_refit
 from .sizes import format_size
@@ -42,6 +46,9 @@ class LayerPlan:
 
     shards: tuple[Shard, ...]
     """Its files in the output."""
+
+    stack: ExpertStack | None
+    """Its experts in the output; None in a dense layer."""
 
     routers: Mapping[str, int]
     """Router-side tensors, with their axis of experts; empty in a dense layer."""
@@ -77,6 +84,9 @@ class Plan:
 
     outside: tuple[Shard, ...]
     """Shards of what is outside the layers."""
+
+    decoded: Mapping[str, Stored] = field(repr=False)
+    """Quantized matrices beside the experts that are written as floats, by their names then."""
 
     sequences: int
     """Calibration sequences."""
@@ -168,9 +178,12 @@ class Plan:
                     position += tensor.nbytes
         inside = {name for layer in self.layers for name in layer.keys.names}
         outside = {n: e for n, e in self.source.entries.items() if n not in inside}
+        config = dict(self.config)
+        if self.source.quantization:  # tells how what is taken from the source is stored
+            config["quantization_config"] = self.source.quantization
         return Checkpoint(
             folder=folder,
-            config=self.config,
+            config=config,
             entries={**entries, **outside},
             stamps=self.source.stamps,
         )
@@ -208,19 +221,26 @@ def make_plan(
     """
     family = family_of(source.config)
     dtype: torch.dtype = getattr(torch, settings.compute_dtype)
-    model = StreamedModel(source, dtype, torch.device("cpu"))
+    kept = source
+    if settings.mtp == "drop":
+        gone = find_mtp(source.entries, source.config)
+        left = {name: entry for name, entry in source.entries.items() if name not in gone}
+        kept = replace(source, entries=left)
+    model = StreamedModel(kept, dtype, torch.device("cpu"))
     stacks = [layer.stack for layer in model.layers if layer.stack]
     if not stacks:
         raise UnsupportedModelError(f"{source.folder} is a dense model: it has no experts")
-    _check_all_owned(source, model)
-    num_experts, chosen = len(stacks[0].experts), top_k(model)
-    if any(len(stack.experts) != num_experts for stack in stacks):
+    _check_all_owned(kept, model)
+    _check_refit(settings, stacks)
+    num_experts = stacks[0].count
+    if any(stack.count != num_experts for stack in stacks):
         raise UnsupportedModelError("layers have different numbers of experts")
     routing_groups = family.groups(model.model.config)
     groups_per_token = int(getattr(model.model.config, "topk_group", None) or routing_groups)
     check_refit(settings.method)
-    check_counts(settings, num_experts, chosen, routing_groups, groups_per_token)
-    layers, outside = _lay_out(model, family, num_experts, settings)
+    check_counts(settings, num_experts, model.top_k, routing_groups, groups_per_token)
+    decoded = _decoded(model) if settings.dtype == "bfloat16" else {}
+    layers, outside = _lay_out(model, family, num_experts, settings, decoded)
     allotment = allot(
         Footprints(source, dtype),
         settings,
@@ -231,17 +251,18 @@ def make_plan(
     plan = Plan(
         settings=settings,
         source=source,
-        config=with_expert_count(source.config, family, settings.experts),
+        config=_config(source, family, settings),
         family=family,
         num_experts=num_experts,
-        top_k=chosen,
+        top_k=model.top_k,
         routing_groups=routing_groups,
         layers=layers,
         outside=outside,
+        decoded=decoded,
         sequences=sequences,
         sequence_length=sequence_length,
         batch_sequences=allotment.batch_sequences,
-        hidden_size=stacks[0].hidden,
+        hidden_size=model.hidden_size,
         memory=allotment.parts,
         solver=allotment.solver,
         steady=ram is not None,
@@ -291,37 +312,100 @@ def check_disk(
 def _check_all_owned(source: Checkpoint, model: StreamedModel) -> None:
     """Refuse experts outside the decoder: a file set with two expert counts does not load."""
     owned = {layer.stack.prefix for layer in model.layers if layer.stack}
-    foreign = sorted(set(find_experts(source.entries)) - owned)
+    foreign = sorted(set(source.experts()) - owned)
     if foreign:
         raise UnsupportedModelError(
             f"{foreign[0]} are experts outside the decoder layers (a multi-token-prediction "
-            "layer or a second tower); compressing them is not supported yet"
+            "layer or a second tower); they must have the decoder's number of experts, and "
+            "compressing them is not supported: --mtp drop leaves such layers out"
         )
+
+
+def _check_refit(settings: Settings, stacks: Iterable[ExpertStack]) -> None:
+    """Refuse to refit what is quantized, unless it is written as floats."""
+    if settings.method.refit == "none" or settings.dtype == "bfloat16":
+        return
+    for stack in stacks:
+        if stack.scheme != "plain":
+            raise UnsupportedModelError(
+                f"{stack.prefix} is stored as {stack.scheme}: refitting quantized experts is "
+                "not supported; give --dtype bf16 or --refit none"
+            )
 
 
 def _lay_out(
-    model: StreamedModel, family: Family, num_experts: int, settings: Settings
+    model: StreamedModel,
+    family: Family,
+    num_experts: int,
+    settings: Settings,
+    decoded: Mapping[str, Stored],
 ) -> tuple[tuple[LayerPlan, ...], tuple[Shard, ...]]:
     entries = model.checkpoint.entries
     routers = [_routers(layer, family, entries, num_experts) for layer in model.layers]
+    stacks = [_output_stack(layer.stack, settings) for layer in model.layers]
     groups = []
-    for layer, axes in zip(model.layers, routers, strict=True):
-        dropped = layer.stack.experts[settings.experts :] if layer.stack else ()
-        gone = {name for expert in dropped for name in expert.parts()}
-        groups.append(
-            [
-                _planned(entries[n], axes.get(n), settings.experts)
-                for n in layer.names
-                if n not in gone
+    for layer, stack, axes in zip(model.layers, stacks, routers, strict=True):
+        planned = _unchanged(layer.dense_tensors(), entries, decoded)
+        if stack is not None:
+            planned = [_resized(t, axes.get(t.name), settings, num_experts) for t in planned]
+            planned += [
+                PlannedTensor(name=name, dtype=slot.part.dtype, shape=slot.shape)
+                for name, slot in stack.slots().items()
             ]
-        )
-    groups.append([_planned(entries[name], None, 0) for name in model.outside_names])
+        groups.append(sorted(planned, key=lambda tensor: tensor.name))
+    groups.append(_unchanged(model.outside_names, entries, decoded))
     shards = name_shards([cut(group, settings.max_shard_bytes) for group in groups])
     layers = tuple(
-        LayerPlan(keys=keys, shards=tuple(files), routers=axes)
-        for keys, files, axes in zip(model.layers, shards[:-1], routers, strict=True)
+        LayerPlan(keys=keys, shards=tuple(files), stack=stack, routers=axes)
+        for keys, files, stack, axes in zip(
+            model.layers, shards[:-1], stacks, routers, strict=True
+        )
     )
     return layers, tuple(shards[-1])
+
+
+def _output_stack(stack: ExpertStack | None, settings: Settings) -> ExpertStack | None:
+    if stack is None:
+        return None
+    stack = stack.resized(settings.experts)
+    return stack.decoded("BF16") if _decodes(stack, settings) else stack
+
+
+def _decodes(stack: ExpertStack, settings: Settings) -> bool:
+    return settings.dtype == "bfloat16" and stack.scheme != "plain"
+
+
+def _decoded(model: StreamedModel) -> dict[str, Stored]:
+    """Return the quantized matrices that are no expert's of a layer, by name of the floats."""
+    experts = {name for layer in model.layers if layer.stack for name in layer.stack.slots()}
+    return {
+        name: stored
+        for name, stored in model.quantized.items()
+        if experts.isdisjoint(tensors_of(stored))
+    }
+
+
+def _kept_module(name: str, count: int) -> str | None:
+    """Return a module's name; None for that of an expert whose number there is no more."""
+    match = re.search(r"\.experts\.(\d+)(\.|$)", name)
+    return None if match and int(match[1]) >= count else name
+
+
+def _config(source: Checkpoint, family: Family, settings: Settings) -> dict[str, Any]:
+    """Return config.json of the output."""
+    config = with_expert_count(source.config, family, settings.experts)
+    if settings.mtp == "drop":
+        config = without_mtp(config)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and isinstance(part.get("quantization_config"), dict):
+            part["quantization_config"] = rename_skipped(
+                part["quantization_config"], lambda name: _kept_module(name, settings.experts)
+            )
+    if settings.dtype == "bfloat16":
+        config.pop("quantization_config", None)
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"].pop("quantization_config", None)
+    return config
 
 
 def _routers(
@@ -343,8 +427,31 @@ def _routers(
     return found
 
 
-def _planned(entry: TensorEntry, axis: int | None, keep: int) -> PlannedTensor:
-    shape = list(entry.shape)
-    if axis is not None:
-        shape[axis] = keep
-    return PlannedTensor(name=entry.name, dtype=entry.dtype, shape=tuple(shape))
+def _unchanged(
+    names: Iterable[str],
+    entries: Mapping[str, TensorEntry],
+    decoded: Mapping[str, Stored],
+) -> list[PlannedTensor]:
+    """Return tensors as they are in the source, or their floats in place of quantized ones."""
+    names = list(names)
+    coded = {name: plain for plain, s in decoded.items() for name in tensors_of(s)}
+    planned = [
+        PlannedTensor(name=name, dtype=entries[name].dtype, shape=entries[name].shape)
+        for name in names
+        if name not in coded
+    ]
+    for plain in sorted({coded[name] for name in names if name in coded}):
+        shape = shape_of(plain, decoded, entries)
+        planned.append(PlannedTensor(name=plain, dtype="BF16", shape=shape))
+    return planned
+
+
+def _resized(
+    tensor: PlannedTensor, axis: int | None, settings: Settings, num_experts: int
+) -> PlannedTensor:
+    """Return a router-side tensor with as many experts as are kept."""
+    if axis is None:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] -= num_experts - settings.experts
+    return replace(tensor, shape=tuple(shape))

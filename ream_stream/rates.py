@@ -17,10 +17,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
+from .checkpoint.formats import Plain, Stored
 from .checkpoint.header import DTYPES
-from .checkpoint.layouts import ExpertStack
 from .checkpoint.source import Checkpoint
-from .experts import ExpertWeights, StreamedExperts, slots_by_expert
+from .checkpoint.stacks import ExpertMatrix, ExpertStack
+from .experts import ExpertWeights, Form, StreamedExperts, slots_by_expert
 from .memory import available_bytes, trim
 from .plan import Plan
 from .seeds import generator
@@ -144,15 +145,21 @@ class _Filled:
     """Stands in for mapped tensors: some experts, all of the same numbers."""
 
     def __init__(self, stack: ExpertStack, count: int) -> None:
-        shapes = [(stack.inner, stack.hidden)] * 2 + [(stack.hidden, stack.inner)]
-        self._tensors = {
-            name: torch.full(shape, 0.01, dtype=DTYPES[stack.dtype])
-            for expert in stack.experts[:count]
-            for name, shape in zip(expert.parts(), shapes, strict=True)
+        self._matrices = {
+            (matrix.place(expert), None if matrix.numbered else expert): self._fill(matrix)
+            for matrix in stack.matrices
+            for expert in range(count)
         }
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+    @staticmethod
+    def _fill(matrix: ExpertMatrix) -> Tensor:
+        stored = matrix.stored
+        plain = isinstance(stored.codec, Plain)
+        dtype = DTYPES[matrix.tensors[0].dtype] if plain else torch.bfloat16
+        return torch.full((stored.rows, stored.cols), 0.01, dtype=dtype)
+
+    def matrix(self, stored: Stored, index: int | None, *_: Any) -> Tensor:  # noqa: ANN401
+        return self._matrices[stored.prefix, index]
 
 
 def _products(
@@ -163,8 +170,9 @@ def _products(
     held = numbers * DTYPES[stack.dtype].itemsize
     count = min(plan.num_experts, max(_FEWEST_EXPERTS, _SAMPLED_BYTES // held))
     tensors: Any = _Filled(stack, count)
-    original: Any = SimpleNamespace(_apply_gate=_gate)
-    experts = StreamedExperts(original, ExpertWeights(tensors, stack, plan.dtype, device))
+    original: Any = SimpleNamespace(_apply_gate=_gate, act_fn=functional.silu)
+    form = Form(is_gated=stack.is_gated, has_bias=stack.has_bias)
+    experts = StreamedExperts(original, ExpertWeights(tensors, stack, plan.dtype, device, form))
     experts.listener = lambda _routed: None
     batch = plan.batch_sequences * plan.sequence_length
     slots = max(1, batch * plan.top_k * count // plan.num_experts)
@@ -185,9 +193,9 @@ def _products(
             limit,
         )
         many_RH = hidden_TH[:1].expand(min(batch, 1024), -1).contiguous()
-        gate_up_2IH = experts.weights.load(0)[0]
+        loaded = experts.weights.load(0)
         inner = 4 * stack.hidden * stack.inner * len(many_RH)
-        many = _rate(lambda: experts.inner(many_RH, gate_up_2IH)[0, 0].item(), inner, limit)
+        many = _rate(lambda: experts.inner(many_RH, loaded)[0, 0].item(), inner, limit)
     return run, many
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .checkpoint.header import DTYPES
-from .checkpoint.layouts import ExpertStack
+from .checkpoint.stacks import ExpertStack
 from .experts import MAX_ROWS
 from .settings import Settings
 

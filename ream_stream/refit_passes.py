@@ -336,7 +336,7 @@ class LayerRefit:
 
     def _round(self, place: int, change_IH: Tensor, columns: slice) -> Tensor:
         """Return the new down projection as it is stored; the change becomes what that is."""
-        _, down_HI = self._weights.load(self._tokens.changing[place])
+        down_HI = self._weights.load(self._tokens.changing[place]).down_HI
         old_HI = down_HI[columns].float()
         new_HI = (old_HI + change_IH.T).to(self._stored)
         change_IH.copy_((new_HI.float() - old_HI).T)

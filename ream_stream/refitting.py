@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from . import durable
 from .calibration.hidden import HiddenStates
 from .calibration.tokens import Tokens
-from .checkpoint.header import TensorEntry
+from .checkpoint.shards import Content
+from .checkpoint.stacks import Slot, one_of
+from .durable import FileRange
 from .errors import ReamStreamError
 from .events import Refitted
 from .journal import Workspace
@@ -59,7 +61,7 @@ class RefitJob:
         self._model, self._index = model, index
         self._stack = ExitStack()
         self._refit: LayerRefit | None = None
-        self._places: dict[str, int] = {}
+        self._places: dict[int, int] = {}
         self.folder = workspace.scratch("layer")
         """Where the compressed layer is to be written first."""
 
@@ -139,9 +141,7 @@ class RefitJob:
             except ValueError as error:
                 raise ReamStreamError(f"layer {self._index}: {error}") from error
         self._refit = refit
-        stack = self._model.layers[self._index].stack
-        assert stack is not None
-        self._places = {stack.experts[e].down: place for place, e in enumerate(changing)}
+        self._places = {expert: place for place, expert in enumerate(changing)}
         yield total, total
 
     @property
@@ -149,14 +149,35 @@ class RefitJob:
         """What came of it; None if nothing could be changed."""
         return None if self._refit is None else self._refit.outcome
 
-    def content(self) -> Callable[[str], Tensor | TensorEntry]:
+    def content(self) -> Callable[[str], Content]:
         """Return a function that gives each final tensor of the layer, by name."""
         entries, refit = self._plan.output_checkpoint(self.folder).entries, self._refit
+        stack = self._model.layers[self._index].stack
+        assert stack is not None
+        slots, count = stack.slots(), stack.count
+        downs = {n for n, matrix in enumerate(stack.matrices) if matrix.parts == ("down",)}
 
-        def content(name: str) -> Tensor | TensorEntry:
-            if refit is None or refit.penalty is None or name not in self._places:
+        def one(name: str, slot: Slot, expert: int) -> Tensor | FileRange:
+            entry, place = entries[name], self._places.get(expert)
+            if refit is not None and place is not None:
+                matrix = stack.matrices[slot.matrix]
+                return matrix.encode(matrix.join({"down": refit.down(place)}))[slot.part.suffix]
+            start, stop = (entry.start, entry.stop)
+            if slot.expert is None:
+                start, stop = one_of(entry, expert, count)
+            return FileRange(path=entry.path, start=start, stop=stop)
+
+        def content(name: str) -> Content:
+            slot = slots.get(name)
+            if (
+                refit is None
+                or refit.penalty is None
+                or slot is None
+                or slot.matrix not in downs
+            ):
                 return entries[name]
-            return refit.down(self._places[name])
+            experts = range(count) if slot.expert is None else [slot.expert]
+            return (one(name, slot, expert) for expert in experts)
 
         return content
 

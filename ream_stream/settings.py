@@ -74,6 +74,12 @@ class Settings:
     compute_dtype: str = "float32"
     """``bfloat16``, ``float16`` or ``float32``: what the layers are run in."""
 
+    dtype: str = "source"
+    """``source`` keeps every format; ``bfloat16`` writes quantized tensors decoded."""
+
+    mtp: str = "keep"
+    """``drop`` leaves out multi-token-prediction layers."""
+
     seed: int = 0
     """Start of every random choice."""
 

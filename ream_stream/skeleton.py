@@ -4,7 +4,7 @@ Private names of transformers used here are its key mapping and the context that
 `from_pretrained` builds models in; tests/test_model.py is the contract.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.monkey_patching import patch_output_recorders
 
-from .checkpoint.header import TensorEntry
 from .errors import UnsupportedModelError
 from .experts import StreamedExperts
 
@@ -59,7 +63,11 @@ def _build(
     config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     values = _without_code(config)
-    loaded = CONFIG_MAPPING[config["model_type"]].from_dict(values)
+    # how weights are stored is read from headers
+    values.pop("quantization_config", None)
+    kind_of_config: Any = CONFIG_MAPPING[config["model_type"]]
+    # JSON has no infinity: transformers writes it as an object
+    loaded = kind_of_config.from_dict(kind_of_config._decode_special_floats(values))
     loaded.dtype = dtype
     kind: Any = AutoModelForCausalLM._model_mapping[type(loaded)]
     with ExitStack() as stack:
@@ -89,14 +97,22 @@ def _without_code(value: Any) -> Any:  # noqa: ANN401 - JSON is of any type
     return [_without_code(each) for each in value] if isinstance(value, list) else value
 
 
-def key_targets(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """Return, for each checkpoint tensor the model has, the name of its parameter or buffer."""
+def key_targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return, for each checkpoint tensor the model has, the name of its parameter or buffer.
+
+    What is joined from several tensors while loading, one above the other, has several names.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A tensor is changed while loading in a way that is not read.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    targets = {}
-    for name in sorted(entries):
+    targets, order = {}, {}
+    for name in sorted(names):
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
@@ -104,10 +120,17 @@ def key_targets(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> d
             target, pattern = name, None
         if target not in state:
             continue
-        if pattern is not None and ".experts." not in name:
-            raise UnsupportedModelError(f"{name} is converted while loading; not supported yet")
+        if pattern is not None and ".experts." not in target:
+            converter = next(c for c in converters if pattern in c.source_patterns)
+            steps = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
+            order[name] = converter.source_patterns.index(pattern)
+            if steps != [(Concatenate, 0)]:
+                raise UnsupportedModelError(
+                    f"{name} is changed while loading; not supported yet"
+                )
         targets[name] = target
-    return targets
+    # the names of one target in the order in which they are joined
+    return {name: targets[name] for name in sorted(targets, key=lambda n: order.get(n, 0))}
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
@@ -123,6 +146,25 @@ def find_decoder(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
     raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
 
 
+def passes_selection(model: PreTrainedModel, decoder: Sequence[nn.Module]) -> bool:
+    """Tell whether layers return, beside hidden states, which tokens attention looked at.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A layer uses what another one selected.
+    """
+    if type(decoder[0]).__name__ != "GlmMoeDsaDecoderLayer":
+        return False
+    config: Any = model.config
+    if set(config.indexer_types) != {"full"}:
+        raise UnsupportedModelError(
+            "layers use the tokens that other layers selected (indexer_types of config.json "
+            "are not all 'full'): not supported"
+        )
+    return True
+
+
 def find_fused_experts(layer: nn.Module) -> tuple[str, nn.Module]:
     """Return the module of a layer that holds all routed experts, and its path."""
     for path, module in layer.named_modules():
@@ -130,13 +172,10 @@ def find_fused_experts(layer: nn.Module) -> tuple[str, nn.Module]:
             return path, module
         down = getattr(module, "down_proj", None)
         if isinstance(down, nn.Parameter) and down.dim() == 3:
-            flags = ("has_gate", "is_concatenated")
-            wrong = ("has_bias", "is_transposed", "has_post_expert_norm")
-            if not all(getattr(module, f, False) for f in flags) or any(
-                getattr(module, f, True) for f in wrong
-            ):
+            if getattr(module, "has_post_expert_norm", True):
                 raise UnsupportedModelError(
-                    f"{type(module).__name__} is not a plain gated expert"
+                    f"{type(module).__name__} does not run experts as transformers' own "
+                    "grouped product does"
                 )
             return path, module
     raise UnsupportedModelError("a layer has expert tensors but no experts module")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from .budget import OUTPUTS
-from .checkpoint.layouts import ExpertStack
+from .checkpoint.stacks import ExpertStack
 from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
 
@@ -92,7 +92,7 @@ class _Layer:
         self.is_last = layer.keys.index == len(plan.layers) - 1
         self.tokens = plan.sequences * plan.sequence_length
         entries = plan.source.entries
-        self.dense_bytes = sum(entries[name].nbytes for name in layer.keys.dense.values())
+        self.dense_bytes = sum(entries[name].nbytes for name in layer.keys.dense_tensors())
         self.bytes = sum(entries[name].nbytes for name in layer.keys.names)
         self.output_bytes = sum(shard.nbytes for shard in layer.shards)
         self.entering = plan.hidden_bytes if layer.keys.index else 0
@@ -184,10 +184,10 @@ class _Layer:
         entries, block = self.plan.source.entries, self.stack.block if self.stack else "\0"
         names = [
             name
-            for name in self.layer.keys.dense.values()
+            for name in self.layer.keys.dense_names()
             if not (before_experts and name.startswith(block))
         ]
-        shapes = [entries[name].shape for name in names]
+        shapes = [self.layer.keys.shape(name, entries) for name in names]
         numbers = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
         return 2 * numbers * self.tokens + self._score_flop()
 

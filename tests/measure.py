@@ -58,7 +58,7 @@ def leak_experts():
 
     def keep(self, expert):
         loaded = load(self, expert)
-        kept.setdefault(self.stack.experts[expert].gate, [part.clone() for part in loaded])
+        kept.setdefault((self.stack.prefix, expert), [part.clone() for part in loaded[:2]])
         return loaded
 
     ExpertWeights.load = keep

@@ -6,6 +6,7 @@ believed: every lie of a header, an index or a config has its test here.
 
 import json
 import os
+import re
 import shutil
 import tracemalloc
 
@@ -26,7 +27,7 @@ from ream_stream.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from ream_stream.families import FAMILIES
+from ream_stream.families import FAMILIES, REFUSED
 from ream_stream.plan import check_disk, make_plan
 
 
@@ -102,7 +103,7 @@ def test_a_config_that_is_not_a_json_object(copy, tmp_path, text):
     refused(source, DamagedError, r"config\.json is not", tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "", None, 7, ["qwen3_moe"], {}])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "", None, 7, ["qwen3_moe"], {}])
 def test_a_family_that_is_not_supported_is_named_beside_those_that_are(
     copy, tmp_path, model_type
 ):
@@ -120,11 +121,19 @@ def test_the_statuses_are_those_promised():
     assert [kind.exit_status for kind in classes] == [2, 3, 10, 11, 12]
 
 
-@pytest.mark.parametrize("described", [{"quant_method": "fp8"}, {"bits": 4}, "gptq", [1]])
-def test_a_quantized_checkpoint(copy, tmp_path, described):
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_a_family_that_is_refused_is_so_with_a_reason(copy, tmp_path, model_type):
+    source = copy()
+    edit_json(source / "config.json", lambda c: c.update(model_type=model_type))
+    refused(source, UnsupportedModelError, re.escape(REFUSED[model_type]), tmp_path)
+    assert model_type not in FAMILIES
+
+
+@pytest.mark.parametrize("described", ["gptq", [1], 4])
+def test_a_quantization_config_that_is_no_object(copy, tmp_path, described):
     source = copy()
     edit_json(source / "config.json", lambda c: c.update(quantization_config=described))
-    refused(source, UnsupportedModelError, "is quantized", tmp_path)
+    refused(source, DamagedError, "quantization_config", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -519,22 +528,24 @@ def test_experts_of_a_quantized_dtype_without_a_quantization_config(copy, tmp_pa
             tensors[key] = tensors[key].to(dtype)
 
     change_tensors(source, cast)
-    refused(source, UnsupportedModelError, "quantized experts are not supported", tmp_path)
+    refused(source, UnsupportedModelError, "not stored in a scheme", tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "kind", "message"),
     [
-        f"{BLOCK}.experts.gate_up_proj",
-        f"{BLOCK}.experts.0.gate_proj.weight_scale_inv",
-        f"{BLOCK}.experts.0.gate_proj.bias",
-        f"{BLOCK}.experts.0.gate_proj.qweight",
+        ("experts.gate_up_proj", DamagedError, "lacks one of"),
+        ("experts.fc1.weight", UnsupportedModelError, "not of a layout that is known"),
+        ("experts.0.gate_proj.weight_scale_inv", UnsupportedModelError, "not stored in a"),
+        ("experts.3.gate_proj.bias", DamagedError, "gate_proj.bias is F32"),
+        ("experts.0.gate_proj.qweight", UnsupportedModelError, "AWQ or GPTQ"),
+        ("experts.0.fc1.weight", UnsupportedModelError, "not of a layout that is known"),
     ],
 )
-def test_experts_that_are_stored_in_another_way(copy, tmp_path, name):
-    source = copy()
+def test_experts_that_are_stored_in_another_way(copy, tmp_path, name, kind, message):
+    source, name = copy(), f"{BLOCK}.{name}"
     change_tensors(source, lambda tensors: tensors.update({name: torch.zeros(4, 4)}))
-    refused(source, UnsupportedModelError, "fused, quantized or with biases", tmp_path)
+    refused(source, kind, message, tmp_path)
 
 
 def test_a_multi_token_prediction_layer_with_experts(copy, tmp_path):
@@ -574,12 +585,15 @@ def test_a_dense_model_of_a_supported_family(copy, tmp_path):
     refused(source, UnsupportedModelError, "is a dense model: it has no experts", tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(tiny.TINY))
+@pytest.mark.parametrize("name", tiny.families())
 def test_a_router_missing(copy, tmp_path, name):
     source, last = copy(name), 3 if name == "qwen3_next" else 2
     for suffix in tiny.TINY[name].routers:
-        change_tensors(source, lambda t, key=f"model.layers.{last}.{suffix}": t.pop(key))
-    refused(source, DamagedError, rf"lacks model\.layers\.{last}\.mlp\.", tmp_path)
+        key = f"{tiny.TINY[name].path}.{last}.{suffix}"
+        change_tensors(source, lambda t, key=key: t.pop(key))
+    refused(
+        source, DamagedError, rf"lacks model\.layers\.{last}\..*(gate|router|bias)", tmp_path
+    )
 
 
 # What was asked for

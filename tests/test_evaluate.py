@@ -6,7 +6,7 @@ import signal
 import pytest
 import tiny
 import torch
-from tiny import CPU, TINY, some_tokens
+from tiny import CPU, some_tokens
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -69,7 +69,7 @@ def tokens_of(tokens):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize("name", tiny.families())
 def test_the_mean_is_that_of_transformers(checkpoints, tmp_path, monkeypatch, name, padded):
     folder, tokens = checkpoints(name, torch.bfloat16), some_tokens(5, 12, padded=padded)
     # batches of 2, 2 and 1 sequences; logits of 3 positions at once

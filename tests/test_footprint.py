@@ -49,7 +49,7 @@ class Really:
         """Return the same as far as the experts, with the statistics of a real run."""
         with self.model.open_outside(), self.model.open_layer(index) as experts:
             experts.dispatch = all_to_one
-            count = len(experts.weights.stack.experts)
+            count = experts.weights.stack.count
             observer = Observer(
                 self.family,
                 count,

@@ -27,9 +27,9 @@ from ream_stream.method.saliency import SALIENCIES, RoutedSums
 from ream_stream.method.similarity import SIMILARITIES
 from ream_stream.verify import verify
 
-FAMILIES = sorted(TINY)
+FAMILIES = tiny.families()
 KEEP = 6
-EXPERT = re.compile(r"(model\.layers\.(\d+)\..+\.experts)\.(\d+)\.(\w+)\.weight")
+EXPERT = re.compile(r"(\w+\.layers\.(\d+)\..+\.experts)\.(\d+)\.(\w+\.\w+)")
 
 
 @pytest.fixture(scope="session")
@@ -72,23 +72,39 @@ def sliced_by_hand(name, source, groups):
     sliced = {}
     for key, tensor in source.items():
         expert = EXPERT.fullmatch(key)
+        layer = re.search(r"layers\.(\d+)\.", key)
+        kept = [group[0] for group in groups.get(int(layer[1]), [])] if layer else []
         router = any(
-            key == f"model.layers.{layer}.{suffix}"
+            key == f"{TINY[name].path}.{layer}.{suffix}"
             for layer in groups
             for suffix in TINY[name].routers
         )
         if expert:
-            prefix, layer, number, part = expert.groups()
-            kept = [group[0] for group in groups[int(layer)]]
+            prefix, _, number, part = expert.groups()
             if int(number) in kept:
-                sliced[f"{prefix}.{kept.index(int(number))}.{part}.weight"] = tensor
+                sliced[f"{prefix}.{kept.index(int(number))}.{part}"] = tensor
         elif router:
-            kept = [group[0] for group in groups[int(key.split(".")[2])]]
             axis = 0 if tensor.shape[0] == tiny.EXPERTS else 1
             sliced[key] = torch.stack([tensor.select(axis, i) for i in kept], dim=axis)
+        elif tiny.STACKED.fullmatch(key):
+            sliced[key] = torch.stack([tensor[i] for i in kept])
         else:
             sliced[key] = tensor
     return sliced
+
+
+def by_expert(tensors):
+    """Tensors of experts by layer, number and what is left of the name; others by name."""
+    split = {}
+    for key, tensor in tensors.items():
+        expert, layer = EXPERT.fullmatch(key), re.search(r"layers\.(\d+)\.", key)
+        if expert:
+            split[expert[2], expert[3], expert[4]] = tensor
+        elif tiny.STACKED.fullmatch(key):
+            split |= {(layer[1], str(e), key): one for e, one in enumerate(tensor)}
+        else:
+            split[key] = tensor
+    return split
 
 
 @torch.no_grad()
@@ -98,12 +114,28 @@ def experts_inputs(folder, tokens):
     seen = {}
     for index, layer in enumerate(model.model.layers):
         for path, module in layer.named_modules():
-            if path.endswith("experts") and hasattr(module, "gate_up_proj"):
+            if path.endswith("experts") and getattr(module, "has_gate", None) is not None:
                 module.register_forward_hook(
                     lambda module, args, _, index=index: seen.update({index: (module, *args)})
                 )
     model(input_ids=tokens.input_ids_SL, attention_mask=tokens.attention_mask_SL)
     return seen
+
+
+@torch.no_grad()
+def output_in_transformers(module, expert, x_RH):
+    """One expert's outputs, in float64, from the flags and parameters of its module."""
+
+    def product(x, name):
+        weight = getattr(module, name)[expert].double()
+        x = x @ weight if module.is_transposed else x @ weight.T
+        return x + getattr(module, f"{name}_bias")[expert].double() if module.has_bias else x
+
+    if module.has_gate:
+        inner = module._apply_gate(product(x_RH, "gate_up_proj"))
+    else:
+        inner = module.act_fn(product(x_RH, "up_proj"))
+    return product(inner, "down_proj")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -142,19 +174,20 @@ def test_names_dtypes_and_shapes_are_those_of_a_sliced_source(ream, checkpoints,
 def test_only_experts_of_merged_groups_differ_from_a_sliced_source(ream, checkpoints, name):
     done = ream(name)
     groups = groups_by_layer(done)
-    want = sliced_by_hand(name, tiny.load_tensors(checkpoints(name)), groups)
-    different = {
-        key for key, t in tiny.load_tensors(done.output).items() if not same_bits(t, want[key])
-    }
+    want = by_expert(sliced_by_hand(name, tiny.load_tensors(checkpoints(name)), groups))
+    have = by_expert(tiny.load_tensors(done.output))
+    assert have.keys() == want.keys()
+    different = {key for key, tensor in have.items() if not same_bits(tensor, want[key])}
     merged = {
-        f"{layer}.{number}"
+        (str(layer), str(number))
         for layer, members in groups.items()
         for number, group in enumerate(members)
         if len(group) > 1
     }
     assert merged
-    assert {".".join(EXPERT.fullmatch(key).group(2, 3)) for key in different} == merged
-    assert len(different) == 3 * len(merged)
+    assert {key[:2] for key in different} == merged
+    tensors = {key[2] for key in want if isinstance(key, tuple) and key[0] == min(merged)[0]}
+    assert len(different) == len(tensors) * len(merged)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -212,11 +245,9 @@ def test_saliency_is_the_mean_of_what_transformers_adds_to_a_token(pruned, check
     for layer in done.manifest["layers"]:
         module, x_TH, index_TK, weight_TK = seen[layer["index"]]
         for expert in range(tiny.EXPERTS):
-            gate, up = module.gate_up_proj[expert].detach().double().chunk(2)
             token, slot = (index_TK[keep_T] == expert).nonzero(as_tuple=True)
             x = x_TH[keep_T][token].double()
-            inner = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-            norm = (inner @ module.down_proj[expert].detach().double().T).norm(dim=1)
+            norm = output_in_transformers(module, expert, x).norm(dim=1)
             want = (weight_TK[keep_T][token, slot].double() * norm).mean() if len(x) else 0.0
             assert layer["saliency"][expert] == pytest.approx(float(want), rel=1e-5)
 
@@ -274,6 +305,8 @@ def test_a_whole_run_agrees_with_plain_loops_over_the_equations(checkpoints, tmp
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padding_changes_nothing(ream, checkpoints, tmp_path, name):
+    if name in {"minimax", "deepseek_v32", "glm_moe_dsa"}:
+        pytest.skip("its attention does not leave out padding in transformers either")
     # hunyuan normalizes after the rotary embedding: positions are not relative there
     starts = [0, 0, 0, 0] if name == "hunyuan_v1_moe" else [0, 5, 2, 0]
     ids_SL = some_tokens().input_ids_SL
@@ -355,7 +388,8 @@ def test_the_same_run_gives_the_same_bytes_in_another_folder(ream, checkpoints, 
 def test_playing_attention_back_gives_the_bytes_of_running_it_twice(
     ream, checkpoints, tmp_path, name
 ):
-    assert ream(name).plan.memory["attention outputs"] > 0
+    # nemotron has nothing beside the experts in their layers
+    assert (ream(name).plan.memory["attention outputs"] > 0) == (name != "nemotron_h")
     plan = tiny.plan_for(checkpoints(name), some_tokens(), settings(KEEP))
     plan = replace(plan, memory={**plan.memory, "attention outputs": 0})
     again = tiny.run_plan(plan, some_tokens(), tmp_path / "out")
@@ -453,7 +487,8 @@ def test_the_manifest_tells_what_was_done(ream, name):
         assert sorted(e for group in layer["groups"] for e in group) == list(range(8))
         assert layer["groups"] == sorted(layer["groups"])
         assert len(layer["groups"]) == KEEP
-        routed = TINY[name].config.get("n_group", 1)
+        config = TINY[name].config
+        routed = config.get("n_group", config.get("num_expert_group", 1))
         for number, group in enumerate(layer["groups"]):
             # a centroid stays in its routing group, so that the router's groups stay equal
             assert number // (KEEP // routed) == group[0] // (tiny.EXPERTS // routed)

@@ -6,11 +6,13 @@ or taken twice is seen. Three experts a token: sums of two do not depend on thei
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -66,8 +68,22 @@ class Tiny:
     """One file if None."""
     dense: tuple[int, ...] = ()
     """Layers without experts."""
+    top_k: int = TOP_K
+    path: str = "model.layers"
+    """Of the layers in the file."""
+    fuse: bool = False
+    """Whether experts are stacked by hand: transformers writes them one by one."""
     bias_dtype: torch.dtype = torch.float32
     """Of a router's correction bias on disk, where the other tensors may be narrower."""
+
+
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_INDEXER = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
 
 
 _BIASED = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
@@ -140,10 +156,7 @@ TINY: Mapping[str, Tiny] = {
             "shared_expert_intermediate_size": 16,
             "mlp_only_layers": [2],
             "num_hidden_layers": 4,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
+            **_LINEAR,
             **_MOE,
         },
         count_key="num_experts",
@@ -195,7 +208,196 @@ TINY: Mapping[str, Tiny] = {
         # transformers runs it in float32, whatever the file has
         bias_dtype=torch.bfloat16,
     ),
+    "qwen3_5_moe_text": Tiny(
+        config={
+            "num_experts": EXPERTS,
+            "shared_expert_intermediate_size": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            **_LINEAR,
+            **_MOE,
+        },
+        count_key="num_experts",
+        shard_size="60KB",
+        fuse=True,
+    ),
+    "gpt_oss": Tiny(
+        config={
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            # its activation works on all rows at once, in vectors: fewer would leave a tail
+            "intermediate_size": 32,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        count_key="num_local_experts",
+        routers=("mlp.router.weight", "mlp.router.bias"),
+    ),
+    "granitemoe": Tiny(
+        config={
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "residual_multiplier": 0.7,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+        },
+        count_key="num_local_experts",
+        routers=("block_sparse_moe.router.layer.weight",),
+    ),
+    "granitemoehybrid": Tiny(
+        config={
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_expand": 2,
+            "shared_intermediate_size": 16,
+        },
+        count_key="num_local_experts",
+        routers=("block_sparse_moe.router.layer.weight",),
+    ),
+    "gemma4_text": Tiny(
+        config={
+            "num_experts": EXPERTS,
+            "top_k_experts": TOP_K,
+            "moe_intermediate_size": 16,
+            "enable_moe_block": True,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "global_head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "sliding_window": 5,
+        },
+        count_key="num_experts",
+        routers=("router.proj.weight", "router.per_expert_scale"),
+    ),
+    "phimoe": Tiny(
+        config={"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+        count_key="num_local_experts",
+        routers=("block_sparse_moe.gate.weight",),
+        top_k=2,
+    ),
+    "minimax": Tiny(
+        config={
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        },
+        count_key="num_local_experts",
+        routers=("block_sparse_moe.gate.weight",),
+    ),
+    "glm4_moe_lite": Tiny(
+        config={
+            "n_routed_experts": EXPERTS,
+            "n_shared_experts": 1,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            **_MOE,
+            **_LATENT,
+        },
+        count_key="n_routed_experts",
+        routers=_BIASED,
+        dense=(0,),
+    ),
+    "glm_moe_dsa": Tiny(
+        config={
+            **_FIRST_DENSE,
+            **_MOE,
+            **_LATENT,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            **_INDEXER,
+        },
+        count_key="n_routed_experts",
+        routers=_BIASED,
+        dense=(0,),
+    ),
+    "deepseek_v32": Tiny(
+        config={
+            **_FIRST_DENSE,
+            **_MOE,
+            **_LATENT,
+            **_INDEXER,
+            "n_group": 2,
+            "topk_group": 1,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        count_key="n_routed_experts",
+        routers=_BIASED,
+        dense=(0,),
+    ),
+    "nemotron_h": Tiny(
+        config={
+            "n_routed_experts": EXPERTS,
+            "n_shared_experts": 1,
+            "moe_shared_expert_intermediate_size": 16,
+            "layers_block_type": ["moe", "attention", "moe"],
+            "moe_latent_size": 24,
+            "n_group": 1,
+            "topk_group": 1,
+            **_MOE,
+        },
+        count_key="n_routed_experts",
+        routers=("mixer.gate.weight", "mixer.gate.e_score_correction_bias"),
+        dense=(1,),
+        path="backbone.layers",
+    ),
+    "kimi_linear": Tiny(
+        config={
+            "num_experts": EXPERTS,
+            "num_experts_per_token": TOP_K,
+            "moe_intermediate_size": 16,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "num_expert_group": 1,
+            "topk_group": 1,
+            **_LATENT,
+        },
+        count_key="num_experts",
+        routers=(
+            "block_sparse_moe.gate.weight",
+            "block_sparse_moe.gate.e_score_correction_bias",
+        ),
+        dense=(0,),
+    ),
+    "bailing_hybrid": Tiny(
+        config={
+            "num_experts": EXPERTS,
+            "num_experts_per_token": TOP_K,
+            "moe_intermediate_size": 16,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "num_expert_group": 2,
+            "topk_group": 1,
+            "layer_group_size": 2,
+            "num_nextn_predict_layers": 0,
+            **_LATENT,
+        },
+        count_key="num_experts",
+        routers=("mlp.gate.weight", "mlp.gate.expert_bias"),
+        dense=(0,),
+    ),
 }
+
+
+SELDOM = (
+    "bailing_hybrid",
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "granitemoehybrid",
+    "kimi_linear",
+    "minimax",
+    "phimoe",
+    "qwen3_5_moe_text",
+)
+"""Families that share router and layout with another, tried with the slow tests."""
+
+
+def families() -> list[Any]:
+    """All families, as parameters of a test."""
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=slow) if n in SELDOM else n for n in sorted(TINY)]
 
 
 def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
@@ -211,7 +413,7 @@ def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
             if key.endswith(("inv_freq", "tokens_per_expert")):
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
-            if key.endswith("e_score_correction_bias"):
+            if key.endswith(("e_score_correction_bias", "expert_bias")):
                 tensor.data = 0.1 * noise.to(torch.promote_types(dtype, tiny.bias_dtype))
             else:
                 tensor.copy_(0.3 * noise if tensor.dim() > 1 else tensor + 0.2 * noise)
@@ -223,8 +425,49 @@ def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
         if key in values:
             values[tiny.count_key] = values.pop(key)
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    if tiny.fuse:
+        save_tensors(folder, fused(load_tensors(folder)))
     (folder / "tokenizer.json").write_text('{"is": "not read here"}', encoding="utf-8")
     return folder
+
+
+def fused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stack the experts of each layer, gate above up."""
+    rest = {key: tensor for key, tensor in tensors.items() if ".experts." not in key}
+    for prefix in {
+        key.split(".experts.")[0] + ".experts" for key in tensors.keys() - rest.keys()
+    }:
+        gate, up, down = (
+            torch.stack([tensors[f"{prefix}.{e}.{part}_proj.weight"] for e in range(EXPERTS)])
+            for part in ("gate", "up", "down")
+        )
+        rest[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        rest[f"{prefix}.down_proj"] = down
+    return rest
+
+
+def unfused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo `fused`."""
+    split: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        prefix, _, leaf = key.partition(".experts.")
+        if leaf == "gate_up_proj":
+            parts = dict(zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True))
+        elif leaf == "down_proj":
+            parts = {"down": tensor}
+        else:
+            split[key] = tensor
+            continue
+        for part, stack in parts.items():
+            for expert, matrix in enumerate(stack):
+                split[f"{prefix}.experts.{expert}.{part}_proj.weight"] = matrix.contiguous()
+    return split
+
+
+STACKED = re.compile(
+    r".*(\.experts\.\D+|moe\.(in|out)put_linear\.weight|moe\.\w+_proj\.weight)"
+)
+"""Names of tensors that hold all experts of a layer."""
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -284,9 +527,17 @@ def forward_in_transformers(folder: Path, dtype: torch.dtype, inputs: Inputs) ->
     )
     assert not any(info.values()), info
     model.eval()
+    for parameter in model.parameters():
+        # our experts are aligned; a mapped stack is so by accident, which decides last bits
+        if parameter.dim() == 3:
+            parameter.data = parameter.data.clone()
     hidden: list[torch.Tensor] = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda _module, _args, output: hidden.append(output))
+        layer.register_forward_hook(
+            lambda _module, _args, output: hidden.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
     forwards = []
     for ids_BL, mask_BL in inputs:
         hidden.clear()
@@ -346,6 +597,8 @@ def settings(experts: int = 6, *, dtype: str = "float32", **fields: Any) -> Sett
     """Settings of a run; fields of the method may be given beside the run's own."""
     names = Method.__dataclass_fields__
     method = Method(**{key: fields.pop(key) for key in list(fields) if key in names})
+    if "dtype_out" in fields:
+        fields["dtype"] = fields.pop("dtype_out")
     return Settings(experts=experts, method=method, compute_dtype=dtype, **fields)
 
 

@@ -7,7 +7,7 @@ memory of one tensor, under the name that the finished index will give.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from torch import Tensor
 from ream_stream.durable import FileRange, Written, write_stream
 
 from .header import DTYPES, TensorEntry
+
+Content = Tensor | TensorEntry | Iterable[Tensor | FileRange]
+"""What a tensor is written from: its value, a source tensor, or pieces of both kinds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,9 +109,7 @@ def name_shards(groups: Sequence[Sequence[Sequence[PlannedTensor]]]) -> list[lis
     return named
 
 
-def write_shard(
-    folder: Path, shard: Shard, content: Callable[[str], Tensor | TensorEntry]
-) -> Written:
+def write_shard(folder: Path, shard: Shard, content: Callable[[str], Content]) -> Written:
     """Write one shard.
 
     Parameters
@@ -118,8 +119,9 @@ def write_shard(
     shard
         Its layout.
     content
-        Gives, for a tensor's name, its value, or the entry of a source tensor
-        whose bytes are copied from file to file.
+        Gives, for a tensor's name, its value, or the entry of a source tensor whose
+        bytes are copied from file to file, or one after another the slices along its
+        first axis, or their bytes in a file.
     """
 
     def parts() -> Iterator[bytes | memoryview | FileRange]:
@@ -132,18 +134,39 @@ def write_shard(
                         f"{tensor.name} is planned as {tensor}, its source is {value}"
                     )
                 yield FileRange(path=value.path, start=value.start, stop=value.stop)
-            else:
+            elif isinstance(value, Tensor):
+                if tuple(value.shape) != tensor.shape:
+                    raise ValueError(
+                        f"{tensor.name} is {tuple(value.shape)}, planned was {tensor}"
+                    )
                 yield _bytes(value, tensor)
+            else:
+                yield from _pieces(value, tensor)
 
     return write_stream(folder / shard.name, parts())
 
 
+def _pieces(
+    pieces: Iterable[Tensor | FileRange], planned: PlannedTensor
+) -> Iterator[memoryview | FileRange]:
+    """Yield the pieces of a tensor, which together must have its size."""
+    nbytes = 0
+    for piece in pieces:
+        if isinstance(piece, FileRange):
+            nbytes += piece.stop - piece.start
+            yield piece
+        else:
+            data = _bytes(piece, planned)
+            nbytes += len(data)
+            yield data
+    if nbytes != planned.nbytes:
+        raise ValueError(f"{planned.name} got {nbytes} bytes, planned was {planned}")
+
+
 def _bytes(value: Tensor, planned: PlannedTensor) -> memoryview:
-    """Return the bytes of a tensor that is just as planned."""
-    if value.dtype != DTYPES[planned.dtype] or tuple(value.shape) != planned.shape:
-        raise ValueError(
-            f"{planned.name} is {value.dtype} {tuple(value.shape)}, planned was {planned}"
-        )
+    """Return the bytes of a tensor of the planned dtype."""
+    if value.dtype != DTYPES[planned.dtype]:
+        raise ValueError(f"{planned.name} is {value.dtype}, planned was {planned}")
     flat = value.detach().cpu().contiguous().reshape(-1)
     data: Any = flat.view(torch.uint8).numpy()
     return memoryview(data)

@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ream_stream import durable
 from ream_stream.errors import DamagedError, UsageError
 
+from .formats import Plain, Stored
 from .header import Stamp, TensorEntry, read_header
+from .layouts import find_experts
+from .stacks import ExpertStack
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -52,6 +56,29 @@ class MappedTensors:
         tensor: Tensor = self._files[path].get_tensor(name)
         return tensor
 
+    def matrix(
+        self, stored: Stored, index: int | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return a matrix: floats as they are stored, others decoded.
+
+        Parameters
+        ----------
+        stored
+            Where it is, and its scheme.
+        index
+            Which one of a stack; None if it is not one of a stack.
+        dtype, device
+            Of what is decoded; floats are views of the mapped file whatever is given.
+        """
+        parts = {
+            suffix: self[name] if index is None else self[name][index]
+            for suffix, name in stored.names().items()
+        }
+        if isinstance(stored.codec, Plain):
+            return parts[stored.codec.suffix]
+        parts = {suffix: part.to(device) for suffix, part in parts.items()}
+        return stored.codec.decode(parts, stored.rows, stored.cols, dtype)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
@@ -68,6 +95,21 @@ class Checkpoint:
 
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
     """What the files were when their headers were read; those not listed are not watched."""
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """Return the quantization_config, of a wrapper's text decoder if it has its own."""
+        for config in (self.config, self.config.get("text_config")):
+            if isinstance(config, Mapping) and config.get("quantization_config"):
+                found = config["quantization_config"]
+                if not isinstance(found, Mapping):
+                    raise DamagedError("quantization_config of config.json is not an object")
+                return found
+        return None
+
+    def experts(self) -> dict[str, ExpertStack]:
+        """Return the stacks of routed experts, by prefix; see `find_experts`."""
+        return find_experts(self.entries, self.quantization)
 
     @contextmanager
     def open(self) -> Iterator[MappedTensors]:

@@ -39,26 +39,23 @@ def inspect(path: Path, *, as_json: bool) -> None:
 
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """Return what the headers tell."""
-    from ream_stream.checkpoint.layouts import find_experts
     from ream_stream.errors import UnsupportedModelError
     from ream_stream.families import family_of
 
     stacks, reason = {}, None
     try:
-        stacks = find_experts(checkpoint.entries)
+        stacks = checkpoint.experts()
         family_of(checkpoint.config)
         if not stacks:
             reason = "it has no experts"
     except UnsupportedModelError as error:
         reason = str(error)
-    in_stack = {
-        name for stack in stacks.values() for each in stack.experts for name in each.parts()
-    }
+    in_stack = {name for stack in stacks.values() for name in stack.slots()}
     kinds, dtypes = Counter[str](), Counter[str]()
     for name, entry in checkpoint.entries.items():
         kinds[_kind(name, in_stack)] += entry.nbytes
         dtypes[entry.dtype] += entry.nbytes
-    counts = sorted({len(stack.experts) for stack in stacks.values()})
+    counts = sorted({stack.count for stack in stacks.values()})
     return {
         "path": str(checkpoint.folder),
         "family": checkpoint.config.get("model_type"),

@@ -12,8 +12,8 @@ import torch
 from ream_stream import device as devices
 from ream_stream.calibration.packing import Calibration, read_tokens
 from ream_stream.calibration.tokens import Tokens
+from ream_stream.checkpoint.formats.stored import FLOATS
 from ream_stream.checkpoint.header import DTYPES
-from ream_stream.checkpoint.layouts import find_experts
 from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
 from ream_stream.durable import why_not_writable
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
@@ -132,18 +132,19 @@ def num_experts(checkpoint: Checkpoint) -> int:
         The model is of no known family, or dense.
     """
     family_of(checkpoint.config)
-    stacks = find_experts(checkpoint.entries).values()
+    stacks = checkpoint.experts().values()
     if not stacks:
         raise UnsupportedModelError(f"{checkpoint.folder} is a dense model: it has no experts")
-    return max(len(stack.experts) for stack in stacks)
+    return max(stack.count for stack in stacks)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype that most of a checkpoint's bytes are in."""
+    """Return the float dtype that most bytes are in; bfloat16 if all is quantized."""
     total: dict[str, int] = {}
     for entry in checkpoint.entries.values():
-        total[entry.dtype] = total.get(entry.dtype, 0) + entry.nbytes
-    return DTYPES[max(total, key=lambda name: total[name])]
+        if entry.dtype in FLOATS:
+            total[entry.dtype] = total.get(entry.dtype, 0) + entry.nbytes
+    return DTYPES[max(total, key=lambda name: total[name], default="BF16")]
 
 
 def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

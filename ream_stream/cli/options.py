@@ -82,6 +82,8 @@ class RunOptions:
     compute_dtype: str
     threads: int | None
     ram: int | None
+    dtype: str
+    mtp: str
     max_shard_size: int
     work_dir: Path | None
 
@@ -126,6 +128,8 @@ def settings_for(
         ),
         sequential=options.sequential,
         compute_dtype=compute_dtype,
+        dtype="bfloat16" if options.dtype == "bf16" else "source",
+        mtp=options.mtp,
         seed=options.seed,
         device_kind=device_kind,
         max_shard_bytes=options.max_shard_size,
@@ -256,6 +260,22 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
             "--threads",
             type=count,
             help="Processor threads to use.  [default: torch's own choice]",
+        ),
+        option(
+            machine,
+            "--dtype",
+            type=click.Choice(["keep", "bf16"]),
+            default="keep",
+            show_default=True,
+            help="Keep the format of a quantized checkpoint, or write it as bfloat16.",
+        ),
+        option(
+            machine,
+            "--mtp",
+            type=click.Choice(["keep", "drop"]),
+            default="keep",
+            show_default=True,
+            help="Multi-token-prediction layers: keep those without experts, or leave all out.",
         ),
         option(
             machine,

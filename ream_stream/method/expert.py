@@ -3,6 +3,7 @@
 Letters in shapes: H hidden, I inner width (neurons) of the expert.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,11 +22,26 @@ class Expert(NamedTuple):
     """Columns that carry the neurons back to the hidden size."""
 
 
+_NEURON_AXIS: Mapping[str, int | None] = {
+    "gate": 0,
+    "up": 0,
+    "down": 1,
+    "gate_bias": 0,
+    "up_bias": 0,
+    "down_bias": None,
+}
+
+
 def reorder(expert: Expert, order_I: Tensor) -> Expert:
     """Return the same function with neuron ``order_I[q]`` at place q."""
-    order_I = order_I.to(expert.gate_IH.device)
-    return Expert(
-        gate_IH=expert.gate_IH.index_select(0, order_I),
-        up_IH=expert.up_IH.index_select(0, order_I),
-        down_HI=expert.down_HI.index_select(1, order_I),
+    gate_IH, up_IH, down_HI = (
+        reorder_part(part, value, order_I)
+        for part, value in zip(("gate", "up", "down"), expert, strict=True)
     )
+    return Expert(gate_IH=gate_IH, up_IH=up_IH, down_HI=down_HI)
+
+
+def reorder_part(part: str, value: Tensor, order_I: Tensor) -> Tensor:
+    """Return one matrix, or bias, of an expert with neuron ``order_I[q]`` at place q."""
+    axis = _NEURON_AXIS[part]
+    return value if axis is None else value.index_select(axis, order_I.to(value.device))

@@ -45,6 +45,11 @@ def merge(shares: Sequence[float], aligned: Iterable[Expert], dtype: torch.dtype
     ValueError
         There are more or fewer members than shares, or none.
     """
+    return Expert(*(tensor.to(dtype) for tensor in weighted_sum(shares, aligned)))
+
+
+def weighted_sum(shares: Sequence[float], aligned: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Return sums of the members' tensors, in float32 or wider; see `merge`."""
     # no zip and no loop variable: both would hold a member while the next is loaded
     members = iter(aligned)
     total: list[Tensor] = []
@@ -52,10 +57,10 @@ def merge(shares: Sequence[float], aligned: Iterable[Expert], dtype: torch.dtype
         _add(total, share, next(members, None))
     if not total or next(members, None) is not None:
         raise ValueError(f"{len(shares)} shares of a group, and another number of members")
-    return Expert(*(tensor.to(dtype) for tensor in total))
+    return total
 
 
-def _add(total: list[Tensor], share: float, member: Expert | None) -> None:
+def _add(total: list[Tensor], share: float, member: Sequence[Tensor] | None) -> None:
     if member is None:
         raise ValueError("a group has fewer members than shares")
     if not total:

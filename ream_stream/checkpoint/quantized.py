@@ -1,0 +1,51 @@
+"""The quantized matrices of a checkpoint, under the names a model has for their floats."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .formats import Stored, detect
+from .formats.detect import REFUSED_SUFFIXES
+from .header import TensorEntry
+
+_CODES = {".weight": ("F8_E4M3", "U8"), ".weight_packed": ("I32", "U8"), "_blocks": ("U8",)}
+"""Suffixes of what holds the codes of a matrix, with their dtypes."""
+
+
+def find_quantized(
+    entries: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None
+) -> dict[str, Stored]:
+    """Find all matrices, or stacks of them, that are not stored as floats.
+
+    Returns
+    -------
+    dict
+        By the name that the floats would have: ``...q_proj.weight`` for what is in
+        ``...q_proj.weight_packed`` and ``...q_proj.weight_scale``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        One is stored in a scheme that is not read.
+    DamagedError
+        Its tensors do not belong together.
+    """
+    found = {}
+    for name, entry in entries.items():
+        for suffix, dtypes in _CODES.items():
+            if name.endswith(suffix) and entry.dtype in dtypes:
+                prefix = name.removesuffix(suffix)
+                found[float_name(prefix, suffix)] = detect(prefix, entries, quantization)
+        for suffix in REFUSED_SUFFIXES:
+            if name.endswith(suffix):
+                detect(name.removesuffix(suffix), entries, quantization)  # says what it is
+    return found
+
+
+def float_name(prefix: str, suffix: str) -> str:
+    """Return what the floats of a matrix are called, from a suffix of its codes."""
+    return prefix + (".weight" if suffix.startswith(".") else "")
+
+
+def tensors_of(stored: Stored) -> list[str]:
+    """Return the names of all tensors of a matrix, scales of activations among them."""
+    return [*stored.names().values(), *(stored.prefix + s for s in stored.activation)]

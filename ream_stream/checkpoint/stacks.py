@@ -1,0 +1,261 @@
+"""The routed experts of one layer as they are stored: one description to read and to write by.
+
+An expert's matrix is a view into a stored one: by itself or one of a stack, in the
+file's orientation or the other, gate and up apart, one above the other or row by row
+in turn. What is stored is decoded and encoded by the codec of its scheme.
+
+Letters in shapes: E experts, H hidden, I inner; R rows and C columns as stored.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ream_stream.method.expert import Expert
+
+from .formats import Codec, Nvfp4, Part, Plain, Stored
+from .header import TensorEntry
+
+
+class Tensors(Protocol):
+    """Tensors of a checkpoint."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor as it is stored."""
+
+    def matrix(
+        self, stored: Stored, index: int | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return a matrix: floats as they are stored, others decoded to `dtype` on `device`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertMatrix:
+    """One stored matrix, or vector, of each expert."""
+
+    parts: tuple[str, ...]
+    """What it holds: ``gate``, ``up``, ``down``, or gate and up; with ``_bias`` a vector."""
+
+    prefix: str
+    """What the names of the stack begin with: ``model.layers.3.mlp.experts``."""
+
+    leaf: str
+    """What it is called there: ``gate_up_proj``."""
+
+    stored: Stored
+    """Its scheme, and rows and columns as stored; of expert 0 if experts are numbered."""
+
+    numbered: bool
+    """Whether each expert has tensors of its own; otherwise one tensor holds all experts."""
+
+    transposed: bool = False
+    """Whether inputs are rows."""
+
+    interleaved: bool = False
+    """Whether gate and up take turns; otherwise all of gate comes first."""
+
+    activation: tuple[Part, ...] = ()
+    """Scales of activations beside it."""
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a bias."""
+        return self.parts[0].endswith("_bias")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        rows, cols = self.stored.rows, self.stored.cols
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def tensors(self) -> tuple[Part, ...]:
+        """Return the tensors of one expert."""
+        parts = self.stored.codec.parts(self.stored.rows, self.stored.cols)
+        if self.is_vector:
+            parts = tuple(replace(part, shape=part.shape[:1]) for part in parts)
+        return (*parts, *self.activation)
+
+    def place(self, expert: int) -> str:
+        """Return what the names of an expert's tensors begin with."""
+        number = f".{expert}" if self.numbered else ""
+        return f"{self.prefix}{number}.{self.leaf}"
+
+    def read(
+        self, tensors: Tensors, expert: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Return the parts of one expert: views of floats as stored, or decoded to `dtype`."""
+        stored = replace(self.stored, prefix=self.place(expert))
+        matrix_RC = tensors.matrix(stored, None if self.numbered else expert, dtype, device)
+        if self.is_vector:
+            matrix_RC = matrix_RC.reshape(-1)
+        elif self.transposed:
+            matrix_RC = matrix_RC.T
+        if len(self.parts) == 1:
+            return {self.parts[0]: matrix_RC}
+        if self.interleaved:
+            return {part: matrix_RC[n::2] for n, part in enumerate(self.parts)}
+        return dict(zip(self.parts, matrix_RC.chunk(2), strict=True))
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the matrix that is stored for an expert, the inverse of `read`."""
+        values = [parts[part] for part in self.parts]
+        if self.interleaved:
+            matrix_RC = torch.stack(values, dim=1).flatten(0, 1)
+        else:
+            matrix_RC = torch.cat(values) if len(values) > 1 else values[0]
+        if self.is_vector:
+            return matrix_RC[:, None]
+        return matrix_RC.T.contiguous() if self.transposed else matrix_RC
+
+    def encode(
+        self, matrix_RC: Tensor, kept: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the tensors that store a matrix, by suffix; see `Codec.encode`."""
+        encoded = self.stored.codec.encode(matrix_RC, kept)
+        if self.is_vector:
+            encoded = {suffix: tensor[:, 0] for suffix, tensor in encoded.items()}
+        return encoded
+
+    def decoded(self, dtype: str) -> "ExpertMatrix":
+        """Return how it is stored as floats: where transformers looks for it."""
+        codec, rows, cols = self.stored.codec, self.stored.rows, self.stored.cols
+        if isinstance(codec, Plain):
+            plain: Codec = replace(codec, dtype=dtype)
+            return replace(self, stored=replace(self.stored, codec=plain))
+        # gpt-oss has its blocks in rows, and its floats in columns
+        turned = codec.parts(rows, cols)[0].suffix == "_blocks"
+        plain = Plain(dtype=dtype, suffix="" if turned else ".weight")
+        rows, cols = (cols, rows) if turned else (rows, cols)
+        stored = replace(self.stored, codec=plain, rows=rows, cols=cols, activation=())
+        return replace(self, stored=stored, transposed=self.transposed or turned, activation=())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slot:
+    """One tensor of a stack."""
+
+    matrix: int
+    """Which of the stack's matrices it stores."""
+
+    part: Part
+    """Which of the matrix' tensors it is."""
+
+    expert: int | None
+    """Whose it is; None if it holds all experts."""
+
+    count: int
+    """Experts of the stack."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its axes."""
+        return self.part.shape if self.expert is not None else (self.count, *self.part.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertStack:
+    """The routed experts of one layer."""
+
+    prefix: str
+    """What their names begin with: ``model.layers.3.mlp.experts``."""
+
+    count: int
+    """E."""
+
+    inner: int
+    """I, the inner width."""
+
+    hidden: int
+    """H, the width of what goes in and comes out."""
+
+    matrices: tuple[ExpertMatrix, ...]
+    """What is stored of each."""
+
+    @property
+    def block(self) -> str:
+        """Return the prefix of the MoE block, with its dot: ``model.layers.3.mlp.``."""
+        return self.prefix.removesuffix(".experts") + "."
+
+    @property
+    def dtype(self) -> str:
+        """Return the dtype of the matrices, in the format's spelling."""
+        return self.matrices[0].tensors[0].dtype
+
+    @property
+    def scheme(self) -> str:
+        """Return the storage scheme of the matrices."""
+        return self.matrices[0].stored.codec.scheme
+
+    @property
+    def layout(self) -> str:
+        """Return a word for how experts lie."""
+        first = self.matrices[0]
+        if first.numbered:
+            return "one by one"
+        fused = "stacked, fused" if len(first.parts) == 2 else "stacked"
+        turned = ", transposed" if first.transposed else ""
+        return fused + turned + (", interleaved" if first.interleaved else "")
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether an expert has a gate projection."""
+        return any("gate" in matrix.parts for matrix in self.matrices)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether an expert has biases."""
+        return any(matrix.is_vector for matrix in self.matrices)
+
+    def slots(self) -> dict[str, Slot]:
+        """Return all its tensors by name."""
+        slots = {}
+        for number, matrix in enumerate(self.matrices):
+            for expert in range(self.count) if matrix.numbered else (None,):
+                for part in matrix.tensors:
+                    slots[matrix.place(expert or 0) + part.suffix] = Slot(
+                        matrix=number, part=part, expert=expert, count=self.count
+                    )
+        return slots
+
+    def expert_slots(self, expert: int) -> Iterator[tuple[str, int | None]]:
+        """Yield the tensors that hold an expert, and where in a stack it is."""
+        for matrix in self.matrices:
+            for part in matrix.tensors:
+                yield matrix.place(expert) + part.suffix, None if matrix.numbered else expert
+
+    def read(self, tensors: Tensors, expert: int) -> Expert:
+        """Return the matrices of one expert: floats without a copy, others in float32."""
+        parts: dict[str, Tensor] = {}
+        for matrix in self.matrices:
+            if not matrix.is_vector:
+                parts |= matrix.read(tensors, expert, torch.float32, torch.device("cpu"))
+        up_IH = parts["up"]
+        # an expert without a gate has a gate without columns
+        return Expert(
+            gate_IH=parts.get("gate", up_IH[:, :0]), up_IH=up_IH, down_HI=parts["down"]
+        )
+
+    def coupled(self, number: int) -> Sequence[ExpertMatrix]:
+        """Return the matrices that share the outer scale of one, itself included; or none."""
+        matrix = self.matrices[number]
+        if not isinstance(matrix.stored.codec, Nvfp4) or "down" in matrix.parts:
+            return ()
+        return [m for m in self.matrices if not m.is_vector and "down" not in m.parts]
+
+    def resized(self, count: int) -> "ExpertStack":
+        """Return the description of another number of such experts."""
+        return replace(self, count=count)
+
+    def decoded(self, dtype: str) -> "ExpertStack":
+        """Return the description of such experts as floats."""
+        return replace(self, matrices=tuple(m.decoded(dtype) for m in self.matrices))
+
+
+def one_of(entry: TensorEntry, expert: int, count: int) -> tuple[int, int]:
+    """Return where in its file one expert of a stacked tensor begins and ends."""
+    size = entry.nbytes // count
+    return entry.start + expert * size, entry.start + (expert + 1) * size

@@ -1,0 +1,149 @@
+"""Models compressed in the format that they are published in."""
+
+import json
+from functools import cache
+
+import pytest
+import quantized
+import tiny
+import torch
+from quantized import PUBLISHED
+from test_pipeline import by_expert, groups_by_layer, same_bits
+from tiny import forward_in_transformers, forward_streamed, run, settings, some_tokens
+
+from ream_stream.against import against
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.verify import verify
+
+NAMES = sorted(PUBLISHED)
+KEEP = 6
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Give a quantized checkpoint and its floats."""
+
+    @cache
+    def give(name, dtype=torch.float32):
+        return quantized.write(tmp_path_factory.mktemp(name), name, dtype)
+
+    return give
+
+
+@pytest.fixture(scope="module")
+def merged(pair, tmp_path_factory):
+    @cache
+    def give(name):
+        return run(pair(name)[0], tmp_path_factory.mktemp("out") / name, settings(KEEP))
+
+    return give
+
+
+def good(output, source):
+    findings = [*verify(output), *against(output, source)]
+    assert [finding.message for finding in findings if not finding.ok] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quantized_model_has_the_bits_of_one_made_of_its_floats(pair, name, dtype):
+    coded, plain = pair(name, dtype)
+    tokens = some_tokens(padded=True)
+    inputs = [
+        (tokens.input_ids_SL, None),
+        (tokens.input_ids_SL, tokens.attention_mask_SL),
+    ]
+    full = forward_in_transformers(plain, dtype, inputs)
+    for ours, theirs in zip(forward_streamed(coded, dtype, inputs), full, strict=True):
+        assert torch.equal(ours.logits, theirs.logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merging_makes_what_it_makes_of_the_floats_but_for_rounding(
+    pair, merged, name, tmp_path
+):
+    coded, plain = pair(name)
+    done = merged(name)
+    good(done.output, coded)
+    assert tiny.read_config(done.output)["quantization_config"] == PUBLISHED[name].config
+    # the same names and dtypes, experts of groups of one byte for byte with their scales
+    source, have = (by_expert(tiny.load_tensors(folder)) for folder in (coded, done.output))
+    groups = {str(layer): groups for layer, groups in groups_by_layer(done).items()}
+    seen = 0
+    for key, tensor in have.items():
+        if isinstance(key, tuple):
+            group = groups[key[0]][int(key[1])]
+            origin = source[key[0], str(group[0]), key[2]]
+            assert (tensor.dtype, tensor.shape) == (origin.dtype, origin.shape)
+            assert len(group) > 1 or same_bits(tensor, origin), key
+            seen += len(group) == 1
+        else:
+            assert tensor.dtype == source[key].dtype
+    assert seen
+    # merged ones are near the merged floats
+    wanted = settings(KEEP, dtype_out="bfloat16", sequential=False)
+    decoded, floats = (run(folder, tmp_path / folder.name, wanted) for folder in (coded, plain))
+    assert groups_by_layer(decoded) == groups_by_layer(floats)
+    want = by_expert(tiny.load_tensors(floats.output))
+    near = by_expert(tiny.load_tensors(decoded.output))
+    assert near.keys() == want.keys()
+    for key, tensor in near.items():
+        torch.testing.assert_close(tensor.float(), want[key].float(), rtol=2**-8, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeping_all_experts_changes_no_byte(pair, tmp_path, name):
+    coded, _ = pair(name)
+    done = run(coded, tmp_path / "out", settings(tiny.EXPERTS))
+    want, have = tiny.load_tensors(coded), tiny.load_tensors(done.output)
+    assert have.keys() == want.keys()
+    assert all(same_bits(have[key], want[key]) for key in want)
+    assert tiny.read_config(done.output) == tiny.read_config(coded)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_output_computes_what_the_run_saw(merged, name):
+    done = merged(name)
+    [streamed] = forward_streamed(
+        done.output, torch.float32, [(done.tokens.input_ids_SL, None)]
+    )
+    for layer, hidden_SLH in done.hidden.items():
+        assert torch.equal(hidden_SLH, streamed.hidden[layer]), layer
+    assert streamed.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_written_as_floats_it_loads_in_transformers(pair, tmp_path, name):
+    coded, _ = pair(name)
+    wanted = settings(KEEP, dtype_out="bfloat16", grouping="none")
+    done = run(coded, tmp_path / "out", wanted)
+    good(done.output, coded)
+    config = json.loads((done.output / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config
+    inputs = [(done.tokens.input_ids_SL, None)]
+    [full] = forward_in_transformers(done.output, torch.float32, inputs)
+    [streamed] = forward_streamed(done.output, torch.float32, inputs)
+    assert torch.equal(streamed.logits, full.logits)
+    stored = {entry.dtype for entry in open_checkpoint(done.output).entries.values()}
+    assert stored <= {"BF16", "F32"}
+
+
+def test_scales_of_activations_serve_all_members(pair, merged):
+    """The smallest input_global_scale, which divides, has the widest range."""
+    done, source = merged("qwen3_moe-nvfp4"), tiny.load_tensors(pair("qwen3_moe-nvfp4")[0])
+    have = tiny.load_tensors(done.output)
+    for layer, groups in groups_by_layer(done).items():
+        for number, group in enumerate(groups):
+            start = f"model.layers.{layer}.mlp.experts."
+            want = min(source[f"{start}{e}.up_proj.input_global_scale"] for e in group)
+            assert have[f"{start}{number}.up_proj.input_global_scale"] == want
+
+
+def test_gate_and_up_of_a_merged_expert_share_the_outer_scale(merged):
+    done = merged("qwen3_moe-nvfp4")
+    have = tiny.load_tensors(done.output)
+    for layer, groups in groups_by_layer(done).items():
+        for number in (n for n, group in enumerate(groups) if len(group) > 1):
+            start = f"model.layers.{layer}.mlp.experts.{number}."
+            gate, up = (have[f"{start}{p}_proj.weight_global_scale"] for p in ("gate", "up"))
+            assert torch.equal(gate, up)
