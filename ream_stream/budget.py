@@ -1,4 +1,4 @@
-"""What a run holds in memory, part by part, and the batch that fits a budget.
+"""What a run holds in memory, part by part, in the host's and in a device's.
 
 Parts that stay (weights, buffers, samples) are counted from shapes. What comes and goes
 is the most that any phase has alive at once: from `footprint` where a layer runs, from
@@ -11,17 +11,12 @@ from dataclasses import dataclass
 
 from .checkpoint.header import DTYPES
 from .checkpoint.stacks import ExpertStack
-from .errors import OverBudgetError
 from .footprint import Footprints
 from .memory import anonymous_bytes
 from .method.alignment import ALIGNMENTS
 from .observe import SAMPLE_ROWS
-from .refit_budget import KEPT, RefitMemory, Solver, solvers
+from .refit_budget import RefitMemory, Solver, solvers
 from .settings import Method, Settings
-from .sizes import format_size
-
-MAX_BATCH_TOKENS = 8192
-"""Tokens that are run together at most: larger batches gain nothing measurable."""
 
 LIBRARY_BYTES = 32_000_000
 """What libraries take once they are used: 4 MB at once, up to 20 MB for oneDNN's kernels."""
@@ -41,8 +36,11 @@ Measured on the 106M-parameter benchmark, whose blocks are of that size: 9 MB be
 rest of the plan with two threads, none with one.
 """
 
-OUTPUTS = "attention outputs"
-"""Name of the part that is taken only if there is room: with 0, attention runs twice."""
+ALLOCATOR_SHARE = 0.2
+"""What a device's allocator is left for fragments, as a share of what comes and goes.
+
+An allowance: it was not measured.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,30 +56,20 @@ class Size:
     threads: int
     """Assignments matched side by side."""
 
+    top_k: int
+    """Experts a token is sent to."""
+
+    padded: bool
+    """Whether there is padding, for which models make masks."""
+
     @property
     def tokens(self) -> int:
         """All tokens, padding included."""
         return self.sequences * self.length
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Allotment:
-    """A batch and the memory that a run with it takes."""
-
-    batch_sequences: int
-    """Sequences of a batch."""
-
-    parts: Mapping[str, int]
-    """Bytes by part; the sum is the promised peak."""
-
-    solver: Solver
-    """How a refit is solved."""
-
-
-def allot(
-    footprints: Footprints, settings: Settings, size: Size, ram: int, *, steady: bool
-) -> Allotment:
-    """Choose the largest batch that the budget allows, and the fastest refit with it.
+class Parts:
+    """Bytes of a run's memory by part.
 
     Parameters
     ----------
@@ -91,53 +79,77 @@ def allot(
         What was asked for.
     size
         How much is run.
-    ram
-        Budget of anonymous host memory, bytes.
-    steady
-        Whether freed memory goes back to the kernel at once.
-
-    Raises
-    ------
-    OverBudgetError
-        Not even one sequence at a time fits; the smallest budget that works is told.
+    on_device
+        Whether layers run on a device with memory of its own.
     """
-    fixed = _fixed(footprints, size)
-    outputs = _output_bytes(footprints, settings, size)
-    refits = settings.method.refit != "none"
-    kept = _refit(footprints, settings).kept(size.tokens) if refits else 0
 
-    def parts(batch: int, solver: Solver) -> dict[str, int]:
-        phase, held, working = _work(footprints, settings, size, batch, solver)
-        heap = SMALL_BLOCKS if steady else int(HEAP_SHARE * working)
-        return {**fixed, **held, f"work: {phase}": working, "kept by the heap": heap}
+    def __init__(
+        self, footprints: Footprints, settings: Settings, size: Size, *, on_device: bool
+    ) -> None:
+        self._footprints, self._settings, self._size = footprints, settings, size
+        self._on_device = on_device
+        self._stack = _stack(footprints)
+        self.refits = settings.method.refit != "none"
+        """Whether experts are refitted."""
+        ways = list(solvers(self._stack.hidden))
+        self.solvers = ways if self.refits else ways[:1]
+        """The ways to do so, the fastest first."""
+        self.kept_bytes = _refit(footprints, settings).kept(size.tokens) if self.refits else 0
+        self.passes_again = settings.sequential or self.refits
+        """Whether the layer is run again after it was observed."""
+        self.experts = self._stack.count
+        self.stored_bytes = _stored_bytes(footprints)
+        self.expert_bytes = _expert_bytes(footprints)
+        self.norm_bytes = 4 * size.tokens * size.top_k
+        self.sum_bytes = 4 * size.tokens * self._stack.hidden
+        self.output_bytes = size.sequences * max(
+            footprints.of(index, 1, size.length, padded=size.padded).outputs
+            for index in footprints.kinds()
+        )
 
-    ways = list(solvers(_stack(footprints).hidden))
-    if settings.method.refit == "none":
-        ways = ways[:1]
-    batch = max(1, min(size.sequences, MAX_BATCH_TOKENS // size.length))
-    while True:
-        for solver in ways:
-            chosen = parts(batch, solver)
-            if sum(chosen.values()) <= ram:
-                break
+    def host(self, batch: int, solver: Solver, *, steady: bool) -> dict[str, int]:
+        """Return the parts of host memory with so many sequences in a batch."""
+        phases = _compared_work(self._footprints, self._settings, self._size)
+        held = _held(self._footprints, self._settings, self._size)
+        if self._on_device:
+            # states on their way between the device and a store
+            moving = 3 * batch * self._size.length * self._stack.hidden * 4
+            phases |= {"observe": moving, "propagate": moving}
+            held = {}
         else:
-            if batch == 1:
-                raise OverBudgetError(_too_little(chosen, ram))
-            batch = -(-batch // 2)
-            continue
-        break
-    room = ram - sum(chosen.values())
-    for name, nbytes in ((OUTPUTS, outputs), (KEPT, kept)):
-        chosen[name] = nbytes if nbytes <= room else 0
-        room -= chosen[name]
-    return Allotment(batch_sequences=batch, parts=chosen, solver=solver)
+            phases |= _layer_work(self._footprints, self._settings, self._size, batch, solver)
+        phase, held_then, working = _largest(phases, held)
+        heap = SMALL_BLOCKS if steady else int(HEAP_SHARE * working)
+        fixed = _fixed(self._footprints, self._size)
+        return {**fixed, **held_then, f"work: {phase}": working, "kept by the heap": heap}
+
+    def device(self, batch: int, solver: Solver, resident: int) -> dict[str, int]:
+        """Return the parts of a device's memory with so many experts kept on it."""
+        model = self._footprints.model
+        entries = model.checkpoint.entries
+        layer = _layer_work(self._footprints, self._settings, self._size, batch, solver)
+        compared = _compared_work(self._footprints, self._settings, self._size)
+        compared.pop("write", None)
+        held = _held(self._footprints, self._settings, self._size)
+        phase, held_then, working = _largest(layer | compared, held)
+        numbers = [
+            sum(math.prod(layer.shape(name, entries)) for name in layer.dense_names())
+            for layer in model.layers
+        ]
+        return {
+            "dense weights of a layer": max(numbers) * model.dtype.itemsize,
+            "buffers of two experts": 2 * self.expert_bytes,
+            "experts kept": resident * self.expert_bytes,
+            **held_then,
+            f"work: {phase}": working,
+            "left for fragments": int(ALLOCATOR_SHARE * working),
+        }
 
 
 def _fixed(footprints: Footprints, size: Size) -> dict[str, int]:
     """Return what stays for as long as a layer is worked on."""
     model = footprints.model
     entries, itemsize = model.checkpoint.entries, model.dtype.itemsize
-    stack = _stack(footprints)
     converted = max(
         sum(
             math.prod(layer.shape(name, entries))
@@ -150,45 +162,65 @@ def _fixed(footprints: Footprints, size: Size) -> dict[str, int]:
         "interpreter and libraries": anonymous_bytes() + LIBRARY_BYTES,
         "token ids": 3 * 8 * size.tokens,
         "dense weights of a layer": converted * itemsize,
-        "buffers of one expert": 3 * stack.hidden * stack.inner * itemsize,
+        "buffers of one expert": _expert_bytes(footprints),
     }
 
 
 def _held(footprints: Footprints, settings: Settings, size: Size) -> dict[str, dict[str, int]]:
     """Return what is kept from one phase to another until the shards are written."""
     model, method = footprints.model, settings.method
+    held = {}
+    if method.refit != "none":
+        routing = _refit(footprints, settings).routing(size.tokens)
+        held["refit"] = {"routing of all tokens": routing}
+    if method.grouping == "none":
+        return held
     stack = _stack(footprints)
     experts, itemsize = stack.count, model.dtype.itemsize
     tokens = min(method.similarity_tokens or size.tokens, size.tokens)
     sample = {"token sample": tokens * (stack.hidden * itemsize + 4 * experts)}
     compared = {**sample, "mean outputs": experts * stack.hidden * 8 + 3 * experts**2 * 8}
-    return {"observe": sample, "compare": compared, "align": compared, "write": compared}
+    return held | {"observe": sample, "compare": compared, "align": compared, "write": compared}
 
 
-def _work(
+def _layer_work(
     footprints: Footprints, settings: Settings, size: Size, batch: int, solver: Solver
-) -> tuple[str, dict[str, int], int]:
-    """Return the phase that has most alive at once, what is held in it, and its own bytes."""
-    model, method = footprints.model, settings.method
-    stack, itemsize = _stack(footprints), model.dtype.itemsize
-    runs = [footprints.of(index, batch, size.length) for index in footprints.kinds()]
+) -> dict[str, int]:
+    """Return what comes and goes where a layer is run, or refitted, by phase."""
+    model, length = footprints.model, size.length
+    runs = [
+        footprints.of(index, batch, length, padded=size.padded) for index in footprints.kinds()
+    ]
     # what a store is read into and written from is more, but then no layer runs
-    entering = batch * size.length * stack.hidden * itemsize
+    entering = batch * length * _stack(footprints).hidden * model.dtype.itemsize
     most = max(run.run for run in runs)
     observed = max(run.observe for run in runs) if settings.sequential else most
     phases = {"observe": observed + entering, "propagate": most + entering}
-    held: dict[str, dict[str, int]] = {}
-    if method.refit != "none":
-        refit, tokens = _refit(footprints, settings), batch * size.length
+    if settings.method.refit != "none":
+        refit, tokens = _refit(footprints, settings), batch * length
         # the experts' outputs are added up, as they are when the layer runs to its end
         phases["observe"] = phases["propagate"] + refit.hearing(tokens)
         phases["refit"] = refit.solving(solver, tokens)
-        held["refit"] = {"routing of all tokens": refit.routing(size.tokens)}
-    if method.grouping != "none":
-        phases["compare"] = _compare_bytes(stack, itemsize)
-        phases["align"] = _align_bytes(method, stack, itemsize, size.threads)
-        phases["write"] = _merge_bytes(stack)
-        held |= _held(footprints, settings, size)
+    return phases
+
+
+def _compared_work(footprints: Footprints, settings: Settings, size: Size) -> dict[str, int]:
+    """Return what comes and goes where experts are compared, aligned and merged."""
+    method, stack = settings.method, _stack(footprints)
+    itemsize = footprints.model.dtype.itemsize
+    if method.grouping == "none":
+        return {}
+    return {
+        "compare": _compare_bytes(stack, itemsize),
+        "align": _align_bytes(method, stack, itemsize, size.threads),
+        "write": _merge_bytes(stack),
+    }
+
+
+def _largest(
+    phases: Mapping[str, int], held: Mapping[str, dict[str, int]]
+) -> tuple[str, dict[str, int], int]:
+    """Return the phase that has most alive at once, what is held in it, and its own bytes."""
     phase = max(phases, key=lambda name: phases[name] + sum(held.get(name, {}).values()))
     return phase, held.get(phase, {}), phases[phase]
 
@@ -222,13 +254,17 @@ def _merge_bytes(stack: ExpertStack) -> int:
     return 3 * matrix * 4 + 2 * 3 * matrix * itemsize + 2 * matrix * 4
 
 
-def _output_bytes(footprints: Footprints, settings: Settings, size: Size) -> int:
-    """Return what keeping the mixers' outputs of all tokens takes."""
-    if not settings.sequential and settings.method.refit == "none":
-        return 0
-    model = footprints.model
-    mixers = max(len(model.mixers(layer.index)) for layer in model.layers if layer.stack)
-    return mixers * size.tokens * _stack(footprints).hidden * model.dtype.itemsize
+def _stored_bytes(footprints: Footprints) -> int:
+    """Return the bytes of all experts of a layer as they are on disk."""
+    entries = footprints.model.checkpoint.entries
+    stacks = [layer.stack for layer in footprints.model.layers if layer.stack]
+    return max(sum(entries[name].nbytes for name in stack.slots()) for stack in stacks)
+
+
+def _expert_bytes(footprints: Footprints) -> int:
+    """Return the bytes of one expert as it is run."""
+    stack = _stack(footprints)
+    return 3 * stack.hidden * stack.inner * footprints.model.dtype.itemsize
 
 
 def _refit(footprints: Footprints, settings: Settings) -> RefitMemory:
@@ -242,14 +278,3 @@ def _refit(footprints: Footprints, settings: Settings) -> RefitMemory:
 
 def _stack(footprints: Footprints) -> ExpertStack:
     return next(layer.stack for layer in footprints.model.layers if layer.stack)
-
-
-def _too_little(parts: Mapping[str, int], ram: int) -> str:
-    minimum = sum(parts.values())
-    largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
-    told = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in largest)
-    return (
-        f"the run needs {format_size(minimum)} of memory with one sequence at a time, the "
-        f"budget is {format_size(ram)}; the largest parts are {told}. Give --ram {minimum} "
-        "or more, or shorter sequences (--sequence-length), or fewer --similarity-tokens"
-    )

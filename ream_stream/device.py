@@ -29,6 +29,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def is_here(device: torch.device) -> bool:
+    """Tell whether a device is one of this machine's."""
+    return device.type == "cpu" or torch.cuda.is_available()  # noqa: TID251
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return 90% of what a GPU has free: libraries take some of their own."""
+    free, _ = torch.cuda.mem_get_info(device)  # noqa: TID251
+    return free * 9 // 10
+
+
 def has_bf16_products(device: torch.device) -> bool:
     """Tell whether the device multiplies bf16 matrices faster than float32 ones.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import durable
-from .budget import MAX_BATCH_TOKENS
+from .allotment import MAX_BATCH_TOKENS
 from .calibration.hidden import HiddenStates
 from .calibration.tokens import Tokens
 from .checkpoint.source import Checkpoint

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from .budget import HEAP_SHARE, LIBRARY_BYTES, MAX_BATCH_TOKENS
+from .allotment import MAX_BATCH_TOKENS
+from .budget import HEAP_SHARE, LIBRARY_BYTES
 from .calibration.tokens import Tokens
 from .checkpoint.source import Checkpoint
 from .errors import OverBudgetError
 from .evaluate import LOGITS_BYTES, RANK_TOKENS
 from .footprint import Footprints
 from .memory import anonymous_bytes
+from .model import StreamedModel
 from .sizes import format_size
 from .skeleton import get_tensor
 
@@ -55,7 +57,8 @@ def plan_evaluation(
     OverBudgetError
         Not even one sequence at a time fits; the budget that works is told.
     """
-    footprints = [Footprints(each, dtype) for each in checkpoints]
+    cpu = torch.device("cpu")
+    footprints = [Footprints(StreamedModel(each, dtype, cpu)) for each in checkpoints]
     length = tokens.sequence_length
     batch = max(1, min(tokens.num_sequences, MAX_BATCH_TOKENS // length))
     parts = _parts(footprints, tokens, batch)

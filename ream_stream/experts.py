@@ -52,6 +52,23 @@ class Routed:
     """L2 norms of the outputs before that multiplication, float32."""
 
 
+@dataclass(kw_only=True, slots=True)
+class Part:
+    """What one batch brings to and takes from the pass over one block of experts."""
+
+    experts: range
+    """The block; experts outside of it are passed over."""
+
+    is_last: bool = True
+    """Whether the listener hears of the batch, and the layer goes on with the sum."""
+
+    norm_S: Tensor | None = None
+    """Norms of the outputs of this block and those before; None before the first."""
+
+    sum_TH: Tensor | None = None
+    """Weighted outputs of this block and those before, float32; None before the first."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
     """What a family's experts module makes of the weights; flags of transformers."""
@@ -157,6 +174,7 @@ class StreamedExperts(nn.Module):
         self.weights = weights
         self.listener: Callable[[Routed], None] | None = None
         self.only_listening = False
+        self.part: Part | None = None
         self.dispatch: Callable[[Tensor, int], Iterable[tuple[int, Tensor]]] = slots_by_expert
         # float32 products on the CPU are of another library, which compiles nothing
         self._rounds_up = weights.device.type == "cpu" and weights.dtype != torch.float32
@@ -194,30 +212,39 @@ class StreamedExperts(nn.Module):
             found.append(inner_RI[: len(part_R)])
         return torch.cat(found)
 
+    def _outputs(self, hidden_TH: Tensor, weight_TK: Tensor) -> "_Slots | _Sums | None":
+        """Return what outputs of experts go into; None if only listening."""
+        if self.only_listening:
+            return None
+        if self.part is None:
+            return _Slots(hidden_TH, weight_TK)
+        return _Sums(hidden_TH, weight_TK.shape[1], self.part)
+
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, (T, H); zeros if only listening.
 
         The order of all operations is that of transformers' grouped product:
         each weighted output goes to the slot it was routed through, and the
-        slots of a token are summed at once.
+        slots of a token are summed at once. Only where experts are run in blocks
+        are they added up expert after expert, which may change the last bits.
         """
         tokens, top_k = index_TK.shape
-        weight_S = weight_TK.reshape(-1)
-        dtype = torch.promote_types(hidden_TH.dtype, weight_TK.dtype)
-        num_slots = 0 if self.only_listening else tokens * top_k
-        slots_SH = hidden_TH.new_empty(num_slots, hidden_TH.shape[1], dtype=dtype)
-        norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
+        part, weight_S = self.part or Part(experts=range(self.count)), weight_TK.reshape(-1)
+        if part.norm_S is None:
+            part.norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
+        norm_S, outputs = part.norm_S, self._outputs(hidden_TH, weight_TK)
         for expert, slots in self.dispatch(index_TK, self.count):
+            if expert not in part.experts:
+                continue
             # of equal size: a product with one row left over would have other last bits
             for slot_R in slots.chunk(-(-len(slots) // MAX_ROWS)):
                 output_RH = self._run(expert, hidden_TH, slot_R // top_k)
                 if self.listener is not None:
                     norm_R = torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)
                     norm_S.index_copy_(0, slot_R, norm_R)
-                if not self.only_listening:
-                    weighted_RH = output_RH * weight_S[slot_R, None]
-                    slots_SH.index_copy_(0, slot_R, weighted_RH)
-        if self.listener is not None:
+                if outputs is not None:
+                    outputs.add(slot_R, output_RH * weight_S[slot_R, None])
+        if self.listener is not None and part.is_last:
             self.listener(
                 Routed(
                     hidden_TH=hidden_TH,
@@ -226,9 +253,40 @@ class StreamedExperts(nn.Module):
                     norm_TK=norm_S.view(tokens, top_k),
                 )
             )
-        if self.only_listening:
+        if outputs is None:
             return torch.zeros_like(hidden_TH)
-        return slots_SH.view(tokens, top_k, -1).sum(dim=1).to(hidden_TH.dtype)
+        return outputs.total().to(hidden_TH.dtype)
+
+
+class _Slots:
+    """Weighted outputs where they were routed through, to be summed at once."""
+
+    def __init__(self, hidden_TH: Tensor, weight_TK: Tensor) -> None:
+        (_, hidden), (tokens, top_k) = hidden_TH.shape, weight_TK.shape
+        dtype = torch.promote_types(hidden_TH.dtype, weight_TK.dtype)
+        self._slots_TKH = hidden_TH.new_empty(tokens, top_k, hidden, dtype=dtype)
+
+    def add(self, slot_R: Tensor, weighted_RH: Tensor) -> None:
+        self._slots_TKH.view(-1, weighted_RH.shape[1]).index_copy_(0, slot_R, weighted_RH)
+
+    def total(self) -> Tensor:
+        return self._slots_TKH.sum(dim=1)
+
+
+class _Sums:
+    """Weighted outputs of block after block, added up in float32."""
+
+    def __init__(self, hidden_TH: Tensor, top_k: int, part: Part) -> None:
+        if part.sum_TH is None:
+            part.sum_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        self._sum_TH, self._top_k = part.sum_TH, top_k
+
+    def add(self, slot_R: Tensor, weighted_RH: Tensor) -> None:
+        # no token is in it twice, so the order of additions is that of the experts
+        self._sum_TH.index_add_(0, slot_R // self._top_k, weighted_RH.float())
+
+    def total(self) -> Tensor:
+        return self._sum_TH
 
 
 def _round_up(token_R: Tensor) -> Tensor:

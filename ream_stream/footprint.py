@@ -8,22 +8,24 @@ Operations' private scratch is not seen; it is small on the CPU.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 from .checkpoint.formats import Plain, Stored
 from .checkpoint.header import DTYPES
 from .checkpoint.source import Checkpoint
 from .experts import Routed, StreamedExperts
 from .model import Batch, StreamedModel
+from .playback import main_output
 from .skeleton import get_tensor, path_of, put_tensor
 
 
@@ -40,6 +42,9 @@ class Footprint:
 
     run: int
     """To its end."""
+
+    outputs: int
+    """What its mixers return, of which a `Playback` keeps all; not at once."""
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -110,15 +115,13 @@ class Footprints:
 
     Parameters
     ----------
-    checkpoint
-        Whose headers tell the layers' shapes.
-    dtype
-        What they are run in.
+    model
+        Its layers' shapes are told by headers. It can be run on nothing else afterwards.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self.model = StreamedModel(checkpoint, dtype, torch.device("cpu"))
-        self.model.checkpoint = _NoData(checkpoint)  # type: ignore[assignment]
+    def __init__(self, model: StreamedModel) -> None:
+        self.model = model
+        self.model.checkpoint = _NoData(model.checkpoint)  # type: ignore[assignment]
         self._embedding = path_of(self.model.model, self.model.model.get_input_embeddings())
         self._shape_VH = get_tensor(self.model.model, self._embedding + ".weight").shape
 
@@ -132,14 +135,17 @@ class Footprints:
             kinds.setdefault((tuple(names), tuple(shapes), layer.stack is None), layer.index)
         return list(kinds.values())
 
-    def of(self, index: int, sequences: int, length: int) -> Footprint:
+    def of(self, index: int, sequences: int, length: int, *, padded: bool = True) -> Footprint:
         """Return what running layer `index` on a batch takes.
 
-        The data decides whether a mask is made, which is as large as a head's
-        attention weights. It is counted: without data, transformers makes it.
+        With padding a mask is made, which is as large as a head's attention weights.
         """
         model, dtype = self.model, self.model.dtype
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            torch.no_grad(),
+            nullcontext() if padded else _without_masks(),
+        ):
             table_VH = torch.empty(self._shape_VH, dtype=dtype)
             put_tensor(model.model, self._embedding + ".weight", table_VH)
             ids_BL = torch.zeros(sequences, length, dtype=torch.int64)
@@ -148,12 +154,14 @@ class Footprints:
             with model.open_layer(index) as experts:
                 if experts is not None:
                     experts.dispatch = _all_to_one
-                run = _peak(lambda: model.run_layer(index, batch, hidden_BLH))
                 if experts is None:
-                    return Footprint(observe=0, run=run)
+                    run = _peak(lambda: model.run_layer(index, batch, hidden_BLH))
+                    return Footprint(observe=0, run=run, outputs=0)
+                with _returned(model.mixers(index)) as returned:
+                    run = _peak(lambda: model.run_layer(index, batch, hidden_BLH))
                 experts.listener = _statistics(experts)
                 observe = _peak(lambda: model.observe_layer(index, batch, hidden_BLH))
-                return Footprint(observe=observe, run=run)
+                return Footprint(observe=observe, run=run, outputs=sum(returned))
 
 
 def _peak(work: Callable[[], object]) -> int:
@@ -161,6 +169,36 @@ def _peak(work: Callable[[], object]) -> int:
         work()
     peak: int = counter.peak
     return peak
+
+
+@contextmanager
+def _without_masks() -> Iterator[None]:
+    """Let transformers make no causal masks, as it makes none for a batch without padding.
+
+    Without data it cannot see that no sequences are packed into one, and makes one.
+    """
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+
+
+@contextmanager
+def _returned(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Give a list that fills with the bytes of what modules return."""
+    found: list[int] = []
+
+    def count(_module: nn.Module, _args: Any, output: Any) -> None:  # noqa: ANN401
+        found.append(main_output(output).nbytes)
+
+    handles = [module.register_forward_hook(count) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _all_to_one(index_TK: Tensor, _num_experts: int) -> list[tuple[int, Tensor]]:

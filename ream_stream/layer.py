@@ -5,7 +5,7 @@ Everything a layer does happens here up to its commit, which is the pipeline's.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from . import durable
+from .allotment import OUTPUTS, SUMS
+from .blocks import Passes
 from .calibration.hidden import HiddenStates, HiddenWriter
 from .calibration.tokens import Tokens
 from .checkpoint.header import TensorEntry
@@ -26,11 +28,13 @@ from .events import Phase, Refitted, Step
 from .experts import StreamedExperts
 from .finite import CheckedWriter, Excluded, is_finite, not_finite
 from .journal import Workspace
-from .model import StreamedModel
-from .observe import Observer, Playback, TokenSample, mean_outputs
+from .kept import Kept, keeping
+from .model import Batch, StreamedModel
+from .observe import Observer, TokenSample, mean_outputs
 from .plan import LayerPlan, Plan
+from .playback import Playback
 from .refitting import RefitJob
-from .stream import Batches, advance, with_states
+from .stream import Batches
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +58,9 @@ class Context:
 
     batch_sequences: int
     """Sequences of a batch."""
+
+    expert_blocks: int
+    """Blocks that a layer's experts are run in."""
 
     threads: int
     """For the assignments of the alignment."""
@@ -91,6 +98,11 @@ class Context:
         writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch)
         return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 
+    def keeping(self, part: str, name: str) -> AbstractContextManager[Kept]:
+        """Keep tensors of batches for the length of a block, where the plan has the part."""
+        path = self.workspace.scratch(name) if self.plan.scratch.get(part) else None
+        return keeping(path, len(self.batches))
+
 
 class LayerJob:
     """The work on one layer; after `steps` its results are in the attributes."""
@@ -109,10 +121,15 @@ class LayerJob:
                 self.plan, context.tokens, context.workspace, context.output, self.index
             )
         self._playback: Playback | None = None
+        self._stores = ExitStack()
         self._hidden = context.hidden_reader(self.index)
 
     def steps(self) -> Iterator[Step]:
         """Do the layer's phases in order."""
+        with self._stores:
+            yield from self._phases()
+
+    def _phases(self) -> Iterator[Step]:
         yield from self._check()
         if self.layer.keys.stack is None:
             yield from self._copy()
@@ -152,7 +169,7 @@ class LayerJob:
                 observer.listening(source.router(self.index), experts),
                 nullcontext() if refit is None else refit.hearing(experts),
             ):
-                yield from self._observe(observer)
+                yield from self._observe(observer, experts)
             observer.finish(self.index)
             mean_EH = None
             if observer.sample is not None:
@@ -213,30 +230,56 @@ class LayerJob:
             device=self.context.source.device,
         )
 
-    def _observe(self, observer: Observer) -> Iterator[Step]:
+    def _observe(self, observer: Observer, experts: StreamedExperts) -> Iterator[Step]:
         """Run the source layer: up to its experts, unless its outputs go on to the next."""
-        source, sequential = self.context.source, self.plan.settings.sequential
+        plan, sequential = self.plan, self.plan.settings.sequential
+        again = self._refit is not None or (sequential and not self.is_last)
+        if (again or self.context.expert_blocks > 1) and plan.keeps(OUTPUTS):
+            self._playback = Playback(
+                lambda name: self._stores.enter_context(self.context.keeping(OUTPUTS, name))
+            )
         writer = None
         if not sequential and not self.is_last:
             writer = self.context.hidden_writer(self.index + 1)
+
+        def expect(number: int, batch: Batch) -> None:
+            first = number * self.context.batch_sequences * plan.sequence_length
+            observer.expect(batch, first)
+
+        with self.context.timed("observe"):
+            yield from self._run("observe", self.context.source, experts, writer, expect)
+
+    def _run(
+        self,
+        phase: Phase,
+        model: StreamedModel,
+        experts: StreamedExperts | None,
+        writer: CheckedWriter | None,
+        expect: Callable[[int, Batch], None] = lambda _number, _batch: None,
+    ) -> Iterator[Step]:
+        """Run the layer on all batches; to its end if what leaves it is to be written."""
+        context, batches = self.context, self.context.batches
         with ExitStack() as stack:
-            stack.enter_context(self.context.timed("observe"))
-            again = self._refit is not None or (sequential and not self.is_last)
-            if again and self.plan.memory["attention outputs"]:
-                self._playback = Playback()
-                stack.enter_context(self._playback.recording(source.mixers(self.index)))
-            batches = self.context.batches
-            for number, batch, hidden_BLH in with_states(batches, self._hidden):
-                first = number * self.context.batch_sequences * self.plan.sequence_length
-                observer.expect(batch, first)
-                if writer is None:
-                    sums = self._refit is not None
-                    source.observe_layer(self.index, batch, hidden_BLH, sums=sums)
-                else:
-                    writer.write(number, source.run_layer(self.index, batch, hidden_BLH))
-                yield self._step("observe", number + 1, len(batches))
-            if writer is not None:
-                writer.publish()
+            sums = None
+            if writer is not None and context.expert_blocks > 1:
+                sums = stack.enter_context(context.keeping(SUMS, "sums"))
+            passes = Passes(
+                model=model,
+                index=self.index,
+                experts=experts,
+                blocks=context.expert_blocks,
+                playback=self._playback,
+                sums=sums,
+                hears_sums=self._refit is not None,
+            )
+            total = len(passes) * len(batches)
+            run = passes.run(batches, self._hidden, expect=expect, only_listening=not writer)
+            for done, (number, leaving_BLH) in enumerate(run, start=1):
+                if writer is not None and leaving_BLH is not None:
+                    writer.write(number, leaving_BLH)
+                yield self._step(phase, done, total)
+        if writer is not None:
+            writer.publish()
 
     def _align(
         self,
@@ -319,15 +362,10 @@ class LayerJob:
 
     def _propagate(self, model: StreamedModel) -> Iterator[Step]:
         """Run the layer, as `model` has it, to give what enters the next."""
-        with ExitStack() as stack:
-            stack.enter_context(self.context.timed("propagate"))
+        with self.context.timed("propagate"):
             writer = self.context.hidden_writer(self.index + 1)
-            stack.enter_context(model.open_layer(self.index))
-            if self._playback is not None:
-                stack.enter_context(self._playback.playing(model.mixers(self.index)))
-            batches = self.context.batches
-            for done in advance(model, self.index, batches, self._hidden, writer):
-                yield self._step("propagate", done, len(batches))
+            with model.open_layer(self.index) as experts:
+                yield from self._run("propagate", model, experts, writer)
 
     def _step(self, phase: Phase, done: int, total: int) -> Step:
         return Step(layer=self.index, phase=phase, done=done, total=total)

@@ -14,6 +14,9 @@ from pathlib import Path
 import psutil
 
 _STATUS = Path("/proc/self/status")
+_MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+_VERSION_2 = ("memory.max", "memory.current", "file")
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
@@ -27,8 +30,40 @@ def anonymous_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Return what the machine could give without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Return what the machine could give without swapping, or a container of it."""
+    return min([int(psutil.virtual_memory().available), *cgroup_rooms(_MEMBERSHIP, _CGROUPS)])
+
+
+def cgroup_rooms(membership: Path, root: Path) -> list[int]:
+    """Return what the limits of this process's control groups leave, of both versions.
+
+    Cached files count as used there and are given back when memory is asked for.
+    """
+    if not membership.exists():
+        return []
+    rooms = []
+    for line in membership.read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, names = (root / "memory", _VERSION_1) if controllers else (root, _VERSION_2)
+        inner = base / path.lstrip("/")
+        for folder in [inner, *inner.parents]:
+            if folder.is_relative_to(base):
+                rooms += _room(folder, *names)
+    return rooms
+
+
+def _room(folder: Path, limit: str, usage: str, cached: str) -> list[int]:
+    """Return what one group's limit leaves; nothing if it has none."""
+    try:
+        most = (folder / limit).read_text(encoding="ascii").strip()
+        used = int((folder / usage).read_text(encoding="ascii"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:
+        return []
+    files = sum(int(line.split()[1]) for line in lines if line.split()[0] == cached)
+    return [] if most == "max" else [max(0, int(most) - used + files)]
 
 
 def trim() -> None:

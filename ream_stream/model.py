@@ -304,7 +304,6 @@ class StreamedModel:
             pass
         finally:
             handle.remove()
-            experts.only_listening = False
 
     def logits(
         self, batch: Batch, hidden_BLH: Tensor, position_P: Tensor | None = None
@@ -349,6 +348,10 @@ class StreamedModel:
             if apart.isdisjoint(child.modules())
             and any(p.dim() > 1 for p in child.parameters())
         ]
+
+    def _experts(self, index: int) -> StreamedExperts:
+        modules = self._decoder[index].modules()
+        return next(module for module in modules if isinstance(module, StreamedExperts))
 
     def _forward(self, batch: Batch, **options: Any) -> Any:  # noqa: ANN401
         mask = batch.attention_mask_BL

@@ -5,7 +5,7 @@ batch, n sampled tokens, R rows of a block, K experts a token, E experts, H hidd
 I inner.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -287,56 +287,3 @@ def mean_outputs(
         if loaded.down_bias_H is not None:
             mean_EH[expert] += means.mean_weight_E()[0] * loaded.down_bias_H.double()
         yield expert + 1
-
-
-class Playback:
-    """Outputs of a layer's attention, kept so that it need not run a second time.
-
-    They do not depend on the experts: the compressed layer gets the same
-    hidden states, so its attention would give the same bits again.
-    """
-
-    def __init__(self) -> None:
-        self._outputs: list[list[Any]] = []
-
-    @contextmanager
-    def recording(self, mixers: Sequence[nn.Module]) -> Iterator[None]:
-        """Keep what the modules return, batch by batch, for the length of the block."""
-        self._outputs = [[] for _ in mixers]
-        handles = [
-            module.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(_main(out)))
-            for module, kept in zip(mixers, self._outputs, strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def playing(self, mixers: Sequence[nn.Module]) -> Iterator[None]:
-        """Let the modules return what was kept, in order, for the length of the block.
-
-        What runs after the experts was not reached when they were observed: it runs.
-        """
-        kept = [
-            (m, outputs) for m, outputs in zip(mixers, self._outputs, strict=True) if outputs
-        ]
-        for module, outputs in kept:
-            module.forward = _next_of(iter(outputs))
-        try:
-            yield
-        finally:
-            for module, _ in kept:
-                del module.forward
-
-
-def _main(output: Any) -> Any:  # noqa: ANN401
-    """Return an output without what comes beside it, attention weights, that nothing reads."""
-    if isinstance(output, tuple):
-        return (output[0], *[None] * (len(output) - 1))
-    return output
-
-
-def _next_of(outputs: Iterator[Any]) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: next(outputs)

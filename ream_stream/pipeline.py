@@ -88,7 +88,11 @@ def compress(
         if "solver" in journal.machine:
             plan = replace(plan, solver=Solver(**journal.machine["solver"]))
     else:
-        machine: dict[str, Any] = {"batch_sequences": plan.batch_sequences, "threads": threads}
+        machine: dict[str, Any] = {
+            "batch_sequences": plan.batch_sequences,
+            "expert_blocks": plan.expert_blocks,
+            "threads": threads,
+        }
         if plan.settings.method.refit != "none":
             held_back(tokens, plan.settings.seed)  # refuses too few sequences
             machine["solver"] = asdict(plan.solver)
@@ -149,6 +153,7 @@ def _open(  # the parts of a context, each given once
         source=source,
         output=output,
         batch_sequences=journal.machine["batch_sequences"],
+        expert_blocks=journal.machine["expert_blocks"],
         threads=threads,
         excluded=Excluded(tokens, (n for layer in journal.layers for n in layer.excluded)),
     )

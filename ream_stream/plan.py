@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .budget import Size, allot
+from .allotment import Limits, allot
+from .budget import Parts, Size
 from .checkpoint.formats import Stored, rename_skipped
 from .checkpoint.header import TensorEntry
 from .checkpoint.quantized import tensors_of
@@ -25,8 +26,8 @@ from .durable import free_bytes, same_disk
 from .errors import DamagedError, OverBudgetError, UnsupportedModelError
 from .families import Family, family_of, with_expert_count
 from .footprint import Footprints
-from .journal import Journal
-from .memory import available_bytes
+from .journal import Journal, Workspace
+from .memory import anonymous_bytes, available_bytes
 from .model import LayerKeys, StreamedModel, shape_of
 from .mtp import find_mtp, without_mtp
 from .refit_budget import Solver
@@ -100,11 +101,23 @@ class Plan:
     hidden_size: int
     """H."""
 
+    expert_blocks: int
+    """Blocks that a layer's experts are run in; with 1, all batches see all of them."""
+
+    resident_experts: int
+    """Experts that stay on the device between batches."""
+
     memory: Mapping[str, int] = field(repr=False)
     """Anonymous host memory at its peak, by part, bytes."""
 
     solver: Solver
     """How a refit is solved, if there is one."""
+
+    device_memory: Mapping[str, int] = field(repr=False)
+    """Device memory at its peak, by part, bytes; empty if layers run on the processor."""
+
+    scratch: Mapping[str, int] = field(repr=False)
+    """What is kept on disk from pass to pass over a layer, by part, bytes."""
 
     steady: bool
     """Whether freed memory goes back to the kernel at once: with a stated budget."""
@@ -148,9 +161,31 @@ class Plan:
         return sum(shard.nbytes for shard in [*shards, *self.outside])
 
     @property
+    def disk(self) -> dict[str, int]:
+        """Bytes on disk at the high-water mark, by part."""
+        return {
+            "shards": self.output_bytes,
+            "other files": sum(path.stat().st_size for path in self.source.other_files()),
+            "hidden states": 2 * self.hidden_bytes,
+            "layer before its refit": self._staged_bytes,
+            **self.scratch,
+        }
+
+    @property
     def disk_bytes(self) -> int:
-        """Bytes on the output's disk at the high-water mark: the shards and two boundaries."""
-        return self.output_bytes + 2 * self.hidden_bytes
+        """Bytes on disk at the high-water mark."""
+        return sum(self.disk.values())
+
+    @property
+    def _staged_bytes(self) -> int:
+        """Bytes of the largest layer, if it is written once more to be refitted."""
+        if self.settings.method.refit == "none":
+            return 0
+        return max(sum(s.nbytes for s in layer.shards) for layer in self.moe_layers)
+
+    def keeps(self, part: str) -> bool:
+        """Tell whether something is kept from pass to pass, in memory or on disk."""
+        return bool(self.memory.get(part) or self.scratch.get(part))
 
     @property
     def memory_bytes(self) -> int:
@@ -196,6 +231,11 @@ def make_plan(
     sequence_length: int,
     *,
     ram: int | None = None,
+    vram: int | None = None,
+    disk: int | None = None,
+    padded: bool = True,
+    workspace: Workspace | None = None,
+    journal: Journal | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -209,6 +249,16 @@ def make_plan(
         Size of the calibration set.
     ram
         Budget of anonymous host memory, bytes; None for most of what is free.
+    vram
+        Budget of device memory; None if layers run on the processor.
+    disk
+        Budget of what output and work folder hold together; None for no limit.
+    padded
+        Whether there is padding in the calibration set; True if that is not known.
+    workspace
+        Where the run writes, if that is known: its disk has so much free.
+    journal
+        Of the run that is gone on with, whose batch is kept.
 
     Raises
     ------
@@ -217,8 +267,9 @@ def make_plan(
     UsageError
         The counts asked for do not work for it.
     OverBudgetError
-        The run needs more memory than the budget.
+        The run needs more memory or disk than the budget.
     """
+    available = available_bytes()
     family = family_of(source.config)
     dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     kept = source
@@ -241,13 +292,14 @@ def make_plan(
     check_counts(settings, num_experts, model.top_k, routing_groups, groups_per_token)
     decoded = _decoded(model) if settings.dtype == "bfloat16" else {}
     layers, outside = _lay_out(model, family, num_experts, settings, decoded)
-    allotment = allot(
-        Footprints(source, dtype),
-        settings,
-        Size(sequences=sequences, length=sequence_length, threads=torch.get_num_threads()),
-        ram if ram is not None else int(RAM_SHARE * available_bytes()),
-        steady=ram is not None,
+    size = Size(
+        sequences=sequences,
+        length=sequence_length,
+        threads=torch.get_num_threads(),
+        top_k=model.top_k,
+        padded=padded,
     )
+    parts = Parts(Footprints(model), settings, size, on_device=vram is not None)
     plan = Plan(
         settings=settings,
         source=source,
@@ -261,15 +313,85 @@ def make_plan(
         decoded=decoded,
         sequences=sequences,
         sequence_length=sequence_length,
-        batch_sequences=allotment.batch_sequences,
+        batch_sequences=sequences,
+        expert_blocks=1,
+        resident_experts=0,
         hidden_size=model.hidden_size,
-        memory=allotment.parts,
-        solver=allotment.solver,
+        memory={},
+        solver=parts.solvers[0],
+        device_memory={},
+        scratch={},
         steady=ram is not None,
     )
     # builds the compressed config's own class: refuses shapes that would not load
     StreamedModel(plan.output_checkpoint(source.folder), dtype, torch.device("cpu"))
-    return plan
+    limits = Limits(
+        ram=ram if ram is not None else int(RAM_SHARE * available),
+        steady=ram is not None,
+        available=available + anonymous_bytes(),
+        disk=_scratch_room(plan, disk, workspace, journal),
+        vram=vram,
+        batch_sequences=journal.machine["batch_sequences"] if journal else None,
+        expert_blocks=journal.machine["expert_blocks"] if journal else None,
+        solver=Solver(**journal.machine["solver"])
+        if journal and "solver" in journal.machine
+        else None,
+    )
+    allotment = allot(parts, limits, sequences=sequences, length=sequence_length)
+    return replace(
+        plan,
+        batch_sequences=allotment.batch_sequences,
+        expert_blocks=allotment.expert_blocks,
+        resident_experts=allotment.resident_experts,
+        memory=allotment.memory,
+        solver=allotment.solver,
+        device_memory=allotment.device,
+        scratch=allotment.scratch,
+    )
+
+
+def _scratch_room(
+    plan: Plan, disk: int | None, workspace: Workspace | None, journal: Journal | None
+) -> int | None:
+    """Return what budget and disk leave for scratch stores; None if nothing limits them.
+
+    Raises
+    ------
+    OverBudgetError
+        Even without any the run needs more than the budget.
+    """
+    rooms = []
+    if disk is not None:
+        rooms.append(disk - plan.disk_bytes)
+        if rooms[0] < 0:
+            largest = sorted(plan.disk.items(), key=lambda part: -part[1])[:3]
+            told = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in largest)
+            raise OverBudgetError(
+                f"output and work folder need {format_size(plan.disk_bytes)} of disk, the "
+                f"budget is {format_size(disk)}; the largest parts are {told}. Give --disk "
+                f"{plan.disk_bytes} or more, keep fewer experts, or use fewer --sequences"
+            )
+    if workspace is not None:
+        needed, hidden = _left_to_write(plan, workspace.output, journal)
+        together = same_disk(workspace.output, workspace.work)
+        rooms.append(free_bytes(workspace.work) - hidden - needed * together)
+    return min(rooms) if rooms else None
+
+
+def _left_to_write(plan: Plan, output: Path, journal: Journal | None) -> tuple[int, int]:
+    """Return the bytes still to be written in the output, and in the work folder at most."""
+    shards = plan.output_bytes
+    work = 2 * plan.hidden_bytes + plan._staged_bytes + sum(plan.scratch.values())
+    others = plan.source.other_files()
+    if journal is not None:
+        shards -= sum(shard.size for shard in journal.shards())
+        left = len(plan.layers) - len(journal.layers)
+        # one boundary is there already; after the last layer there is none
+        work -= plan.hidden_bytes if left and journal.layers else 0 if left else work
+        others = [
+            p for p in others if not (output / p.relative_to(plan.source.folder)).exists()
+        ]
+    return shards + sum(path.stat().st_size for path in others), work
 
 
 def check_disk(
@@ -291,12 +413,8 @@ def check_disk(
     OverBudgetError
         With what is needed and what is free.
     """
-    work, shards, hidden = work or output, plan.output_bytes, 2 * plan.hidden_bytes
-    if journal is not None:
-        shards -= sum(shard.size for shard in journal.shards())
-        left = len(plan.layers) - len(journal.layers)
-        # one boundary is there already; after the last layer there is none
-        hidden -= plan.hidden_bytes * (2 if not left else 1 if journal.layers else 0)
+    work = work or output
+    shards, hidden = _left_to_write(plan, output, journal)
     together = same_disk(output, work)
     for place, needed in ((output, shards + hidden * together), (work, hidden)):
         free = free_bytes(place)

@@ -25,8 +25,8 @@ from .events import Refitted
 from .journal import Workspace
 from .kept import Kept, keeping
 from .model import StreamedModel
-from .observe import Playback
 from .plan import Plan
+from .playback import Playback
 from .refit_budget import KEPT
 from .refit_passes import LayerRefit, RoutedTokens, held_back
 from .stream import Batches, with_states
@@ -130,7 +130,7 @@ class RefitJob:
             refit = LayerRefit(tokens, method, plan.solver, results)
             total, done = len(batches) * (1 + refit.passes), 0
             mixers = self._model.mixers(self._index)
-            with nullcontext() if playback is None else playback.playing(mixers):
+            with nullcontext() if playback is None else playback.through(mixers):
                 for _ in self._route(tokens, batches, entering):
                     done += 1
                     yield done, total

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
-from .budget import OUTPUTS
+from .allotment import OUTPUTS, SUMS
+from .blocks import cut_experts
 from .checkpoint.stacks import ExpertStack
 from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
@@ -103,47 +104,66 @@ class _Layer:
         """Return its work by phase."""
         if self.stack is None:
             write = Work(read_bytes=self.bytes, written_bytes=self.output_bytes)
-            return {"write": write, **self._propagated(self.bytes, mixed=False)}
-        experts = self.bytes - self.dense_bytes
-        sequential, merges = self.plan.settings.sequential, self._merges()
-        passes = 1 if self.fits else self.plan.num_batches
+            return {"write": write, **self._propagated(self.bytes, passes=1)}
+        plan, experts = self.plan, self.bytes - self.dense_bytes
+        sequential, merges = plan.settings.sequential, self._merges()
+        passes = len(cut_experts(plan.num_experts, plan.expert_blocks))
         observe = Work(
-            read_bytes=self.dense_bytes + experts * passes + self.entering,
-            written_bytes=0 if sequential or self.is_last else self.plan.hidden_bytes,
+            read_bytes=self.dense_bytes + experts * self._readings(passes) + self.entering,
+            written_bytes=plan.scratch.get(OUTPUTS, 0) if self._records(passes) else 0,
             expert_flop=self._expert_flop(self.stack),
             product_flop=self._dense_flop(before_experts=sequential),
         )
+        observe += self._passed_again(passes - 1)
+        if not (sequential or self.is_last):
+            observe += Work(written_bytes=plan.hidden_bytes) + self._summed(passes)
         phases = {"observe": observe, "write": self._again(self.bytes)}
         phases["write"] += Work(written_bytes=self.output_bytes)
         if merges:
             phases |= self._compared(self.stack, experts)
             phases["write"] += Work(merged_numbers=self._merged() * self._numbers(self.stack))
         if sequential:
-            mixed = bool(self.plan.memory[OUTPUTS])
-            phases |= self._propagated(self.output_bytes, mixed=mixed)
+            passes = len(cut_experts(plan.settings.experts, plan.expert_blocks))
+            phases |= self._propagated(self.output_bytes, passes=passes)
         return phases
+
+    def _readings(self, passes: int) -> int:
+        """Return how often the experts are read."""
+        return 1 if self.fits or passes > 1 else self.plan.num_batches
+
+    def _records(self, passes: int) -> bool:
+        """Tell whether attention's outputs serve a later pass."""
+        return passes > 1 or (self.plan.settings.sequential and not self.is_last)
+
+    def _passed_again(self, passes: int) -> Work:
+        """Return what passes beyond the first take beside experts: states and attention."""
+        read = self._again(self.entering) + Work(read_bytes=self.plan.scratch.get(OUTPUTS, 0))
+        kept = self.plan.keeps(OUTPUTS)
+        once = Work(product_flop=0 if kept else self._dense_flop(before_experts=True))
+        return total([read, once] * passes)
+
+    def _summed(self, passes: int) -> Work:
+        """Return the writing and reading of sums over blocks."""
+        nbytes = (passes - 1) * self.plan.scratch.get(SUMS, 0)
+        return Work(read_bytes=nbytes, written_bytes=nbytes)
 
     def _again(self, nbytes: int) -> Work:
         """Return the reading of what was read or written a moment ago."""
         return Work(read_bytes=nbytes, cached_bytes=nbytes if self.fits else 0)
 
-    def _propagated(self, nbytes: int, *, mixed: bool) -> dict[str, Work]:
-        """Return the run to the next layer; `mixed` if attention's outputs were kept."""
+    def _propagated(self, nbytes: int, *, passes: int) -> dict[str, Work]:
+        """Return the run to the next layer."""
         if self.is_last:
             return {}
-        experts = 0 if self.stack is None else nbytes - self.dense_bytes
-        passes = 1 if self.fits else self.plan.num_batches
-        dense = self._dense_flop() - (self._dense_flop(before_experts=True) if mixed else 0)
-        run = Work(
-            written_bytes=self.plan.hidden_bytes,
-            expert_flop=0 if self.stack is None else self._expert_flop(self.stack),
-            product_flop=dense,
-        )
-        again = self._again(nbytes + experts * (passes - 1))
-        entering = self._again(self.entering)
+        run = Work(written_bytes=self.plan.hidden_bytes)
         if self.stack is None:  # nothing read the states before
-            entering = Work(read_bytes=self.entering)
-        return {"propagate": run + again + entering}
+            run += Work(read_bytes=self.entering, product_flop=self._dense_flop())
+            return {"propagate": run + self._again(nbytes)}
+        experts = nbytes - self.dense_bytes
+        after_attention = self._dense_flop() - self._dense_flop(before_experts=True)
+        run += Work(expert_flop=self._expert_flop(self.stack), product_flop=after_attention)
+        run += self._passed_again(passes) + self._summed(passes)
+        return {"propagate": run + self._again(nbytes + experts * (self._readings(passes) - 1))}
 
     def _compared(self, stack: ExpertStack, expert_bytes: int) -> dict[str, Work]:
         method, matrix = self.plan.settings.method, stack.hidden * stack.inner

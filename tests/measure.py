@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from ream_stream import budget, plan
+from ream_stream import allotment, plan
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.events import Finished, LayerDone
@@ -72,7 +72,7 @@ def make_plan(source, sequences, dtype, room):
         compute_dtype=dtype,
     )
     if room is None:
-        budget.MAX_BATCH_TOKENS = BATCH_TOKENS
+        allotment.MAX_BATCH_TOKENS = BATCH_TOKENS
         return plan.make_plan(checkpoint, settings, sequences, LENGTH), None
     # told the first time: what is loaded when a plan is made is in the second one's base
     for _ in range(2):

@@ -70,7 +70,10 @@ class Really:
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next", "glm4_moe"])
 def test_a_footprint_is_what_a_padded_batch_takes(family, dtype, checkpoints):
     checkpoint = open_checkpoint(checkpoints(family))
-    told, really = Footprints(checkpoint, dtype), Really(checkpoint, dtype, padded=True)
+    told, really = (
+        Footprints(StreamedModel(checkpoint, dtype, CPU)),
+        Really(checkpoint, dtype, padded=True),
+    )
     for index in told.kinds():
         footprint = told.of(index, SEQUENCES, LENGTH)
         assert footprint.run == pytest.approx(really.run(index), rel=0.06), index
@@ -81,7 +84,7 @@ def test_a_footprint_is_what_a_padded_batch_takes(family, dtype, checkpoints):
 @pytest.mark.parametrize("family", ["mixtral", "ernie4_5_moe"])
 def test_a_batch_without_padding_takes_no_more(family, checkpoints):
     checkpoint = open_checkpoint(checkpoints(family))
-    told = Footprints(checkpoint, torch.float32)
+    told = Footprints(StreamedModel(checkpoint, torch.float32, CPU))
     really = Really(checkpoint, torch.float32, padded=False)
     for index in told.kinds():
         footprint = told.of(index, SEQUENCES, LENGTH)
@@ -93,7 +96,9 @@ def test_a_footprint_does_not_depend_on_the_data(checkpoints, monkeypatch):
     from ream_stream.checkpoint.source import MappedTensors
 
     monkeypatch.setattr(MappedTensors, "__getitem__", None)
-    told = Footprints(open_checkpoint(checkpoints("qwen3_moe")), torch.float32)
+    told = Footprints(
+        StreamedModel(open_checkpoint(checkpoints("qwen3_moe")), torch.float32, CPU)
+    )
     small, large = told.of(0, 1, LENGTH), told.of(0, 2, LENGTH)
     assert 0 < small.observe <= small.run
     assert 1.9 * small.run < large.run < 2.1 * small.run
@@ -105,12 +110,14 @@ def test_a_footprint_does_not_depend_on_the_data(checkpoints, monkeypatch):
     [("mixtral", [0]), ("qwen3_moe", [0, 1]), ("deepseek_v3", [0, 1])],
 )
 def test_layers_of_equal_shapes_are_of_one_kind(family, kinds, checkpoints):
-    told = Footprints(open_checkpoint(checkpoints(family)), torch.float32)
+    told = Footprints(StreamedModel(open_checkpoint(checkpoints(family)), torch.float32, CPU))
     assert told.kinds() == kinds
 
 
 def test_linear_attention_full_attention_and_no_experts_are_three_kinds(checkpoints):
-    told = Footprints(open_checkpoint(checkpoints("qwen3_next")), torch.float32)
+    told = Footprints(
+        StreamedModel(open_checkpoint(checkpoints("qwen3_next")), torch.float32, CPU)
+    )
     assert told.kinds() == [0, 2, 3]
 
 

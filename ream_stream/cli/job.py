@@ -60,6 +60,9 @@ class Job:
     budget: int
     """Host memory to stay within, bytes."""
 
+    device_budget: int | None
+    """Device memory to stay within; None if layers run on the processor."""
+
     forecast: Forecast | None = None
     """What is left to do and about how long it takes; None if nothing is left."""
 
@@ -83,7 +86,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     """
     check_usage(options)
     checkpoint = open_checkpoint(options.source, with_data=with_data)
-    device = devices.choose_device(options.device)
+    device, vram = _device(options, plans_only=not with_data)
     settings = _settings(options, checkpoint, device)
     workspace = workspace_of(options.output, options.work_dir) if options.output else None
     journal = None if workspace is None else _journal(workspace, restart=restart)
@@ -97,6 +100,11 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         options.sequences if tokens is None else tokens.num_sequences,
         options.sequence_length if tokens is None else tokens.sequence_length,
         ram=options.ram,
+        vram=vram,
+        disk=options.disk,
+        padded=tokens is None or tokens.attention_mask_SL is not None,
+        workspace=workspace,
+        journal=journal,
     )
     if workspace is not None:
         check_disk(plan, workspace.output, workspace.work, journal)
@@ -109,6 +117,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         device=device,
         threads=threads,
         budget=budget,
+        device_budget=vram,
     )
     return _with_forecast(_with_tokens(job, wanted))
 
@@ -160,6 +169,30 @@ def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device)
         compute_dtype=str(dtype).removeprefix("torch."),
         device_kind=device.type,
     )
+
+
+def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:
+    """Return where layers are run, and the budget of its memory; None for the processor.
+
+    Raises
+    ------
+    UsageError
+        There is no such device; only a plan can do without, if it is told the budget.
+    """
+    if plans_only and options.vram is not None and not devices.is_here(torch.device("cuda")):
+        if options.device not in {"auto", "cpu"}:
+            return torch.device(options.device), options.vram
+        if options.device == "auto":
+            return torch.device("cuda"), options.vram
+    device = devices.choose_device(options.device)
+    if device.type == "cpu":
+        if options.vram is not None:
+            raise UsageError(
+                f"--vram is for layers that run on a GPU, --device {options.device} is the "
+                "processor here; leave it out"
+            )
+        return device, None
+    return device, options.vram or devices.free_bytes(device)
 
 
 def _journal(workspace: Workspace, *, restart: bool) -> Journal | None:
@@ -220,9 +253,9 @@ def _with_forecast(job: Job) -> Job:
     if job.workspace is not None and job.journal is not None and is_complete(job.workspace):
         return job
     committed = len(job.journal.layers) if job.journal else 0
-    return replace(
-        job, forecast=forecast(job.plan, job.device, job.threads, committed=committed)
-    )
+    # for a device that is only planned for, the processor stands in
+    device = job.device if devices.is_here(job.device) else torch.device("cpu")
+    return replace(job, forecast=forecast(job.plan, device, job.threads, committed=committed))
 
 
 def _threads(options: RunOptions, journal: Journal | None) -> int:

@@ -84,6 +84,8 @@ class RunOptions:
     ram: int | None
     dtype: str
     mtp: str
+    vram: int | None
+    disk: int | None
     max_shard_size: int
     work_dir: Path | None
 
@@ -254,6 +256,23 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
             default="auto",
             show_default=True,
             help="Host memory to stay within, such as 16GB; auto is 80% of what is free.",
+        ),
+        option(
+            machine,
+            "--vram",
+            type=Size(auto=True),
+            default="auto",
+            show_default=True,
+            help="GPU memory to stay within; auto is 90% of what is free. A size given to plan "
+            "where there is no GPU plans for one.",
+        ),
+        option(
+            machine,
+            "--disk",
+            type=Size(auto=True),
+            default="auto",
+            show_default=True,
+            help="What output and work folder may hold together; auto is what is free.",
         ),
         option(
             machine,

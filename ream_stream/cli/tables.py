@@ -11,7 +11,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ream_stream.device import is_here
 from ream_stream.durable import free_bytes
+from ream_stream.plan import Plan
 from ream_stream.rates import Forecast
 from ream_stream.sizes import format_size
 from ream_stream.work import Work
@@ -117,7 +119,13 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "memory_bytes": plan.memory_bytes,
         "memory_parts": dict(plan.memory),
         "memory_budget_bytes": job.budget,
+        "expert_blocks": plan.expert_blocks,
+        "resident_experts": plan.resident_experts,
+        "device_memory_bytes": sum(plan.device_memory.values()),
+        "device_memory_parts": dict(plan.device_memory),
+        "device_memory_budget_bytes": job.device_budget,
         "disk_bytes": plan.disk_bytes,
+        "disk_parts": plan.disk,
         "disk_free_bytes": free_bytes(output) if output else None,
         "device": str(job.device),
         "threads": job.threads,
@@ -150,7 +158,6 @@ def plan_table(job: Job, options: RunOptions) -> Table:
     """Return the plan as a table."""
     plan, known = job.plan, plan_facts(job)
     dense = len(plan.layers) - len(plan.moe_layers)
-    parts = [(f"  {name}", format_size(size)) for name, size in plan.memory.items() if size]
     budget = f"{format_size(plan.memory_bytes)} of {format_size(job.budget)} allowed"
     free = known["disk_free_bytes"]
     return facts(
@@ -171,18 +178,45 @@ def plan_table(job: Job, options: RunOptions) -> Table:
                 f"{plan.sequences} sequences of {plan.sequence_length} tokens, "
                 f"{plan.batch_sequences} at a time",
             ),
+            *_blocks(plan),
             ("run in", f"{plan.settings.compute_dtype} on {job.device}, {job.threads} threads"),
             ("memory", budget),
-            *parts,
+            *_parts(plan.memory),
+            *_device_memory(job),
             (
                 "disk",
                 f"{format_size(plan.disk_bytes)} at most"
                 + (f", {format_size(free)} free" if free is not None else ""),
             ),
+            *_parts(plan.disk),
             *_forecast(job.forecast),
         ],
         title="Plan",
     )
+
+
+def _parts(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+    return [(f"  {name}", format_size(size)) for name, size in sizes.items() if size]
+
+
+def _blocks(plan: Plan) -> list[tuple[str, str]]:
+    """Return a row if a layer's experts are run in blocks."""
+    if plan.expert_blocks == 1:
+        return []
+    size = -(-plan.num_experts // plan.expert_blocks)
+    kept = f", {plan.resident_experts} kept on the device" if plan.resident_experts else ""
+    text = f"{plan.expert_blocks} of up to {size}, each run on all batches before the next"
+    return [("blocks of experts", text + kept)]
+
+
+def _device_memory(job: Job) -> list[tuple[str, str]]:
+    """Return rows of a device's memory, if layers run on one."""
+    parts = job.plan.device_memory
+    if job.device_budget is None:
+        return []
+    told = f"{format_size(sum(parts.values()))} of {format_size(job.device_budget)} allowed"
+    here = "" if is_here(job.device) else ", which is not here: times are the processor's"
+    return [("device memory", told + here), *_parts(parts)]
 
 
 def _forecast(forecast: Forecast | None) -> list[tuple[str, str]]:

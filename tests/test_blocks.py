@@ -1,0 +1,162 @@
+"""Experts in blocks outside, batches inside: what comes out does not depend on how many."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from ream_stream.allotment import OUTPUTS, SUMS
+from ream_stream.blocks import cut_experts
+from ream_stream.events import Step
+from ream_stream.experts import ExpertWeights
+from ream_stream.journal import Workspace, load
+from ream_stream.pipeline import compress
+
+PLACES = ("memory", "disk", "again")
+"""Of what attention gives; sums are in memory or on disk."""
+
+
+@pytest.fixture(scope="module")
+def done(checkpoints, tmp_path_factory):
+    """Give a run in blocks, in batches of so many sequences; not to be changed."""
+
+    @cache
+    def give(name="qwen3_moe", blocks=1, batch=2, outputs="memory", *, padded=True, **fields):
+        tokens = tiny.some_tokens(5, 12, padded=padded)
+        wanted = tiny.settings(6, **fields)
+        plan = tiny.plan_for(checkpoints(name, torch.float32), tokens, wanted)
+        kept = {part: outputs if part == OUTPUTS else "memory" for part in (OUTPUTS, SUMS)}
+        if outputs == "disk":
+            kept[SUMS] = "disk"
+        plan = replace(
+            plan,
+            batch_sequences=batch,
+            expert_blocks=blocks,
+            memory={**plan.memory, **{k: int(place == "memory") for k, place in kept.items()}},
+            scratch={k: 1 for k, place in kept.items() if place == "disk"},
+        )
+        output = tmp_path_factory.mktemp("blocks") / "output"
+        return tiny.run_plan(plan, tokens, output)
+
+    return give
+
+
+def groups(run):
+    return [layer["groups"] for layer in run.manifest["layers"]]
+
+
+def statistics(run):
+    found = {}
+    for path in sorted((run.output / ".ream-stream").glob("statistics-*")):
+        found |= {(path.name, key): tensor for key, tensor in load_file(path).items()}
+    return found
+
+
+def assert_nearly_the_same(got, wanted):
+    assert groups(got) == groups(wanted)
+    wanted = tiny.load_tensors(wanted.output)
+    for name, tensor in tiny.load_tensors(got.output).items():
+        assert (tensor - wanted[name]).norm() <= 1e-6 * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "all-at-once"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_blocks_change_last_bits_at_most(done, name, sequential):
+    whole = done(name, sequential=sequential)
+    for blocks in (3, 8):
+        assert_nearly_the_same(done(name, blocks, sequential=sequential), whole)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_bytes_do_not_depend_on_where_things_are_kept(done, blocks):
+    first, *others = [done(blocks=blocks, outputs=place) for place in PLACES]
+    for other in others:
+        # the manifest, and so the digests of all shards
+        assert other.files() == first.files()
+        for layer, states in first.hidden.items():
+            assert torch.equal(other.hidden[layer], states)
+
+
+def test_the_first_layer_is_observed_bit_for_bit(done):
+    whole, blocks = statistics(done()), statistics(done(blocks=3))
+    assert whole.keys() == blocks.keys()
+    for (file, key), tensor in whole.items():
+        if file == "statistics-00000.safetensors":
+            assert torch.equal(tensor, blocks[file, key]), key
+
+
+def test_batches_and_blocks_do_not_change_the_groups(done):
+    whole = done(batch=5)
+    for batch, blocks in ((1, 1), (1, 3), (4, 2)):
+        assert_nearly_the_same(done(batch=batch, blocks=blocks), whole)
+
+
+def test_a_wrong_sum_would_be_seen(done, checkpoints, tmp_path, monkeypatch):
+    from ream_stream import experts
+
+    add = experts._Sums.add
+    monkeypatch.setattr(
+        experts._Sums, "add", lambda self, slot, weighted: add(self, slot, weighted * 1.0001)
+    )
+    whole = done()
+    plan = replace(whole.plan, expert_blocks=3)
+    off = tiny.run_plan(plan, whole.tokens, tmp_path / "output")
+    with pytest.raises(AssertionError):
+        assert_nearly_the_same(off, whole)
+
+
+def test_all_batches_are_run_through_a_block_before_the_next_is_read(
+    done, tmp_path, monkeypatch
+):
+    whole, loaded = done(), []
+    load_expert = ExpertWeights.load
+    monkeypatch.setattr(
+        ExpertWeights, "load", lambda self, e: (loaded.append(e), load_expert(self, e))[1]
+    )
+
+    def observed(blocks):
+        """Return the experts that are loaded while layer 0 is observed, in order."""
+        loaded.clear()
+        plan = replace(whole.plan, expert_blocks=blocks)
+        output = tmp_path / f"output-{blocks}"
+        workspace = Workspace(output=output, work=output / ".ream-stream")
+        with workspace.locked():
+            events = compress(plan, whole.tokens, workspace, device=tiny.CPU, threads=1)
+            steps = (event for event in events if isinstance(event, Step))
+            last = next(step for step in steps if step.done == step.total)
+            events.close()
+        assert last.phase == "observe"
+        assert last.total == blocks * 3
+        return loaded.copy()
+
+    one, all_of_them = observed(1), observed(8)
+    assert all_of_them == sorted(one) != one
+
+
+def test_a_run_goes_on_with_the_blocks_it_began_with(done, tmp_path):
+    whole = done(blocks=3)
+    output = tmp_path / "output"
+    workspace = Workspace(output=output, work=output / ".ream-stream")
+    with workspace.locked():
+        events = compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, threads=1)
+        while not load(workspace).layers if workspace.journal.is_file() else True:
+            next(events)
+        events.close()
+    assert load(workspace).machine["expert_blocks"] == 3
+    again = tiny.run_plan(replace(whole.plan, expert_blocks=1), whole.tokens, output)
+    assert again.files() == whole.files()
+    assert not list((output / ".ream-stream").glob("scratch-*"))
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 128])
+def test_blocks_of_experts_cover_all_once_and_differ_by_one_at_most(count):
+    for blocks in (1, 2, 3, 7, 200):
+        cut = cut_experts(count, blocks)
+        assert [e for block in cut for e in block] == list(range(count))
+        sizes = [len(block) for block in cut]
+        assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) >= 1
+        assert len(cut) == min(blocks, count)
