@@ -4,14 +4,14 @@ Letters in shapes: n sampled tokens, E experts, H hidden, I inner.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .checkpoint.stacks import Tensors
 from .errors import ReamStreamError
 from .experts import StreamedExperts
-from .method.alignment import ALIGNMENTS, Neurons, Pair, align_all
+from .method.alignment import ALIGNMENTS, Matched, Neurons, Pair, align_all
 from .method.grouping import GROUPINGS, Evidence
 from .method.merging import MERGES
 from .method.saliency import SALIENCIES, merge_weights
@@ -42,6 +42,9 @@ class Decision:
 
     shares: tuple[tuple[float, ...], ...]
     """Weights of a group's members, summing to 1."""
+
+    distance_EE: Tensor | None = field(default=None, repr=False, compare=False)
+    """What the groups were made from; None if experts were not compared."""
 
 
 def decide(
@@ -92,6 +95,7 @@ def decide(
         },
         groups=tuple(tuple(group) for group in groups),
         shares=tuple(tuple(share(weight_E[group]).tolist()) for group in groups),
+        distance_EE=distance_EE,
     )
 
 
@@ -102,7 +106,7 @@ def alignment_orders(
     tensors: Tensors,
     sample: TokenSample | None,
     threads: int,
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, Matched]]:
     """Yield, for every member that joins a centroid, the order its neurons take."""
     alignment = ALIGNMENTS[method.alignment]
     pairs = [(group[0], member) for group in decision.groups for member in group[1:]]
@@ -125,5 +129,5 @@ def alignment_orders(
             yield Pair(centroid=centroid, member=neurons(member))
 
     orders = align_all(alignment, load(), threads=threads)
-    for (_, member), order_I in zip(pairs, orders, strict=True):
-        yield member, order_I
+    for (_, member), found in zip(pairs, orders, strict=True):
+        yield member, found

@@ -113,6 +113,7 @@ class LayerJob:
         self.is_last = self.index == len(context.plan.layers) - 1
         self.shards: list[Written] = []
         self.statistics: Written | None = None
+        self._aligned: list[tuple[float, float, float]] = []
         self.decision: Decision | None = None
         self.refitted: Refitted | None = None
         self._refit: RefitJob | None = None
@@ -206,7 +207,7 @@ class LayerJob:
             folder = self.context.workspace.output if refit is None else refit.folder
             yield from self._write(content, folder)
         path = self.context.workspace.statistics(self.index)
-        self.statistics = durable.write_tensors(path, observer.sums.tensors())
+        self.statistics = durable.write_tensors(path, self._told(observer))
 
     def _observer(self) -> Observer:
         """Make an observer of what the method needs, and no more."""
@@ -281,6 +282,15 @@ class LayerJob:
         if writer is not None:
             writer.publish()
 
+    def _told(self, observer: Observer) -> dict[str, Tensor]:
+        """Return what is kept of the layer: sums, distances, and what alignment gained."""
+        tensors = observer.sums.tensors()
+        if self.decision is not None and self.decision.distance_EE is not None:
+            tensors["distance_EE"] = self.decision.distance_EE.float()
+        if self._aligned:
+            tensors["aligned"] = torch.tensor(self._aligned, dtype=torch.float64)
+        return tensors
+
     def _align(
         self,
         experts: StreamedExperts,
@@ -293,8 +303,9 @@ class LayerJob:
         total = sum(len(group) - 1 for group in self.decision.groups)
         with self.context.timed("align"):
             found = alignment_orders(method, self.decision, experts, tensors, sample, threads)
-            for member, order_I in found:
-                orders[member] = order_I
+            for member, matched in found:
+                orders[member] = matched.order_I
+                self._aligned.append((member, matched.kept, matched.least))
                 yield self._step("align", len(orders), total)
 
     def _change(self, refit: RefitJob) -> Iterator[Step]:

@@ -1,3 +1,4 @@
+import math
 import weakref
 
 import pytest
@@ -72,9 +73,9 @@ def test_no_alignment_keeps_the_order_and_needs_no_activations():
     moved = reorder(expert, torch.tensor([4, 3, 2, 1, 0]))
     pair = Pair(Neurons(expert, None), Neurons(moved, None))
     assert align(ALIGNMENTS["none"], pair).tolist() == [0, 1, 2, 3, 4]
-    assert [o.tolist() for o in align_all(ALIGNMENTS["none"], [pair], threads=2)] == [
-        [0, 1, 2, 3, 4]
-    ]
+    (found,) = align_all(ALIGNMENTS["none"], [pair], threads=2)
+    assert found.order_I.tolist() == [0, 1, 2, 3, 4]
+    assert math.isnan(found.kept)
     with pytest.raises(ValueError, match="has no cost"):
         cost(ALIGNMENTS["none"], pair)
 
@@ -146,8 +147,14 @@ def test_a_cost_that_is_not_finite_is_refused():
 def test_many_pairs_are_matched_in_order_whatever_the_threads(threads):
     generator = torch.Generator().manual_seed(0)
     costs = [torch.rand(40, 40, generator=generator) for _ in range(10)]
-    orders = [order_I.tolist() for order_I in match_all(costs, threads=threads)]
+    orders = [found.order_I.tolist() for found in match_all(costs, threads=threads)]
     assert orders == [match(cost_II).tolist() for cost_II in costs]
+
+
+def test_what_a_match_gains_by_hand():
+    (found,) = match_all([torch.tensor([[1.0, 2.0], [1.0, 9.0]])], threads=1)
+    # 1 + 9 as they are, 2 + 1 matched, over 2 neurons
+    assert (found.kept, found.least) == (5.0, 1.5)
 
 
 @with_costs
@@ -156,8 +163,8 @@ def test_aligning_many_pairs_is_aligning_each(name):
     x_TH = torch.randn(TOKENS, HIDDEN, generator=generator)
     pairs = [Pair(*(neurons(random_expert(generator), x_TH) for _ in "ab")) for _ in range(5)]
     orders = align_all(ALIGNMENTS[name], iter(pairs), threads=2)
-    for pair, order_I in zip(pairs, orders, strict=True):
-        assert torch.equal(order_I, align(ALIGNMENTS[name], pair))
+    for pair, found in zip(pairs, orders, strict=True):
+        assert torch.equal(found.order_I, align(ALIGNMENTS[name], pair))
 
 
 def test_few_costs_are_alive_while_many_are_matched():

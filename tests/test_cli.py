@@ -89,7 +89,15 @@ def test_the_examples_of_the_help_can_be_parsed(capsys, tmp_path, monkeypatch):
     for folder in ("Qwen3-30B-A3B", "Qwen3-23B"):
         (tmp_path / folder).mkdir()
     (tmp_path / "src").mkdir()
-    for file in ("text.jsonl", "test.txt", "test.jsonl", "arc.jsonl", "problems.jsonl"):
+    for file in (
+        "text.jsonl",
+        "test.txt",
+        "test.jsonl",
+        "arc.jsonl",
+        "problems.jsonl",
+        "eval.json",
+        "sweep.json",
+    ):
         (tmp_path / file).touch()
     for verb in VERBS:
         _, out, _ = call(capsys, verb, "--help")
@@ -379,7 +387,7 @@ def test_a_work_folder_elsewhere_leaves_only_the_model_in_the_output(
 def test_the_log_tells_the_run_as_json_lines(words, finished):
     lines = (finished / ".ream-stream" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     names = [json.loads(line)["event"] for line in lines]
-    assert names[:2] == ["command", "started"]
+    assert names[:3] == ["command", "plan", "started"]
     assert names.count("layer done") == 3
     assert "finished" in names
 

@@ -220,7 +220,7 @@ def test_a_sweep_by_hand(made):
 def test_pictures_are_svg_that_brings_its_colors_along(made):
     figures = [
         pareto_picture(swept(made)),
-        heat_map([[1.0, 0.0], [0.0, 1.0]], "cells"),
+        heat_map([[1.0, 0.0], [0.0, 1.0]], "cells").replace('">', '"/>'),
         bars([0.0, 2.0], "bars & more", marked=[1]),
         lines({"own": [0.1, 0.2], "total": [0.2, 0.3]}, "layer", "error"),
     ]

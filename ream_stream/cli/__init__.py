@@ -20,6 +20,7 @@ from .status import status
 from .style import Root
 from .token_set import make_tokens
 from .verify import verify
+from .write_report import report as report
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,6 +47,7 @@ for _verb in (
     compare,
     sweep,
     make_tokens,
+    report,
     demo,
 ):
     cli.add_command(_verb)

@@ -20,8 +20,10 @@ from ream_stream.verify import verify
 
 from . import scoring
 from .compress import compress
-from .job import prepare
+from .job import prepare, workspace_of
 from .options import RunOptions
+from .report_facts import gather
+from .report_page import page
 from .running import run
 from .signals import stop_requests
 from .tables import columns, format_seconds
@@ -89,6 +91,7 @@ def demonstrate(folder: Path, console: Console, *, quick: bool) -> dict[str, Mea
         **made,
     }
     scores = _score(folder, tests, console)
+    write_report(folder)
     return {name: replace(each, scores=scores[name]) for name, each in measured.items()}
 
 
@@ -170,13 +173,23 @@ def _score(
                 compute_dtype="float32",
                 ram=None,
             )
-            measured = scoring.measure(job, folder, console, asked, keep_original=True)
+            measured = scoring.measure(
+                job, folder, console, asked, with_layers=True, keep_original=True
+            )
+            durable.write_json(folder / f"{method}.json", scoring.score_facts(job, measured))
             scores[name] = {d: each.evaluation for d, each in measured.domains.items()}
             for domain, each in measured.domains.items():
                 assert each.against is not None
                 scores[ORIGINAL][domain] = each.against.original
     durable.remove(folder / "evaluate")
     return scores
+
+
+def write_report(folder: Path) -> None:
+    """Write a page about each method's output beside it."""
+    for method in METHODS.values():
+        facts = gather(workspace_of(folder / method, None), [folder / f"{method}.json"])
+        durable.write_bytes(folder / f"{method}.html", page(facts).encode())
 
 
 def facts_of(result: Mapping[str, Measured]) -> dict[str, Any]:
@@ -215,6 +228,8 @@ def say(result: Mapping[str, Measured], console: Console) -> None:
     console.print(f"Perplexity by domain, lower is better, on {tokens} unseen tokens.")
     for line in verdict(result):
         console.print(line, soft_wrap=True)
+    for name in METHODS:
+        console.print(f"{name}: {result[name].folder.with_suffix('.html')}", soft_wrap=True)
 
 
 def verdict(result: Mapping[str, Measured]) -> list[str]:

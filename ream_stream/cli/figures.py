@@ -3,6 +3,10 @@
 Classes are styled by `STYLE`, which the report has once and a picture alone brings along.
 """
 
+import math
+import struct
+import zlib
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -12,6 +16,7 @@ STYLE = """
 .figure text { fill: var(--ink, #222); }
 .figure .axis { stroke: var(--line, #999); fill: none; }
 .figure .front { stroke: var(--ink, #222); stroke-dasharray: 4 3; fill: none; }
+.figure.cells { image-rendering: pixelated; border: 1px solid var(--line, #999); }
 .figure .bar { fill: var(--c0, #2563a8); }
 .figure .bar.second { fill: var(--c1, #c2571a); }
 """
@@ -22,24 +27,31 @@ COLORS = (
 )  # fmt: skip
 """Of series, in order; then again from the first."""
 
+_LEVELS, _CELL = 32, (0x4A, 0x86, 0xC8)
+"""Steps of a heat map's opacity, and its color, which is seen on light and dark."""
+
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 360, 56, 44, 16, 16
 
 
 class _Scale:
-    """From a range of numbers to a range of pixels."""
+    """From a range of numbers to a range of pixels; its ends are round numbers."""
 
     def __init__(self, values: Sequence[float], start: float, stop: float) -> None:
         low, high = min(values), max(values)
-        room = 0.06 * (high - low) or 1.0
-        self._low, self._high, self._start, self._stop = low - room, high + room, start, stop
+        rough = (high - low) / 4 or abs(high) or 1.0
+        power = 10.0 ** math.floor(math.log10(rough))
+        self._step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.999 * rough)
+        self._first = math.floor(low / self._step + 1e-9)
+        self._last = max(self._first + 1, math.ceil(high / self._step - 1e-9))
+        self._start, self._stop = start, stop
 
     def __call__(self, value: float) -> float:
-        share = (value - self._low) / (self._high - self._low)
+        share = (value / self._step - self._first) / (self._last - self._first)
         return self._start + share * (self._stop - self._start)
 
     def ticks(self) -> list[float]:
-        """Return five numbers over the range."""
-        return [self._low + n / 4 * (self._high - self._low) for n in range(5)]
+        """Return the round numbers over the range."""
+        return [number * self._step for number in range(self._first, self._last + 1)]
 
 
 def standalone(figure: str) -> str:
@@ -94,31 +106,31 @@ def scatter(
 
 
 def heat_map(rows: Sequence[Sequence[float]], title: str) -> str:
-    """Return a square of cells, light for 0 and dark for 1."""
+    """Return a square of cells, clear for 0 and full for 1, as an image in the page itself."""
     count = len(rows)
-    side = max(2, min(10, 320 // count))
-    parts = [
-        f'<rect x="{column * side}" y="{row * side}" width="{side}" height="{side}" '
-        f'fill="var(--c0, #2563a8)" fill-opacity="{min(1.0, max(0.0, value)):.2f}"/>'
-        for row, values in enumerate(rows)
-        for column, value in enumerate(values)
+    side = count * max(1, 320 // count)
+    levels = [
+        [round(min(1.0, max(0.0, value)) * (_LEVELS - 1)) for value in values]
+        for values in rows
     ]
-    return _figure(parts, count * side, count * side, title)
+    image = b64encode(_png(levels)).decode()
+    return (
+        f'<img class="figure cells" alt="{escape(title, quote=True)}" width="{side}" '
+        f'height="{side}" src="data:image/png;base64,{image}">'
+    )
 
 
 def bars(values: Sequence[float], title: str, *, marked: Sequence[int] = ()) -> str:
     """Return numbers from 0 on as bars, some of them in the second color."""
-    width, height = max(4.0, min(16.0, _WIDTH / max(1, len(values)))), 90
+    width, height = max(2.0, min(16.0, _WIDTH / max(1, len(values)))), 90
     highest = max(values, default=0) or 1
-    parts = []
+    paths: dict[str, list[str]] = {"bar": [], "bar second": []}
     for number, value in enumerate(values):
-        tall = max(0.5, height * value / highest)
+        top = min(height - 0.5, height - height * value / highest)
+        start, stop = number * width, (number + 0.9) * width
         kind = "bar second" if number in marked else "bar"
-        parts.append(
-            f'<rect class="{kind}" x="{number * width:.1f}" y="{height - tall:.1f}" '
-            f'width="{width - 1:.1f}" height="{tall:.1f}">'
-            f"<title>{number}: {value:.4g}</title></rect>"
-        )
+        paths[kind].append(f"M{start:.1f},{height}V{top:.1f}H{stop:.1f}V{height}Z")
+    parts = [f'<path class="{kind}" d="{"".join(drawn)}"/>' for kind, drawn in paths.items()]
     return _figure(parts, len(values) * width, height, title)
 
 
@@ -164,4 +176,26 @@ def _figure(parts: Sequence[str], width: float, height: float, title: str) -> st
         f'<svg class="figure" xmlns="http://www.w3.org/2000/svg" role="img" '
         f'aria-label="{escape(title, quote=True)}" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}">{"".join(parts)}</svg>'
+    )
+
+
+def _png(levels: Sequence[Sequence[int]]) -> bytes:
+    """Return an image of one color whose opacity is the level, 0 to `_LEVELS` - 1."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", len(levels[0]), len(levels), 8, 3, 0, 0, 0)
+    opacity = bytes(255 * level // (_LEVELS - 1) for level in range(_LEVELS))
+    lines_of = b"".join(b"\0" + bytes(row) for row in levels)
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", header),
+            chunk(b"PLTE", bytes(_CELL) * _LEVELS),
+            chunk(b"tRNS", opacity),
+            chunk(b"IDAT", zlib.compress(lines_of, 9)),
+            chunk(b"IEND", b""),
+        )
     )

@@ -17,6 +17,7 @@ from ream_stream.pipeline import compress
 from .job import Job
 from .progress import Log, display
 from .signals import stop_requests
+from .tables import plan_facts
 from .tokens import store
 
 
@@ -78,6 +79,7 @@ def run(
         file = stack.enter_context(durable.open_log(workspace.log, workspace.older_log))
         log = Log(file, workspace.log, _layer_bytes(job))
         log.write("command", {"command": command, "directory": str(Path.cwd())})
+        log.write("plan", plan_facts(job))
         if left_by is not None:
             console.print(f"taking over from {left_by}, which ended without a word")
             log.write("taken over", {"from": left_by})

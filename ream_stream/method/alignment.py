@@ -7,6 +7,7 @@ expert), by their weights, or by both.
 Letters in shapes: n sampled tokens, H hidden, I inner width (neurons).
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,6 +59,19 @@ class Pair(NamedTuple):
 
     member: Neurons
     """The one that will be reordered."""
+
+
+class Matched(NamedTuple):
+    """How a member's neurons are lined up with its centroid's."""
+
+    order_I: Tensor
+    """As `align` returns it."""
+
+    kept: float
+    """Mean cost of a pair of neurons in the order they have; NaN if nothing counts."""
+
+    least: float
+    """The same in the new order."""
 
 
 def activation_cost(a_nI: Tensor, b_nI: Tensor) -> Tensor:
@@ -145,8 +159,10 @@ def align(alignment: Alignment, pair: Pair) -> Tensor:
     return match(cost(alignment, pair))
 
 
-def align_all(alignment: Alignment, pairs: Iterable[Pair], *, threads: int) -> Iterator[Tensor]:
-    """Yield `align` of each pair, in order, matching on `threads` threads.
+def align_all(
+    alignment: Alignment, pairs: Iterable[Pair], *, threads: int
+) -> Iterator[Matched]:
+    """Yield what `align` finds for each pair, in order, matching on `threads` threads.
 
     A pair is let go of as soon as its cost is known, so a generator that loads
     experts keeps one pair in memory beside the costs of `match_all`.
@@ -155,23 +171,30 @@ def align_all(alignment: Alignment, pairs: Iterable[Pair], *, threads: int) -> I
         # map and not a loop: a loop's variable would keep the last pair alive
         yield from match_all(map(partial(cost, alignment), pairs), threads=threads)
     else:
-        yield from map(partial(align, alignment), pairs)
+        for order_I in map(partial(align, alignment), pairs):
+            yield Matched(order_I, math.nan, math.nan)
 
 
-def match_all(costs: Iterable[Tensor], *, threads: int) -> Iterator[Tensor]:
-    """Yield `match` of each cost, in order; scipy lets threads run side by side.
+def match_all(costs: Iterable[Tensor], *, threads: int) -> Iterator[Matched]:
+    """Yield `match` of each cost and its gain, in order; scipy lets threads run side by side.
 
     At most ``threads + 1`` costs are alive: those being matched, each beside a
     float64 copy that scipy makes, and the next, computed meanwhile.
     """
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        running: deque[Future[Tensor]] = deque()
+        running: deque[Future[Matched]] = deque()
         for cost_II in costs:
             if len(running) == threads:
                 yield running.popleft().result()
-            running.append(pool.submit(match, cost_II))
+            running.append(pool.submit(_matched, cost_II))
         while running:
             yield running.popleft().result()
+
+
+def _matched(cost_II: Tensor) -> Matched:
+    order_I = match(cost_II)
+    least = cost_II.gather(1, order_I[:, None]).double().mean()
+    return Matched(order_I, float(cost_II.diagonal().double().mean()), float(least))
 
 
 def _distance(inner_II: Tensor, a_square_I: Tensor, b_square_I: Tensor) -> Tensor:
