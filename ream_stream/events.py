@@ -49,7 +49,7 @@ class Refitted:
     """What is left of that error: 1 for a layer that was left as it was."""
 
     tried: tuple[tuple[float, float], ...]
-    """Each penalty, and what it would leave."""
+    """Each penalty, and what its first direction would leave, by which it was chosen."""
 
     residuals: tuple[float, ...]
     """Objective before the first iteration and after each, as a share of the first."""

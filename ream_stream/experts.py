@@ -203,14 +203,20 @@ class StreamedExperts(nn.Module):
         return self.weights.stack.count
 
     def activations(self, expert: int, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
-        """Return `inner` (R, I) of one expert for some rows of the batch."""
+        """Return `inner` of one expert for some rows of the batch.
+
+        Where rows are rounded up so are these, with zeros.
+        """
         loaded = self.weights.load(expert)
-        found = []
-        for part_R in token_R.chunk(-(-len(token_R) // MAX_ROWS)):
-            padded_R = _round_up(part_R) if self._rounds_up else part_R
-            inner_RI = self.inner(hidden_TH.index_select(0, padded_R), loaded)
-            found.append(inner_RI[: len(part_R)])
-        return torch.cat(found)
+        padded_R = _round_up(token_R) if self._rounds_up else token_R
+        inner_RI = torch.cat(
+            [
+                self.inner(hidden_TH.index_select(0, part_R), loaded)
+                for part_R in padded_R.chunk(-(-len(padded_R) // MAX_ROWS))
+            ]
+        )
+        inner_RI[len(token_R) :] = 0
+        return inner_RI
 
     def _outputs(self, hidden_TH: Tensor, weight_TK: Tensor) -> "_Slots | _Sums | None":
         """Return what outputs of experts go into; None if only listening."""

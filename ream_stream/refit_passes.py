@@ -21,7 +21,7 @@ from .events import Refitted
 from .experts import StreamedExperts
 from .kept import Kept
 from .method.normal import NormalMatrix, NormalSums, Served, predict, project
-from .method.refit import Misfit, Refit, select, solve
+from .method.refit import Misfit, Refit, first_direction, select, solve
 from .model import Batch
 from .refit_budget import Solver
 from .seeds import generator
@@ -94,7 +94,8 @@ class RoutedTokens:
         self._held_S, self._inputs, self._lacking = held_S, inputs, lacking
         self._routing: list[_Routing] = []
         self._first = 0
-        self.energy = 0.0
+        self.energy = self.lacking = 0.0
+        """Squares of the targets of the tokens held back, and of what is lacking to them."""
 
     def __len__(self) -> int:
         return len(self._routing)
@@ -125,9 +126,11 @@ class RoutedTokens:
         )
         row_T, number = torch.cat([fitted_R, held_R, padding_R]), len(self._routing)
         target_TH = target_TH.to(hidden_TH.device).float()
+        lacking_TH = target_TH - output_TH.float()
         self.energy += target_TH[held_R].square().sum(dtype=torch.float64).item()
+        self.lacking += lacking_TH[held_R].square().sum(dtype=torch.float64).item()
         self._inputs.put(number, hidden_TH.index_select(0, row_T))
-        self._lacking.put(number, (target_TH - output_TH.float()).index_select(0, row_T))
+        self._lacking.put(number, lacking_TH.index_select(0, row_T))
         self._routing.append(
             _Routing(
                 index_TK=index_TK.index_select(0, row_T),
@@ -173,8 +176,8 @@ class RoutedTokens:
         for expert, slot_R in self.experts.dispatch(index_TK, self.experts.count):
             if expert in self._place:
                 token_R = slot_R // top_k
-                inner_RI = self.experts.activations(expert, hidden_TH, token_R).float()
-                inner_RI *= weight_S[slot_R, None]
+                inner_RI = self.experts.activations(expert, hidden_TH, token_R)
+                inner_RI[: len(token_R)] *= weight_S[slot_R, None].to(inner_RI.dtype)
                 served.append(Served(self._place[expert], token_R, inner_RI))
         return served
 
@@ -196,8 +199,8 @@ class Portion:
 class LayerRefit:
     """The refit of one layer: `steps` makes it, then the results can be asked for.
 
-    Each part of the hidden channels is solved for every penalty; the best penalty is
-    that of all parts together, so the parts decide nothing but the memory.
+    The penalty is the one whose first direction leaves least on the held-back tokens, so
+    trying several costs no pass over the others.
 
     Parameters
     ----------
@@ -208,7 +211,7 @@ class LayerRefit:
     solver
         How it is solved.
     results
-        Where the new down projections for every penalty are kept.
+        Where the new down projections are kept.
     """
 
     def __init__(
@@ -220,73 +223,68 @@ class LayerRefit:
         self._stored = DTYPES[self._weights.stack.dtype]
         self._matrix: NormalMatrix | None = None
         self._sums: NormalSums | None = None
-        self._misfits = {penalty: Misfit() for penalty in method.refit_lambda}
-        self._objectives = {penalty: torch.zeros(0).double() for penalty in self._misfits}
+        self._tried: dict[float, float] = {}
+        self._misfit = Misfit()
+        self._objectives = torch.zeros(method.refit_iterations + 1, dtype=torch.float64)
 
     @property
-    def penalty(self) -> float | None:
-        """The penalty that held-back tokens prefer; None if none is better than no change."""
-        return select({penalty: each.share for penalty, each in self._misfits.items()})
+    def helps(self) -> bool:
+        """Whether what was found is better, on the held-back tokens, than no change."""
+        return select(self._tried) is not None and self._misfit.share < 1
 
     @property
     def outcome(self) -> Refitted:
         """What came of it."""
-        shares = {penalty: each.share for penalty, each in self._misfits.items()}
-        chosen, energy = self.penalty, self._tokens.energy
-        objectives = self._objectives[chosen].tolist() if chosen is not None else []
-        before = next(iter(self._misfits.values())).before
+        tokens, curve = self._tokens, self._objectives
         return Refitted(
-            penalty=chosen,
-            lacking=before / energy if energy else 0.0,
-            left=1.0 if chosen is None else shares[chosen],
-            tried=tuple(shares.items()),
-            residuals=tuple(value / objectives[0] for value in objectives),
+            penalty=select(self._tried) if self.helps else None,
+            lacking=tokens.lacking / tokens.energy if tokens.energy else 0.0,
+            left=self._misfit.share if self.helps else 1.0,
+            tried=tuple(self._tried.items()),
+            residuals=tuple((curve / curve[0]).tolist()) if self.helps else (),
         )
 
     @property
     def passes(self) -> int:
         """How often `steps` goes through the batches, at most."""
         iterations = 0 if self._solver.gathered else self._method.refit_iterations
-        return self._solver.column_blocks * (1 + len(self._misfits) * (iterations + 1))
+        trials = len(self._method.refit_lambda)
+        return trials + self._solver.column_blocks * (2 + iterations)
 
     def down(self, place: int) -> Tensor:
         """Return the new down projection (H, I) of a refitted expert, as it is stored."""
-        assert self.penalty is not None
-        return torch.cat(
-            [
-                self._results.get(self._number(part, self.penalty, place))
-                for part in range(self._solver.column_blocks)
-            ]
-        )
+        count = len(self._tokens.changing)
+        parts = range(self._solver.column_blocks)
+        return torch.cat([self._results.get(part * count + place) for part in parts])
 
     def steps(self) -> Iterator[None]:
         """Solve; yield after each batch of each pass."""
         for part, columns in enumerate(self._columns()):
             sums = yield from self._gather(columns)
-            for penalty in self._misfits:
-                found = yield from solve(
-                    sums,
-                    self._pass if self._matrix is None else self._product,
-                    penalty=penalty,
-                    iterations=self._method.refit_iterations,
-                    preconditioner=self._solver.preconditioner,
-                )
-                self._note(penalty, found)
-                for place in range(len(self._tokens.changing)):
-                    down_HI = self._round(place, found.change_EIH[place], columns)
-                    self._results.put(self._number(part, penalty, place), down_HI)
-                yield from self._judge(penalty, found.change_EIH, columns)
+            if part == 0:
+                yield from self._choose(sums, columns)
+            penalty = select(self._tried)
+            if penalty is None:
+                return
+            found = yield from solve(
+                sums,
+                self._pass if self._matrix is None else self._product,
+                penalty=penalty,
+                iterations=self._method.refit_iterations,
+                preconditioner=self._solver.preconditioner,
+            )
+            self._note(found)
+            count = len(self._tokens.changing)
+            for place in range(count):
+                down_HI = self._round(place, found.change_EIH[place], columns)
+                self._results.put(part * count + place, down_HI)
+            yield from self._judge(self._misfit, found.change_EIH, columns)
 
     def _columns(self) -> list[slice]:
         hidden, parts = self._weights.stack.hidden, self._solver.column_blocks
         # rounded up, so that the first is the largest
         bounds = [-(-hidden * part // parts) for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-
-    def _number(self, part: int, penalty: float, place: int) -> int:
-        """Return where one expert's result is kept."""
-        trial = list(self._misfits).index(penalty)
-        return (part * len(self._misfits) + trial) * len(self._tokens.changing) + place
 
     def _gather(self, columns: slice) -> Generator[None, None, NormalSums]:
         """Sum over the fitted tokens; what all columns share is summed for the first only."""
@@ -326,13 +324,20 @@ class LayerRefit:
         yield
         return self._matrix(change_EIH)
 
-    def _note(self, penalty: float, found: Refit) -> None:
+    def _choose(self, sums: NormalSums, columns: slice) -> Iterator[None]:
+        """Try the first direction of each penalty, at its best length."""
+        for penalty in self._method.refit_lambda:
+            direction_EIH = first_direction(sums, penalty, self._solver.preconditioner)
+            misfit = Misfit()
+            yield from self._judge(misfit, direction_EIH, columns)
+            self._tried[penalty] = misfit.best_share
+
+    def _note(self, found: Refit) -> None:
         """Add up the objective of all columns, iteration by iteration."""
         curve = torch.tensor(found.objectives, dtype=torch.float64)
-        so_far, length = self._objectives[penalty], self._method.refit_iterations + 1
         # what has arrived early stays where it is
-        curve = torch.cat([curve, curve[-1:].expand(length - len(curve))])
-        self._objectives[penalty] = curve + so_far if len(so_far) else curve
+        missing = len(self._objectives) - len(curve)
+        self._objectives += torch.cat([curve, curve[-1:].expand(missing)])
 
     def _round(self, place: int, change_IH: Tensor, columns: slice) -> Tensor:
         """Return the new down projection as it is stored; the change becomes what that is."""
@@ -342,12 +347,10 @@ class LayerRefit:
         change_IH.copy_((new_HI.float() - old_HI).T)
         return new_HI
 
-    def _judge(
-        self, penalty: float, change_EIH: Tensor, columns: slice
-    ) -> Generator[None, None, None]:
-        """Measure, on the tokens held back, what is left of the error."""
+    def _judge(self, misfit: Misfit, change_EIH: Tensor, columns: slice) -> Iterator[None]:
+        """Measure what a change leaves of the error on the tokens that are held back."""
         for portion in self._tokens.held():
             lacking_TH = portion.lacking()[:, columns]
             predicted_TH = predict(portion.served, change_EIH, portion.tokens)
-            self._misfits[penalty].add(lacking_TH, predicted_TH)
+            misfit.add(lacking_TH, predicted_TH)
             yield

@@ -125,8 +125,8 @@ class RefitJob:
                 self._store("inputs", len(batches)),
                 self._store("lacking", len(batches)),
             )
-            trials = plan.solver.column_blocks * len(method.refit_lambda)
-            results = self._store("results", trials * len(changing))
+            count = plan.solver.column_blocks * len(changing)
+            results = self._store("results", count)
             refit = LayerRefit(tokens, method, plan.solver, results)
             total, done = len(batches) * (1 + refit.passes), 0
             mixers = self._model.mixers(self._index)
@@ -169,12 +169,7 @@ class RefitJob:
 
         def content(name: str) -> Content:
             slot = slots.get(name)
-            if (
-                refit is None
-                or refit.penalty is None
-                or slot is None
-                or slot.matrix not in downs
-            ):
+            if refit is None or not refit.helps or slot is None or slot.matrix not in downs:
                 return entries[name]
             experts = range(count) if slot.expert is None else [slot.expert]
             return (one(name, slot, expert) for expert in experts)

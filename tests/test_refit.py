@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from ream_stream.method import refit
 from ream_stream.method.normal import NormalMatrix, NormalSums, Served, predict, project
@@ -30,6 +31,7 @@ def result_of(steps):
             return end.value
 
 
+CPU = torch.device("cpu")
 TOKENS, EXPERTS, TOP_K, INNER, HIDDEN = 160, 5, 2, 6, 7
 
 
@@ -310,12 +312,31 @@ def test_a_factor_for_another_penalty_leads_to_the_same_solution():
     assert distance(again.change_EIH, problem.dense(1e-2)) < 1e-5
 
 
-def test_bfloat16_activations_are_widened():
+def test_bfloat16_activations_give_a_solution_as_good_as_their_digits():
     problem = Problem(0)
     problem.inner_TKI = problem.inner_TKI.bfloat16()
-    found = solve(problem.sums(), problem.apply(), penalty=1e-2, iterations=60)
+    found = solve(problem.sums(), problem.apply(), penalty=0.3, iterations=10)
     assert found.change_EIH.dtype == torch.float32
-    assert distance(found.change_EIH, problem.dense(1e-2)) < 1e-5
+    assert 1e-5 < distance(found.change_EIH, problem.dense(0.3)) < 1e-2
+    true = problem.objective(found.change_EIH, 0.3)
+    assert true == pytest.approx(problem.objective(problem.dense(0.3), 0.3), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_zeros_beyond_the_tokens_change_nothing(dtype):
+    problem = Problem(0)
+    problem.inner_TKI = problem.inner_TKI.to(dtype)
+    padded = [
+        Served(expert, token_R, functional.pad(inner_RI, (0, 0, 0, 5)))
+        for expert, token_R, inner_RI in problem.batch()
+    ]
+    change_EIH = torch.randn(EXPERTS, INNER, HIDDEN)
+    found, wanted = NormalMatrix(EXPERTS, INNER, device=CPU), problem.apply()(change_EIH)
+    found.add(padded, TOKENS)
+    total_EIH = torch.zeros_like(change_EIH)
+    project(padded, predict(padded, change_EIH, TOKENS), total_EIH)
+    torch.testing.assert_close(total_EIH, wanted)
+    torch.testing.assert_close(found(change_EIH), wanted, rtol=2e-2, atol=1)
 
 
 def test_it_stops_when_an_iteration_gains_too_little():

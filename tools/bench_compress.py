@@ -3,9 +3,10 @@
 Makes the checkpoint (4 layers, hidden 512, inner 256, 64 experts, top-8, bf16), compresses
 it to 48 experts over 128 x 256 random tokens with the default settings, merging (REAM) and
 pruning (REAP), each in a process of its own, and prints seconds by phase, the peak of
-anonymous memory, the products' GFLOP/s and the machine's own rate in the same run.
+anonymous memory, the products' GFLOP/s and the machine's own rate in the same run. With
+--refit also both followed by a refit, and what that takes as a share of the run without it.
 
-    python tools/bench_compress.py [--threads 1] [--compute-dtype auto]
+    python tools/bench_compress.py [--threads 1] [--compute-dtype auto] [--refit]
 """
 
 import argparse
@@ -59,7 +60,9 @@ def product_rate(dtype_name: str) -> float:
     return 2 * 1024 * HIDDEN * 2 * INNER * count / (time.perf_counter() - start) / 1e9
 
 
-def measure(source: Path, output: Path, grouping: str, threads: int, dtype: str) -> None:
+def measure(
+    source: Path, output: Path, grouping: str, refit: str, threads: int, dtype: str
+) -> None:
     """Compress once and print a JSON object; run in a process of its own."""
     import torch
 
@@ -80,7 +83,7 @@ def measure(source: Path, output: Path, grouping: str, threads: int, dtype: str)
     vocabulary = checkpoint.config["vocab_size"]
     ids = torch.randint(0, vocabulary, (SEQUENCES, LENGTH), generator=generator)
     tokens = from_tensors({"input_ids": ids}, description="random tokens")
-    method = Method(grouping=grouping)
+    method = Method(grouping=grouping, refit=refit)
     settings = Settings(experts=KEEP, method=method, compute_dtype=chosen)
     start = time.perf_counter()
     plan = make_plan(checkpoint, settings, SEQUENCES, LENGTH)
@@ -97,7 +100,6 @@ def measure(source: Path, output: Path, grouping: str, threads: int, dtype: str)
         "propagate": (LAYERS - 1) * ids.numel() * TOP_K * 3 * pair,
     }
     result = {
-        "grouping": grouping,
         "compute_dtype": chosen,
         "threads": threads,
         "seconds": time.perf_counter() - start,
@@ -110,6 +112,7 @@ def measure(source: Path, output: Path, grouping: str, threads: int, dtype: str)
         "machine_gflops": product_rate(chosen),
         "peak_anonymous_mb": finished.peak_anonymous_bytes / 1e6,
         "planned_mb": plan.memory_bytes / 1e6,
+        "solver": str(plan.solver) if refit != "none" else None,
     }
     print(json.dumps(result))
 
@@ -119,22 +122,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compute-dtype", default="auto")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--refit", action="store_true", help="measure refits too")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        source, output, grouping = options.one
-        measure(Path(source), Path(output), grouping, options.threads, options.compute_dtype)
+        source, output, grouping, refit = options.one
+        dtype = options.compute_dtype
+        measure(Path(source), Path(output), grouping, refit, options.threads, dtype)
         return
+    runs = [("REAM", "ream", "none"), ("REAP", "none", "none")]
+    if options.refit:
+        runs += [("REAM, refit", "ream", "down"), ("REAP, refit", "none", "down")]
+    alone: dict[str, float] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source")
         make_checkpoint(source)
-        for name, grouping in (("REAM", "ream"), ("REAP", "none")):
+        for name, grouping, refit in runs:
             command = [sys.executable, __file__, "--threads", str(options.threads)]
             command += ["--compute-dtype", options.compute_dtype]
-            command += ["--one", str(source), str(Path(folder, grouping)), grouping]
+            command += ["--one", str(source), str(Path(folder, name)), grouping, refit]
             run = subprocess.run(command, env=environment, check=True, capture_output=True)
             result = json.loads(run.stdout)
+            more = alone.setdefault(grouping, result["seconds"])
             phases = ", ".join(f"{k} {v:.1f}" for k, v in result["seconds_by_phase"].items())
             rates = ", ".join(f"{k} {v:.0f}" for k, v in result["expert_gflops"].items())
             print(
@@ -143,6 +153,12 @@ def main() -> None:
                 f"peak {result['peak_anonymous_mb']:.0f} MB anonymous, "
                 f"planned {result['planned_mb']:.0f} MB; GFLOP/s of expert products: {rates}; "
                 f"the machine's own: {result['machine_gflops']:.0f}"
+                + (
+                    f"; {result['seconds'] / more - 1:.2f} times the run without it more, "
+                    f"{result['solver']}"
+                    if refit != "none"
+                    else ""
+                )
             )
 
 

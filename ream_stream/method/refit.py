@@ -206,24 +206,43 @@ def solve(
     )
 
 
+def first_direction(sums: NormalSums, penalty: float, preconditioner: str) -> Tensor:
+    """Return each expert's own solution (E, I, H), where conjugate gradients begin."""
+    helper = PRECONDITIONERS[preconditioner](sums, sums.penalties(penalty))
+    direction_EIH = torch.empty_like(sums.target_EIH)
+    for expert, target_IH in enumerate(sums.target_EIH):
+        direction_EIH[expert] = helper.solve(expert, target_IH)
+    return direction_EIH
+
+
 class Misfit:
     """How far outputs are from their targets, over tokens the solution has not seen."""
 
     def __init__(self) -> None:
         self.before = 0.0
-        self.after = 0.0
+        self._shared = 0.0
+        self._power = 0.0
 
     def add(self, residual_TH: Tensor, predicted_TH: Tensor) -> None:
         """Add a batch: what is lacking, and `predict` of the change that should be it."""
-        residual_TH = residual_TH.float()
-        self.before += residual_TH.square().sum(dtype=torch.float64).item()
-        left_TH = residual_TH - predicted_TH
-        self.after += left_TH.square().sum(dtype=torch.float64).item()
+        lacking, predicted = residual_TH.double().flatten(), predicted_TH.double().flatten()
+        self.before += lacking.dot(lacking).item()
+        self._shared += lacking.dot(predicted).item()
+        self._power += predicted.dot(predicted).item()
 
     @property
     def share(self) -> float:
         """What is left of the squared error; 1 where there was none."""
-        return self.after / self.before if self.before else 1.0
+        if not self.before:
+            return 1.0
+        return (self.before - 2 * self._shared + self._power) / self.before
+
+    @property
+    def best_share(self) -> float:
+        """What would be left if the change were multiplied by the best number from 0 on."""
+        if not self.before or not self._power:
+            return 1.0
+        return 1 - max(0.0, self._shared) ** 2 / (self._power * self.before)
 
 
 def select(errors: Mapping[float, float]) -> float | None:
@@ -232,7 +251,7 @@ def select(errors: Mapping[float, float]) -> float | None:
     Parameters
     ----------
     errors
-        `Misfit.share` of the solution for each penalty.
+        For each penalty, what is left of it.
 
     Returns
     -------
