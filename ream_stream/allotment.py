@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .budget import Parts
 from .errors import OverBudgetError
-from .refit_budget import KEPT, Solver
+from .refit_budget import ACTIVATIONS, KEPT, Solver
 from .sizes import format_size
 
 MAX_BATCH_TOKENS = 8192
@@ -217,6 +217,8 @@ def _placed(parts: Parts, places: _Places, blocks: int) -> bool:
         places.place(OUTPUTS, parts.output_bytes, or_disk=places.limits.vram is None)
     if parts.refits and not places.place(KEPT, parts.kept_bytes, or_disk=False):
         places.scratch[KEPT] = parts.kept_bytes
+    if parts.refits and places.limits.vram is None:
+        places.place(ACTIVATIONS, parts.activation_bytes, or_disk=False)
     return blocks == 1 or places.place(SUMS, parts.sum_bytes, or_disk=True)
 
 

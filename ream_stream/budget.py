@@ -15,7 +15,7 @@ from .footprint import Footprints
 from .memory import anonymous_bytes
 from .method.alignment import ALIGNMENTS
 from .observe import SAMPLE_ROWS
-from .refit_budget import RefitMemory, Solver, solvers
+from .refit_budget import RefitMemory, Solver
 from .settings import Method, Settings
 
 LIBRARY_BYTES = 32_000_000
@@ -91,10 +91,12 @@ class Parts:
         self._stack = _stack(footprints)
         self.refits = settings.method.refit != "none"
         """Whether experts are refitted."""
-        ways = list(solvers(self._stack.hidden))
+        refit = _refit(footprints, settings)
+        ways = list(refit.solvers(size.tokens))
         self.solvers = ways if self.refits else ways[:1]
         """The ways to do so, the fastest first."""
-        self.kept_bytes = _refit(footprints, settings).kept(size.tokens) if self.refits else 0
+        self.kept_bytes = refit.kept(size.tokens) if self.refits else 0
+        self.activation_bytes = refit.activations(size.tokens) if self.refits else 0
         self.passes_again = settings.sequential or self.refits
         """Whether the layer is run again after it was observed."""
         self.experts = self._stack.count

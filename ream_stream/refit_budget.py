@@ -14,8 +14,15 @@ from .settings import Settings
 KEPT = "kept for the refit"
 """Name of the part that is taken only if there is room: with 0, it is on disk."""
 
+ACTIVATIONS = "activations for the refit"
+"""Name of another such part: with 0, they are computed in each pass."""
+
 MOST_COLUMN_BLOCKS = 64
 """Narrower columns cost a pass over the tokens each and save little."""
+
+
+WIDE_COST = {4: 1, 2: 3}
+"""Time of a float32 product, in times of one of numbers of so many bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +37,6 @@ class Solver:
 
     column_blocks: int
     """Parts that the hidden channels are solved in, one after the other."""
-
-
-def solvers(hidden: int) -> Iterator[Solver]:
-    """Yield the ways to solve, the one that takes least time and most memory first."""
-    yield Solver(preconditioner="blocks", gathered=True, column_blocks=1)
-    for preconditioner in ("blocks", "diagonal"):
-        blocks = 1
-        while blocks <= min(MOST_COLUMN_BLOCKS, hidden):
-            yield Solver(preconditioner=preconditioner, gathered=False, column_blocks=blocks)
-            blocks *= 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,14 +55,46 @@ class RefitMemory:
     itemsize: int
     """Bytes of a number in the run's dtype."""
 
+    def solvers(self, tokens: int) -> Iterator[Solver]:
+        """Yield the ways to solve for `tokens`, from the least time to the least memory."""
+        gathered = self.gathering_flop(tokens) + self.product_flop()
+        # they are in float32, passes in the run's dtype
+        if gathered * WIDE_COST[self.itemsize] < self.pass_flop(tokens):
+            yield Solver(preconditioner="blocks", gathered=True, column_blocks=1)
+        for preconditioner in ("blocks", "diagonal"):
+            blocks = 1
+            while blocks <= min(MOST_COLUMN_BLOCKS, self.stack.hidden):
+                yield Solver(
+                    preconditioner=preconditioner, gathered=False, column_blocks=blocks
+                )
+                blocks *= 2
+
+    def gathering_flop(self, tokens: int) -> int:
+        """Return the operations that gather all products of activations."""
+        return tokens * self.top_k * (self.top_k + 1) * self.stack.inner**2
+
+    def product_flop(self) -> int:
+        """Return the operations of all iterations with what was gathered."""
+        width = self.settings.experts * self.stack.inner
+        return self.settings.method.refit_iterations * 2 * width**2 * self.stack.hidden
+
+    def pass_flop(self, tokens: int) -> int:
+        """Return the operations of all iterations that pass over the tokens."""
+        matrix = self.stack.hidden * self.stack.inner
+        return self.settings.method.refit_iterations * tokens * self.top_k * 8 * matrix
+
     def kept(self, tokens: int) -> int:
         """Return what is kept of `tokens` calibration tokens, and the results."""
-        hidden, inner, method = self.stack.hidden, self.stack.inner, self.settings.method
+        hidden, inner = self.stack.hidden, self.stack.inner
         # what is wanted and what the experts are given, and what is lacking
         passes = tokens * hidden * (2 * self.itemsize + 4)
         stored = DTYPES[self.stack.dtype].itemsize
-        numbers = len(method.refit_lambda) * self.settings.experts * hidden * inner
+        numbers = self.settings.experts * hidden * inner
         return passes + numbers * stored
+
+    def activations(self, tokens: int) -> int:
+        """Return what the activations of all tokens take, some rows of zeros with them."""
+        return int(1.05 * tokens * self.top_k * self.stack.inner * self.itemsize)
 
     def routing(self, tokens: int) -> int:
         """Return what the experts of all tokens and their coefficients take."""
@@ -90,7 +119,7 @@ class RefitMemory:
             held += (experts * inner) ** 2 * 4
         rows = min(tokens, MAX_ROWS)
         run = rows * inner * 3 * self.itemsize + rows * self.stack.hidden * self.itemsize
-        activations = tokens * self.top_k * inner * 4
+        activations = tokens * self.top_k * inner * self.itemsize
         # inputs, what is lacking and its columns, what is predicted, rows of one expert
         given = tokens * (self.stack.hidden * (self.itemsize + 4) + columns * 3 * 4)
         # all tokens may go to one expert: its activations are widened once more

@@ -79,6 +79,8 @@ class RoutedTokens:
         From `held_back`.
     inputs, lacking
         Where what is large is kept: (T, H) of each batch.
+    keeps_activations
+        Whether activations are kept as well, and not computed again in each pass.
     """
 
     def __init__(
@@ -88,11 +90,15 @@ class RoutedTokens:
         held_S: Tensor,
         inputs: Kept,
         lacking: Kept,
+        *,
+        keeps_activations: bool = False,
     ) -> None:
         self.experts, self.changing = experts, changing
         self._place = {expert: place for place, expert in enumerate(changing)}
         self._held_S, self._inputs, self._lacking = held_S, inputs, lacking
         self._routing: list[_Routing] = []
+        self._keeps_activations = keeps_activations
+        self._served: dict[tuple[int, int], list[Served]] = {}
         self._first = 0
         self.energy = self.lacking = 0.0
         """Squares of the targets of the tokens held back, and of what is lacking to them."""
@@ -162,11 +168,16 @@ class RoutedTokens:
 
     def _portion(self, number: int, rows: slice) -> "Portion":
         routing, device = self._routing[number], self.experts.weights.device
-        hidden_TH = self._inputs.get(number)[rows].to(device)
-        index_TK, weight_TK = routing.index_TK[rows], routing.weight_TK[rows]
+        index_TK = routing.index_TK[rows]
+        served = self._served.get((number, rows.start))
+        if served is None:
+            hidden_TH = self._inputs.get(number)[rows].to(device)
+            served = self._serve(hidden_TH, index_TK, routing.weight_TK[rows])
+            if self._keeps_activations:
+                self._served[number, rows.start] = served
         return Portion(
-            served=self._serve(hidden_TH, index_TK, weight_TK),
-            tokens=len(hidden_TH),
+            served=served,
+            tokens=len(index_TK),
             lacking=lambda: self._lacking.get(number)[rows].to(device),
         )
 

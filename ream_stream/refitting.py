@@ -27,7 +27,7 @@ from .kept import Kept, keeping
 from .model import StreamedModel
 from .plan import Plan
 from .playback import Playback
-from .refit_budget import KEPT
+from .refit_budget import ACTIVATIONS, KEPT
 from .refit_passes import LayerRefit, RoutedTokens, held_back
 from .stream import Batches, with_states
 
@@ -124,6 +124,7 @@ class RefitJob:
                 held_back(self._tokens, plan.settings.seed),
                 self._store("inputs", len(batches)),
                 self._store("lacking", len(batches)),
+                keeps_activations=plan.memory.get(ACTIVATIONS, 0) > 0,
             )
             count = plan.solver.column_blocks * len(changing)
             results = self._store("results", count)

@@ -41,14 +41,15 @@ def predict(batch: Iterable[Served], change_EIH: Tensor, num_tokens: int) -> Ten
     for expert, token_R, inner_RI in batch:
         part_RH = inner_RI @ change_EIH[expert].to(inner_RI.dtype)
         # rows of an expert are distinct: no two additions meet, so this is reproducible
-        output_TH[token_R] += part_RH[: len(token_R)]
+        output_TH.index_add_(0, token_R, part_RH[: len(token_R)].to(output_TH.dtype))
     return output_TH
 
 
 def project(batch: Iterable[Served], value_TH: Tensor, total_EIH: Tensor) -> None:
     """Add a_e^T value over the tokens of a batch to the total of each expert."""
     for expert, token_R, inner_RI in batch:
-        value_RH = value_TH[token_R].to(inner_RI.dtype)
+        value_TH = value_TH.to(inner_RI.dtype)
+        value_RH = value_TH.index_select(0, token_R)
         value_RH = functional.pad(value_RH, (0, 0, 0, len(inner_RI) - len(token_R)))
         if inner_RI.dtype == total_EIH.dtype:
             total_EIH[expert].addmm_(inner_RI.T, value_RH)

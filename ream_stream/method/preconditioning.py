@@ -37,10 +37,11 @@ class Diagonal:
 
 
 class Cholesky:
-    """Exact inverses of A_e + l_e, by factors that take the place of the blocks.
+    """Exact inverses of A_e + l_e, by inverse factors that take the place of the blocks.
 
-    The lower triangles of ``sums.gram_EII`` are overwritten, with the diagonals.
-    The upper ones stay, so that the sums can be factorised again for another
+    Inverted, because two products are ten times as fast as two triangular solutions, and
+    X^T X is as positive. The lower triangles of ``sums.gram_EII`` are overwritten, with the
+    diagonals. The upper ones stay, so that the sums can be factorised again for another
     penalty, but no more tokens can be added.
 
     Raises
@@ -80,14 +81,16 @@ class Cholesky:
                 )
             # the factor only helps the iterations: the solution does not depend on it
             shift *= 10
-        stored_II.copy_(stored_II.triu(1) + factor_II)
+        unit_II = torch.eye(len(diagonal_I), dtype=torch.float64, device=factor_II.device)
+        inverse_II = torch.linalg.solve_triangular(factor_II, unit_II, upper=False)
+        stored_II.copy_(stored_II.triu(1) + inverse_II)
 
     def solve(self, expert: int, residual_IH: Tensor) -> Tensor:
         """Solve with the factor."""
         if not self._reached[expert]:
             return torch.zeros_like(residual_IH)
-        # reads the lower triangle only
-        return torch.cholesky_solve(residual_IH, self._factor_EII[expert])
+        inverse_II = self._factor_EII[expert].tril()
+        return inverse_II.T @ (inverse_II @ residual_IH)
 
 
 PRECONDITIONERS: Mapping[str, Callable[[NormalSums, Tensor], Preconditioner]] = {
