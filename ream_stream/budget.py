@@ -140,7 +140,7 @@ class Parts:
         ]
         return {
             "dense weights of a layer": max(numbers) * model.dtype.itemsize,
-            "buffers of two experts": 2 * self.expert_bytes,
+            "buffers of one expert": self.expert_bytes,
             "experts kept": resident * self.expert_bytes,
             **held_then,
             f"work: {phase}": working,

@@ -37,6 +37,14 @@ LOG_BYTES = 10_000_000
 
 _COPY_BYTES = 1 << 22
 
+_NOT_COPIED = frozenset(
+    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+)
+"""What kernels say of files that they do not copy: other disks, FUSE, old ones."""
+
+Origin = tuple[int, int]
+"""An open file, and the offset of a piece in it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRange:
@@ -77,8 +85,8 @@ def write_stream(path: Path, parts: Iterable[bytes | memoryview | FileRange]) ->
     digest, size = hashlib.sha256(), 0
     with _partial(path) as file:
         for part in parts:
-            for piece in _pieces(part):
-                _fill(file, piece)
+            for piece, origin in _pieces(part):
+                _fill(file, piece, origin)
                 digest.update(piece)
                 size += len(piece)
     return Written(name=path.name, size=size, sha256=digest.hexdigest())
@@ -281,12 +289,18 @@ def _partial(path: Path) -> Iterator[BinaryIO]:
         _publish(partial, path)
 
 
-def _pieces(part: bytes | memoryview | FileRange) -> Iterator[bytes | memoryview]:
-    """Cut a part so that copying never holds more than a few megabytes."""
+def _pieces(
+    part: bytes | memoryview | FileRange,
+) -> Iterator[tuple[bytes | memoryview, Origin | None]]:
+    """Cut a part so that copying never holds more than a few megabytes.
+
+    Of a file's bytes the origin is told too: they are read for their digest, and copied by
+    the kernel.
+    """
     if not isinstance(part, FileRange):
         view = memoryview(part).cast("B")
         for start in range(0, len(view), _COPY_BYTES):
-            yield view[start : start + _COPY_BYTES]
+            yield view[start : start + _COPY_BYTES], None
         return
     with part.path.open("rb", buffering=0) as file:
         file.seek(part.start)
@@ -298,8 +312,8 @@ def _pieces(part: bytes | memoryview | FileRange) -> Iterator[bytes | memoryview
                 raise DamagedError(
                     f"{part.path} ends before byte {part.stop}: it was cut while it was read"
                 )
+            yield piece, (file.fileno(), part.stop - left)
             left -= len(piece)
-            yield piece
 
 
 def _publish(partial: Path, path: Path) -> None:
@@ -315,11 +329,31 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def _copy(file: BinaryIO, size: int, origin: Origin) -> int:
+    """Let the kernel copy from file to file; return how much of it that did."""
+    source, start = origin
+    done = 0
+    file.flush()
+    try:
+        while hasattr(os, "copy_file_range") and done < size:
+            copied = os.copy_file_range(
+                source, file.fileno(), size - done, offset_src=start + done
+            )
+            if not copied:
+                break
+            done += copied
+    except OSError as error:
+        if error.errno not in _NOT_COPIED:
+            raise
+    return done
+
+
 # The primitives below are the only calls here that change a disk; the crash tests wrap them.
 
 
-def _fill(file: BinaryIO, piece: bytes | memoryview) -> None:
-    file.write(piece)
+def _fill(file: BinaryIO, piece: bytes | memoryview, origin: Origin | None = None) -> None:
+    done = _copy(file, len(piece), origin) if origin is not None else 0
+    file.write(memoryview(piece)[done:])
 
 
 def _sync(descriptor: int) -> None:

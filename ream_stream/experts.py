@@ -129,7 +129,14 @@ class ExpertWeights:
         self.stack = stack
         self.dtype, self.device = dtype, device
         self._tensors = tensors
-        self.form = form = form or Form()
+        self.form = form or Form()
+        self.resident = 0
+        self._kept: dict[int, Loaded] = {}
+        self._shared = self._buffers()
+
+    def _buffers(self) -> tuple[Loaded, dict[str, Tensor]]:
+        """Return room for the weights of one expert, whole and by part."""
+        stack, form, dtype, device = self.stack, self.form, self.dtype, self.device
         rows = stack.inner * (2 if form.is_gated else 1)
 
         def empty(outputs: int, inputs: int) -> Tensor:
@@ -140,30 +147,41 @@ class ExpertWeights:
         def bias(length: int) -> Tensor | None:
             return torch.empty(length, dtype=dtype, device=device) if form.has_bias else None
 
-        self._loaded = Loaded(
+        loaded = Loaded(
             empty(rows, stack.hidden),
             empty(stack.hidden, stack.inner),
             bias(rows),
             bias(stack.hidden),
         )
-        self._parts = {"down": self._loaded.down_HI}
-        for suffix, both in (("", self._loaded.gate_up), ("_bias", self._loaded.gate_up_bias)):
+        parts = {"down": loaded.down_HI}
+        for suffix, both in (("", loaded.gate_up), ("_bias", loaded.gate_up_bias)):
             if both is not None:
                 gate, up = (both[0::2], both[1::2]) if form.is_interleaved else both.chunk(2)
                 split = {"gate": gate, "up": up} if form.is_gated else {"up": both}
-                self._parts |= {part + suffix: value for part, value in split.items()}
-        if self._loaded.down_bias_H is not None:
-            self._parts["down_bias"] = self._loaded.down_bias_H
+                parts |= {part + suffix: value for part, value in split.items()}
+        if loaded.down_bias_H is not None:
+            parts["down_bias"] = loaded.down_bias_H
+        return loaded, parts
+
+    def turn_to(self, experts: range) -> None:
+        """Let go of experts that were kept, but for those of a block."""
+        self._kept = {e: loaded for e, loaded in self._kept.items() if e in experts}
 
     def load(self, expert: int) -> Loaded:
-        """Return the weights of an expert."""
+        """Return the weights of an expert; the first `resident` ones of a block are kept."""
+        if expert in self._kept:
+            return self._kept[expert]
+        loaded, parts = self._shared
+        if len(self._kept) < self.resident:
+            loaded, parts = self._buffers()
+            self._kept[expert] = loaded
         for matrix in self.stack.matrices:
             found = matrix.read(self._tensors, expert, self.dtype, self.device)
             for part, value in found.items():
                 # copied even where the dtype is right: the last bits of a product with one
                 # row depend on the weights' alignment, which is accidental in a mapped file
-                self._parts[part].copy_(value)
-        return self._loaded
+                parts[part].copy_(value)
+        return loaded
 
 
 class StreamedExperts(nn.Module):
@@ -238,6 +256,7 @@ class StreamedExperts(nn.Module):
         part, weight_S = self.part or Part(experts=range(self.count)), weight_TK.reshape(-1)
         if part.norm_S is None:
             part.norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
+        self.weights.turn_to(part.experts)
         norm_S, outputs = part.norm_S, self._outputs(hidden_TH, weight_TK)
         for expert, slots in self.dispatch(index_TK, self.count):
             if expert not in part.experts:

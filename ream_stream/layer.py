@@ -260,6 +260,8 @@ class LayerJob:
     ) -> Iterator[Step]:
         """Run the layer on all batches; to its end if what leaves it is to be written."""
         context, batches = self.context, self.context.batches
+        if experts is not None:
+            experts.weights.resident = self.plan.resident_experts
         with ExitStack() as stack:
             sums = None
             if writer is not None and context.expert_blocks > 1:

@@ -215,7 +215,7 @@ def _wrap_primitives(kill: Kill | None, committed: Callable[[], list[str]]) -> l
 
         setattr(module, name, step)
 
-    def half_fill(file, piece):
+    def half_fill(file, piece, *_):
         file.write(piece[: len(piece) // 2])
         file.flush()
 
@@ -228,7 +228,7 @@ def _wrap_primitives(kill: Kill | None, committed: Callable[[], list[str]]) -> l
     def first(path, *_):
         return None, str(path)
 
-    wrap(durable, "_fill", "fill", lambda file, _: (None, file.name), half_fill)
+    wrap(durable, "_fill", "fill", lambda file, *_: (None, file.name), half_fill)
     wrap(
         durable, "_sync", "sync", lambda fd: (None, str(Path(f"/proc/self/fd/{fd}").readlink()))
     )

@@ -48,6 +48,43 @@ def test_size_and_digest_are_those_of_the_file(tmp_path):
     assert written.sha256 == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.parametrize("number", [None, errno.EXDEV, errno.EOPNOTSUPP])
+def test_a_file_that_the_kernel_does_not_copy_is_copied_all_the_same(
+    number, tmp_path, monkeypatch
+):
+    source, copy, refused = tmp_path / "source", os.copy_file_range, []
+    data = bytes(range(251)) * 40_000
+    source.write_bytes(data)
+
+    def in_part(*given, **options):
+        """Copy less than is asked for, and refuse after a while, or copy nothing more."""
+        if len(refused) > 2:
+            refused.append(given)
+            if number is None:
+                return 0
+            raise OSError(number, os.strerror(number))
+        refused.append(given)
+        return copy(given[0], given[1], min(given[2], 100_001), **options)
+
+    monkeypatch.setattr(os, "copy_file_range", in_part)
+    parts = [b"head", FileRange(path=source, start=7, stop=len(data)), b"tail"]
+    written = durable.write_stream(tmp_path / "file", parts)
+    wanted = b"head" + data[7:] + b"tail"
+    assert (tmp_path / "file").read_bytes() == wanted
+    assert written.sha256 == hashlib.sha256(wanted).hexdigest()
+    assert len(refused) > 3
+
+
+def test_the_kernel_copies_from_file_to_file_where_it_can(tmp_path, monkeypatch):
+    source, seen, fill = tmp_path / "source", [], durable._fill
+    source.write_bytes(bytes(10_000_000))
+    monkeypatch.setattr(durable, "_fill", lambda *given: (seen.append(given), fill(*given))[1])
+    durable.copy_file(source, tmp_path / "copy")
+    assert [len(piece) for _, piece, _ in seen] == [1 << 22, 1 << 22, 10_000_000 - (1 << 23)]
+    assert [start for _, _, (_, start) in seen] == [0, 1 << 22, 1 << 23]
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
 def test_a_small_safetensors_file_reads_back_with_its_metadata(tmp_path):
     tensors = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
     written = durable.write_tensors(tmp_path / "x.safetensors", tensors, {"note": "n"})

@@ -180,3 +180,21 @@ def test_slots_are_those_a_loop_over_tokens_finds(seed, tokens, top_k, num_exper
     ]
     assert [expert for expert, _ in found] == sorted(want)
     assert {expert: sorted(slots) for expert, slots in found} == want
+
+
+def test_experts_that_are_kept_are_read_once_and_give_the_same_bits(tmp_path):
+    pair = Pair(tmp_path / "x.safetensors", (8, 3, 50, 32, 16), torch.bfloat16)
+    batch = pair.batch()
+    with pair.checkpoint.open() as tensors, torch.no_grad():
+        weights = ExpertWeights(tensors, pair.stack, pair.dtype, CPU)
+        experts = StreamedExperts(pair.theirs, weights)
+        weights.resident = 5
+        for _ in range(2):
+            assert torch.equal(experts(*batch), pair.whole(batch))
+        kept = [weights.load(expert) for expert in range(8)]
+        # of the rest, each takes the place of the one before
+        assert len({loaded.down_HI.data_ptr() for loaded in kept}) == 5 + 1
+        assert weights.load(0) is kept[0]
+        weights.turn_to(range(3, 6))
+        assert weights.load(3) is kept[3]
+        assert weights.load(0) is not kept[0]

@@ -137,10 +137,10 @@ def writes_fail(patch, name, number):
     """Let writes to files with this name fail."""
     fill, put = durable._fill, zarr.storage._local._put
 
-    def failing_fill(file, piece):
+    def failing_fill(file, *rest):
         if name in file.name:
             raise OSError(number, os.strerror(number))
-        fill(file, piece)
+        fill(file, *rest)
 
     def failing_put(path, *rest, **options):
         if name in str(path):
