@@ -181,6 +181,8 @@ class ExpertWeights:
                 # copied even where the dtype is right: the last bits of a product with one
                 # row depend on the weights' alignment, which is accidental in a mapped file
                 parts[part].copy_(value)
+        if expert + 1 < self.stack.count:
+            self._tensors.ahead(self.stack, expert + 1)
         return loaded
 
 

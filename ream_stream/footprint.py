@@ -23,6 +23,7 @@ from transformers import masking_utils
 from .checkpoint.formats import Plain, Stored
 from .checkpoint.header import DTYPES
 from .checkpoint.source import Checkpoint
+from .checkpoint.stacks import ExpertStack
 from .experts import Routed, StreamedExperts
 from .model import Batch, StreamedModel
 from .playback import main_output
@@ -93,6 +94,9 @@ class _NoData:
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+
+    def ahead(self, stack: ExpertStack, expert: int) -> None:
+        """There is nothing to read."""
 
     def matrix(
         self, stored: Stored, index: int | None, dtype: torch.dtype, device: torch.device

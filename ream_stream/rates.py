@@ -158,6 +158,9 @@ class _Filled:
         dtype = DTYPES[matrix.tensors[0].dtype] if plain else torch.bfloat16
         return torch.full((stored.rows, stored.cols), 0.01, dtype=dtype)
 
+    def ahead(self, stack: ExpertStack, expert: int) -> None:
+        """All of them are there."""
+
     def matrix(self, stored: Stored, index: int | None, *_: Any) -> Tensor:  # noqa: ANN401
         return self._matrices[stored.prefix, index]
 

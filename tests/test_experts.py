@@ -1,5 +1,6 @@
 """Experts run one by one give the bits of transformers' grouped product."""
 
+import os
 from itertools import product
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from ream_stream import durable
+from ream_stream.checkpoint import ahead
 from ream_stream.checkpoint.header import read_header
 from ream_stream.checkpoint.layouts import find_experts
 from ream_stream.checkpoint.source import Checkpoint
@@ -198,3 +201,31 @@ def test_experts_that_are_kept_are_read_once_and_give_the_same_bits(tmp_path):
         weights.turn_to(range(3, 6))
         assert weights.load(3) is kept[3]
         assert weights.load(0) is not kept[0]
+
+
+def test_the_next_expert_is_asked_for_byte_for_byte_and_small_ones_are_not(
+    tmp_path, monkeypatch
+):
+    pair = Pair(tmp_path / "x.safetensors", (3, 1, 4, 64, 32), torch.float32)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *rest: asked.append(rest))
+    for least in (1, 10**9):
+        monkeypatch.setattr(ahead, "LEAST_BYTES", least)
+        with pair.checkpoint.open() as tensors:
+            ExpertWeights(tensors, pair.stack, pair.dtype, CPU).load(1)
+    found = [pair.checkpoint.entries[name] for name, _ in pair.stack.expert_slots(2)]
+    size = 64 * 32 * 4
+    assert asked == [(entry.start, size, os.POSIX_FADV_WILLNEED) for entry in found]
+    assert len(asked) == 3
+
+
+def test_a_large_expert_is_asked_for_in_pieces(tmp_path, monkeypatch):
+    path, asked = tmp_path / "file", []
+    path.write_bytes(bytes(10))
+    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *rest: asked.append(rest[:2]))
+    reader = ahead.ReadAhead()
+    reader.ask([durable.FileRange(path=path, start=5, stop=5 + (9 << 19) + 1)])
+    reader.close()
+    assert asked == [(5 + (n << 20), 1 << 20) for n in range(4)] + [
+        (5 + (4 << 20), (1 << 19) + 1)
+    ]

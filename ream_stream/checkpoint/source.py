@@ -14,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ream_stream import durable
+from ream_stream.durable import FileRange
 from ream_stream.errors import DamagedError, UsageError
 
+from .ahead import ReadAhead
 from .formats import Plain, Stored
 from .header import Stamp, TensorEntry, read_header
 from .layouts import find_experts
-from .stacks import ExpertStack
+from .stacks import ExpertStack, one_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,6 +44,8 @@ class MappedTensors:
         self._checkpoint, self._entries = checkpoint, checkpoint.entries
         self._stack = stack
         self._files: dict[Path, Any] = {}
+        self._ahead = ReadAhead()
+        stack.callback(self._ahead.close)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor whose memory is the page cache; it must not be written to."""
@@ -55,6 +59,17 @@ class MappedTensors:
             self._files[path] = self._stack.enter_context(opened)
         tensor: Tensor = self._files[path].get_tensor(name)
         return tensor
+
+    def ahead(self, stack: ExpertStack, expert: int) -> None:
+        """Let the kernel read an expert that is asked for soon."""
+        ranges = []
+        for name, place in stack.expert_slots(expert):
+            entry = self._entries[name]
+            start, stop = entry.start, entry.stop
+            if place is not None:
+                start, stop = one_of(entry, place, stack.count)
+            ranges.append(FileRange(path=entry.path, start=start, stop=stop))
+        self._ahead.ask(ranges)
 
     def matrix(
         self, stored: Stored, index: int | None, dtype: torch.dtype, device: torch.device

@@ -26,6 +26,9 @@ class Tensors(Protocol):
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor as it is stored."""
 
+    def ahead(self, stack: "ExpertStack", expert: int) -> None:
+        """Prepare for an expert that is asked for soon."""
+
     def matrix(
         self, stored: Stored, index: int | None, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
