@@ -4,7 +4,6 @@ The index comes after all tensors, and the manifest after the index: a folder
 with a manifest is complete.
 """
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -14,12 +13,12 @@ import transformers
 
 from . import __version__, durable
 from .calibration.tokens import Tokens
+from .card import CARD, card
 from .checkpoint.source import INDEX
 from .journal import Journal, Workspace
 from .plan import Plan
 
 MANIFEST = "ream_stream.json"
-CARD = "README.md"
 
 
 def output_files(plan: Plan) -> tuple[str, ...]:
@@ -50,7 +49,7 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
         durable.make_directory((output / name).parent)
         durable.copy_file(plan.source.folder / name, output / name)
     durable.write_json(output / INDEX, _index(plan))
-    durable.write_bytes(output / CARD, _card(plan, tokens).encode())
+    durable.write_bytes(output / CARD, card(plan, tokens, journal).encode())
     durable.write_json(output / MANIFEST, _manifest(plan, journal))
 
 
@@ -95,28 +94,3 @@ def _manifest(plan: Plan, journal: Journal) -> dict[str, Any]:
             if record.groups is not None
         ],
     }
-
-
-def _card(plan: Plan, tokens: Tokens) -> str:
-    settings, method = plan.settings, plan.settings.method
-    verb = "pruned" if method.grouping == "none" else "merged"
-    name = plan.source.folder.resolve().name
-    facts = json.dumps(settings.fields(), indent=2)
-    return f"""---
-base_model: {name}
-library_name: transformers
-tags:
-- mixture-of-experts
-- {"expert-pruning" if verb == "pruned" else "expert-merging"}
----
-
-# {name}, {plan.num_experts} experts a layer {verb} to {settings.experts}
-
-Made by ream-stream {__version__} from {name} on {tokens.num_sequences} calibration sequences
-of {tokens.sequence_length} tokens (digest `{tokens.digest}`). Tensor names, dtypes and
-layout are those of the source; groups, saliencies and digests are in `{MANIFEST}`.
-
-```json
-{facts}
-```
-"""
