@@ -5,10 +5,11 @@
     python tools/bench_quality.py compare       five methods, three seeds, 24 and 16 experts
     python tools/bench_quality.py ablation      REAM with one part changed at a time, the same
     python tools/bench_quality.py controls      random groups, no alignment, REAP's variants
+    python tools/bench_quality.py refit         REAM and REAP, and the same refitted
     python tools/bench_quality.py sweep         REAM and REAP on the paper's ten mixes, 24
 
 The second takes groups of at most 3: with the default size of a group all dropped experts
-join the most salient one here, whatever the similarity says. The last four keep what they
+join the most salient one here, whatever the similarity says. The last five keep what they
 have measured in --output and go on with it; a seed draws other documents and samples.
 
 Calibration is 288 sequences of 256 tokens, a third of each domain or as the mix says; the
@@ -206,7 +207,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     once = {"methods": compare_methods, "similarity": compare_samples}
-    sets = {"compare": "methods", "ablation": "ablation", "controls": "controls"}
+    sets = {"compare": "methods", **{name: name for name in ("ablation", "controls", "refit")}}
     parser.add_argument("table", choices=[*once, *sets, "sweep"])
     parser.add_argument("--output", type=Path, default=Path("bench-output"))
     parser.add_argument("--seeds", type=int, default=3)

@@ -25,7 +25,7 @@ def _options(*, output: str) -> Callable[[F], F]:
                 "--methods",
                 default="methods",
                 show_default=True,
-                help="Names, separated by commas; methods, ablation and controls are sets.",
+                help="Names or sets (methods, ablation, controls, refit), separated by commas.",
             ),
             option(
                 section,

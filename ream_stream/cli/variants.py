@@ -29,6 +29,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "reap-squared": {**REAP, "saliency": "reap-squared"},
     "ream with 512 similarity tokens": {**REAM, "similarity_tokens": 512},
     "ream with all similarity tokens": {**REAM, "similarity_tokens": 0},
+    # what stays is fitted to what the original layer says
+    "refitted ream": {**REAM, "refit": "down"},
+    "refitted reap": {**REAP, "refit": "down"},
 }
 """Fields of `Method` and `Settings` that differ from their defaults, by name."""
 
@@ -44,6 +47,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "reap-softmax",
         "reap-squared",
     ),
+    "refit": ("ream", "refitted ream", "reap", "refitted reap"),
 }
 """Names of several variants."""
 
