@@ -16,7 +16,7 @@ import torch
 from .checkpoint.source import INDEX, MAX_JSON_BYTES, Checkpoint, open_checkpoint, read_object
 from .checkpoint.stacks import ExpertStack
 from .durable import PARTIAL
-from .families import Family, family_of
+from .families import Family, family_of, text_config
 from .finish import MANIFEST
 from .manifest import Manifest, group_problems, read_manifest
 from .model import StreamedModel
@@ -143,7 +143,7 @@ def _model(subject: Subject) -> Iterator[str]:
 
 
 def _experts(subject: Subject) -> Iterator[str]:
-    config, counts = subject.checkpoint.config, _config_counts(subject)
+    config, counts = text_config(subject.checkpoint.config), _config_counts(subject)
     if not counts:
         keys = " or ".join(subject.family.count_keys)
         yield f"config.json has no {keys}: readers will take their class's default"
@@ -161,10 +161,10 @@ def _config_counts(subject: Subject) -> dict[str, Any]:
 
     A list that gives one number layer by layer is that number.
     """
-    counts = {}
+    counts, config = {}, text_config(subject.checkpoint.config)
     for key in subject.family.count_keys:
-        if key in subject.checkpoint.config:
-            value = subject.checkpoint.config[key]
+        if key in config:
+            value = config[key]
             uniform = isinstance(value, list) and value and all(v == value[0] for v in value)
             counts[key] = value[0] if uniform else value
     return counts
@@ -194,7 +194,7 @@ def _routers(subject: Subject) -> Iterator[str]:
 
 
 def _routing(subject: Subject) -> Iterator[str]:
-    config: Any = subject.model.model.config
+    config: Any = subject.model.text_config
     groups = subject.family.groups(config)
     taken = int(getattr(config, "topk_group", None) or groups)
     for layer in subject.model.layers:
@@ -221,7 +221,7 @@ def _groups(subject: Subject) -> Iterator[str]:
     described = [layer.index for layer in manifest.layers]
     if described != moe:
         yield f"{MANIFEST} has groups for layers {described}, those with experts are {moe}"
-    yield from group_problems(manifest, subject.family.groups(model.model.config))
+    yield from group_problems(manifest, subject.family.groups(model.text_config))
 
 
 CHECKS: tuple[Check, ...] = (

@@ -37,6 +37,7 @@ from .skeleton import (
     path_of,
     project_pieces,
     put_tensor,
+    text_part,
 )
 
 
@@ -136,6 +137,7 @@ class StreamedModel:
             )
         self.model = build_skeleton(checkpoint.config, dtype, device)
         self._layers_path, self._decoder = find_decoder(self.model)
+        self._text = text_part(self.model, self._layers_path)
         self._is_tuple = passes_selection(self.model, self._decoder)
         self._active: int | None = None
         self._feed: Tensor | None = None
@@ -146,7 +148,7 @@ class StreamedModel:
         self.quantized = find_quantized(entries, checkpoint.quantization)
         coded = {name for stored in self.quantized.values() for name in tensors_of(stored)}
         names = [name for name in entries if name not in coded]
-        self._targets = key_targets(self.model, [*names, *self.quantized])
+        self._targets = key_targets(self.model, [*names, *self.quantized], self._text)
         self.layers = self._plan_layers()
         self._outside: dict[str, tuple[str, ...]] = {}
         for name, target in self._targets.items():
@@ -158,6 +160,11 @@ class StreamedModel:
     def num_layers(self) -> int:
         """Decoder layers, dense ones included."""
         return len(self._decoder)
+
+    @property
+    def text_config(self) -> Any:  # noqa: ANN401 - a config of transformers
+        """Return the config of the text decoder: the model's own, but in wrappers."""
+        return self.model.config.get_text_config(decoder=True)
 
     @property
     def hidden_size(self) -> int:
@@ -182,7 +189,7 @@ class StreamedModel:
     def top_k(self) -> int:
         """Experts a token is sent to."""
         first = next(layer.index for layer in self.layers if layer.stack)
-        config: Any = self.model.config.get_text_config(decoder=True)
+        config = self.text_config
         top_k = getattr(self.router(first), "top_k", None) or config.top_k_experts
         return int(top_k)
 
@@ -472,7 +479,11 @@ class StreamedModel:
     def _check_outside(self) -> None:
         """Refuse a checkpoint that lacks what is outside the layers; what is tied may lack."""
         prefix = self._layers_path + "."
-        wanted = {key for key in self.model.state_dict() if not key.startswith(prefix)}
+        wanted = {
+            key
+            for key in self.model.state_dict()
+            if key.startswith(self._text) and not key.startswith(prefix)
+        }
         self._check_tensors(wanted - set(self.model.all_tied_weights_keys), self._outside)
 
     def _check_tensors(self, wanted: set[str], found: Mapping[str, tuple[str, ...]]) -> None:

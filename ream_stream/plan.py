@@ -286,8 +286,8 @@ def make_plan(
     num_experts = stacks[0].count
     if any(stack.count != num_experts for stack in stacks):
         raise UnsupportedModelError("layers have different numbers of experts")
-    routing_groups = family.groups(model.model.config)
-    groups_per_token = int(getattr(model.model.config, "topk_group", None) or routing_groups)
+    routing_groups = family.groups(model.text_config)
+    groups_per_token = int(getattr(model.text_config, "topk_group", None) or routing_groups)
     check_refit(settings.method)
     check_counts(settings, num_experts, model.top_k, routing_groups, groups_per_token)
     decoded = _decoded(model) if settings.dtype == "bfloat16" else {}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -28,6 +28,9 @@ from .experts import StreamedExperts
 
 HEAD_BYTES = 64_000_000
 """Rows of the output matrix are used in pieces of about this size."""
+
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that transformers knows under another name: the published code is the same."""
 
 NAMES_CODE = frozenset(
     {
@@ -65,11 +68,20 @@ def _build(
     values = _without_code(config)
     # how weights are stored is read from headers
     values.pop("quantization_config", None)
-    kind_of_config: Any = CONFIG_MAPPING[config["model_type"]]
+    kind_of_config: Any = CONFIG_MAPPING[
+        ALIASES.get(config["model_type"], config["model_type"])
+    ]
     # JSON has no infinity: transformers writes it as an object
     loaded = kind_of_config.from_dict(kind_of_config._decode_special_floats(values))
-    loaded.dtype = dtype
-    kind: Any = AutoModelForCausalLM._model_mapping[type(loaded)]
+    parts = [getattr(loaded, key, None) for key in loaded.sub_configs]
+    for part in [loaded, *filter(None, parts)]:
+        part.dtype = dtype
+    kind: Any = AutoModelForCausalLM._model_mapping.get(type(loaded), None)
+    if loaded.get_text_config(decoder=True) is not loaded:
+        # of a wrapper the whole class, so that every tensor has its place
+        kind = AutoModelForImageTextToText._model_mapping.get(type(loaded), kind)
+    if kind is None:
+        raise UnsupportedModelError(f"{type(loaded).__name__} is of no model that gives logits")
     with ExitStack() as stack:
         for context in kind.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
@@ -97,10 +109,23 @@ def _without_code(value: Any) -> Any:  # noqa: ANN401 - JSON is of any type
     return [_without_code(each) for each in value] if isinstance(value, list) else value
 
 
-def key_targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+def text_part(model: PreTrainedModel, layers_path: str) -> tuple[str, ...]:
+    """Return what the names of all that text goes through begin with: of a wrapper a part."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return ("",)
+    whole: Any = model
+    parts = [whole.get_input_embeddings(), whole.get_output_embeddings()]
+    paths = [path_of(model, part) for part in parts if part is not None]
+    return (layers_path.rpartition(".")[0] + ".", *(path + "." for path in paths))
+
+
+def key_targets(
+    model: PreTrainedModel, names: Iterable[str], within: tuple[str, ...]
+) -> dict[str, str]:
     """Return, for each checkpoint tensor the model has, the name of its parameter or buffer.
 
     What is joined from several tensors while loading, one above the other, has several names.
+    Only targets that begin with one of `within` count.
 
     Raises
     ------
@@ -118,7 +143,7 @@ def key_targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         )
         if target not in state and name in state:
             target, pattern = name, None
-        if target not in state:
+        if target not in state or not target.startswith(within):
             continue
         if pattern is not None and ".experts." not in target:
             converter = next(c for c in converters if pattern in c.source_patterns)
@@ -136,14 +161,25 @@ def key_targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 def find_decoder(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
     """Return the list of decoder layers and its path."""
     kinds = set(model._no_split_modules or ())
-    for path, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module)
-            and type(module[0]).__name__ in kinds
-        ):
-            return path, list(module)
+    lists = [
+        (path, list(module))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and type(module[0]).__name__ in kinds
+    ]
+    # a wrapper has others: its vision tower's come first, without experts
+    for path, layers in sorted(lists, key=lambda found: not _has_experts(found[1])):
+        return path, layers
     raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
+
+
+def _has_experts(layers: Sequence[nn.Module]) -> bool:
+    return any(
+        parameter.dim() == 3 and name.endswith("down_proj")
+        for layer in layers
+        for name, parameter in layer.named_parameters()
+    )
 
 
 def passes_selection(model: PreTrainedModel, decoder: Sequence[nn.Module]) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from .allotment import OUTPUTS, SUMS
 from .blocks import cut_experts
 from .checkpoint.stacks import ExpertStack
+from .families import text_config
 from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
 
@@ -213,7 +214,7 @@ class _Layer:
 
     def _score_flop(self) -> int:
         """Return the products of queries with keys and of probabilities with values."""
-        config: Mapping[str, int | None] = self.plan.source.config
+        config: Mapping[str, int | None] = text_config(self.plan.source.config)
         heads = int(config.get("num_attention_heads") or 1)
         width = int(config.get("head_dim") or self.plan.hidden_size // heads)
         query, value = width, width

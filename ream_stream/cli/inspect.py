@@ -40,9 +40,10 @@ def inspect(path: Path, *, as_json: bool) -> None:
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """Return what the headers tell."""
     from ream_stream.errors import UnsupportedModelError
-    from ream_stream.families import family_of
+    from ream_stream.families import family_of, text_config
 
     stacks, reason = {}, None
+    text = text_config(checkpoint.config)
     try:
         stacks = checkpoint.experts()
         family_of(checkpoint.config)
@@ -61,10 +62,10 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "family": checkpoint.config.get("model_type"),
         "supported": reason is None,
         "why_not": reason,
-        "layers": checkpoint.config.get("num_hidden_layers"),
+        "layers": text.get("num_hidden_layers"),
         "moe_layers": len(stacks),
         "experts": counts[0] if len(counts) == 1 else counts or None,
-        "experts_per_token": checkpoint.config.get("num_experts_per_tok"),
+        "experts_per_token": text.get("num_experts_per_tok"),
         "tensors": len(checkpoint.entries),
         "files": len(checkpoint.files()),
         "bytes": sum(dtypes.values()),
