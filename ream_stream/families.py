@@ -153,6 +153,9 @@ REFUSED: Mapping[str, str] = {
     "longcat_flash": "it has experts without weights",
     "minimax_m3_vl_text": "no published layout was seen",
     "qwen4_exp": "no published layout was seen",
+    "step3": "transformers has no class for it",
+    "step3p5": "transformers has its decoder in a wrapper alone, which was not tried",
+    "step3p7": "transformers has its decoder in a wrapper alone, which was not tried",
     "switch_transformers": "it is an encoder and a decoder",
     "nllb-moe": "it is an encoder and a decoder",
 }

@@ -155,7 +155,10 @@ def test_the_output_loads_and_computes_what_the_streamed_passes_did(ream, name, 
         assert torch.equal(hidden_SLH, full[0].hidden[layer]), layer
     streamed = forward_streamed(done.output, run_in, inputs)
     for ours, theirs in zip(streamed, full, strict=True):
-        assert torch.equal(ours.logits, theirs.logits)
+        if name == "jamba":  # last bits depend on where in memory a matrix of mamba is
+            torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(ours.logits, theirs.logits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

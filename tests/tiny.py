@@ -380,7 +380,90 @@ TINY: Mapping[str, Tiny] = {
 }
 
 
+_QWEN = {"num_experts": EXPERTS, **_MOE}
+_ROUTED = {"n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, **_MOE}
+
+
+def _also(config: Mapping[str, Any], **fields: Any) -> Tiny:
+    keys = ("n_routed_experts", "num_experts", "num_local_experts")
+    return Tiny(config=config, count_key=next(key for key in keys if key in config), **fields)
+
+
+TINY = {
+    **TINY,
+    "flex_olmo": _also(_QWEN),
+    "mellum": _also({"num_local_experts": EXPERTS, **_MOE}),
+    "granitemoeshared": _also(
+        {**TINY["granitemoe"].config, "shared_intermediate_size": 16},
+        routers=TINY["granitemoe"].routers,
+    ),
+    "granitemoe_swa": _also(
+        {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K},
+        routers=("block_sparse_moe.router.weight",),
+    ),
+    "jamba": _also(
+        {
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 1,
+            "expert_layer_offset": 0,
+        },
+        routers=("feed_forward.router.weight",),
+    ),
+    "solar_open": _also({**_ROUTED, "n_shared_experts": 1}, routers=_BIASED),
+    "mimo_v2_flash": _also(
+        {**_ROUTED, "first_k_dense_replace": 1}, routers=_BIASED, dense=(0,)
+    ),
+    "axk1": _also({**_ROUTED, **_LATENT}, routers=_BIASED, dense=(0,)),
+    "axk2": _also({**_ROUTED, **_LATENT, **_INDEXER}, routers=_BIASED, dense=(0,)),
+    "exaone_moe": _also(
+        {**_QWEN, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        routers=("mlp.gate.weight", "mlp.e_score_correction_bias"),
+        dense=(0,),
+    ),
+    "laguna": _also(
+        _QWEN,
+        routers=("mlp.gate.weight", "mlp.experts.e_score_correction_bias"),
+        dense=(0,),
+    ),
+    "afmoe": _also(
+        {**_QWEN, "num_dense_layers": 1},
+        routers=("mlp.router.gate.weight", "mlp.expert_bias"),
+        dense=(0,),
+    ),
+    "hy_v3": _also(_QWEN, routers=("mlp.router.gate.weight", "mlp.expert_bias"), dense=(0,)),
+    "lfm2_moe": _also(
+        {
+            **_QWEN,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+        },
+        routers=("feed_forward.gate.weight", "feed_forward.expert_bias"),
+        dense=(0,),
+    ),
+    "flint": _also(_QWEN, dense=(0, 1)),
+}
+
 SELDOM = (
+    "afmoe",
+    "axk1",
+    "axk2",
+    "exaone_moe",
+    "flex_olmo",
+    "flint",
+    "granitemoe_swa",
+    "granitemoeshared",
+    "hy_v3",
+    "jamba",
+    "laguna",
+    "lfm2_moe",
+    "mellum",
+    "mimo_v2_flash",
+    "solar_open",
     "bailing_hybrid",
     "deepseek_v32",
     "glm4_moe_lite",
@@ -465,7 +548,7 @@ def unfused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 STACKED = re.compile(
-    r".*(\.experts\.\D+|moe\.(in|out)put_linear\.weight|moe\.\w+_proj\.weight)"
+    r".*(\.experts\.(gate|down)_\D+|moe\.(in|out)put_linear\.weight|moe\.\w+_proj\.weight)"
 )
 """Names of tensors that hold all experts of a layer."""
 
