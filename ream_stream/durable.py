@@ -125,6 +125,14 @@ def make_directory(path: Path) -> None:
         _sync_directory(path.parent)
 
 
+def adopt(partial: Path, path: Path) -> None:
+    """Sync a file that others wrote on the same disk, then give it its final name."""
+    with space_for(path):
+        with partial.open("rb") as file:
+            _sync(file.fileno())
+        _publish(partial, path)
+
+
 def publish_directory(partial: Path, path: Path) -> None:
     """Sync all files of a folder, then give the folder its final name."""
     for folder, _, names in os.walk(partial):

@@ -34,7 +34,7 @@ FORMAT = 2
 
 _OURS = re.compile(
     r"(journal\.json|tokens\.safetensors|log(\.1)?\.jsonl|hidden-\d{5}|statistics-\d{5}\.safetensors"
-    r"|scratch-[a-z0-9-]+)"
+    r"|streamed|scratch-[a-z0-9-]+)"
     rf"(?P<partial>{re.escape(durable.PARTIAL)})?"
 )
 """What a run writes in its work folder, the lock aside."""
@@ -126,6 +126,11 @@ class Workspace:
         """What was the log until it was large."""
         return self.work / "log.1.jsonl"
 
+    @property
+    def streamed(self) -> Path:
+        """Shards of the source that are fetched for a while."""
+        return self.work / "streamed"
+
     def hidden(self, boundary: int) -> Path:
         """Return the folder of the states that enter layer `boundary`."""
         return self.work / f"hidden-{boundary:05d}"
@@ -179,6 +184,7 @@ class Workspace:
     def remove_strays(self, journal: Journal) -> None:
         """Delete files of ours that the journal does not name."""
         named = {self.journal.name, self.tokens.name, self.log.name, self.older_log.name}
+        named.add(self.streamed.name)
         named |= {record.statistics.name for record in journal.layers if record.statistics}
         if journal.layers and journal.layers[-1].hidden:
             named.add(journal.layers[-1].hidden)

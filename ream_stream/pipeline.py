@@ -109,19 +109,26 @@ def compress(
         return_freed_memory()
     seconds: dict[str, float] = {}
     complete = (workspace.output / MANIFEST).is_file()
+    supply = plan.supply
     with gauge() as meter:
         if len(journal.layers) < len(plan.layers):
+            supply.release(len(journal.layers) - 1)
+            supply.bring(None)
             with ExitStack() as stack:
                 context = _open(plan, tokens, workspace, journal, device, threads, stack)
                 for layer in plan.layers[len(journal.layers) :]:
+                    supply.bring(layer.keys.index)
                     for event in _layer(context, layer, journal, meter):
                         yield event
                         _check_stop(stop_requested, journal, plan)
+                    supply.release(layer.keys.index)
                 seconds = context.seconds
         if not complete:
             start = time.perf_counter()
+            supply.bring(None)
             _finish(plan, tokens, workspace, journal)
             seconds["finish"] = time.perf_counter() - start
+        supply.release(None)
         peak = meter.highest
     yield Finished(
         output_bytes=plan.output_bytes,

@@ -33,6 +33,7 @@ from .mtp import find_mtp, without_mtp
 from .refit_budget import Solver
 from .settings import Settings, check_counts, check_refit
 from .sizes import format_size
+from .supply import Supply
 
 RAM_SHARE = 0.8
 """Share of the free memory that is used if no budget is given."""
@@ -168,6 +169,7 @@ class Plan:
             "other files": sum(path.stat().st_size for path in self.source.other_files()),
             "hidden states": 2 * self.hidden_bytes,
             "layer before its refit": self._staged_bytes,
+            "streamed shards": self.supply.peak_bytes,
             **self.scratch,
         }
 
@@ -186,6 +188,12 @@ class Plan:
     def keeps(self, part: str) -> bool:
         """Tell whether something is kept from pass to pass, in memory or on disk."""
         return bool(self.memory.get(part) or self.scratch.get(part))
+
+    @property
+    def supply(self) -> Supply:
+        """The source's shards, layer by layer."""
+        names = [tensor.name for shard in self.outside for tensor in shard.tensors]
+        return Supply(self.source, [layer.keys.names for layer in self.layers], names)
 
     @property
     def memory_bytes(self) -> int:
@@ -382,6 +390,7 @@ def _left_to_write(plan: Plan, output: Path, journal: Journal | None) -> tuple[i
     """Return the bytes still to be written in the output, and in the work folder at most."""
     shards = plan.output_bytes
     work = 2 * plan.hidden_bytes + plan._staged_bytes + sum(plan.scratch.values())
+    work += plan.supply.peak_bytes
     others = plan.source.other_files()
     if journal is not None:
         shards -= sum(shard.size for shard in journal.shards())
@@ -415,6 +424,7 @@ def check_disk(
     """
     work = work or output
     shards, hidden = _left_to_write(plan, output, journal)
+    streamed = plan.supply.peak_bytes
     together = same_disk(output, work)
     for place, needed in ((output, shards + hidden * together), (work, hidden)):
         free = free_bytes(place)
@@ -422,6 +432,7 @@ def check_disk(
             raise OverBudgetError(
                 f"the run needs {format_size(needed)} on the disk of {place} "
                 f"({format_size(shards)} of shards, {format_size(hidden)} of hidden states"
+                f"{' and streamed shards' if streamed else ''}"
                 f"{'' if together else ' elsewhere'}), {format_size(free)} are free; "
                 "fewer --sequences need less"
             )

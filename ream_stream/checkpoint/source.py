@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +111,9 @@ class Checkpoint:
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
     """What the files were when their headers were read; those not listed are not watched."""
 
+    fetch: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
+    """Puts a shard in its place, if they are not there from the beginning."""
+
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """Return the quantization_config, of a wrapper's text decoder if it has its own."""
@@ -160,11 +163,15 @@ class Checkpoint:
         return sorted({entry.path for entry in self.entries.values()})
 
     def cut_files(self) -> list[Path]:
-        """Return the shards that end before their last tensor does, in order of name."""
+        """Return the shards that are not there to their end, in order of name."""
         end: dict[Path, int] = {}
         for entry in self.entries.values():
             end[entry.path] = max(entry.stop, end.get(entry.path, 0))
-        return sorted(path for path, stop in end.items() if path.stat().st_size < stop)
+        return sorted(
+            path
+            for path, stop in end.items()
+            if not path.is_file() or path.stat().st_size < stop
+        )
 
     def digest(self) -> str:
         """Return a digest of config, names, shapes, offsets and file sizes; not of the data."""

@@ -16,6 +16,7 @@ from .demo import demo
 from .eval import evaluate
 from .inspect import inspect
 from .plan import plan
+from .push import push
 from .status import status
 from .style import Root
 from .token_set import make_tokens
@@ -43,6 +44,7 @@ for _verb in (
     status,
     verify,
     clean,
+    push,
     evaluate,
     compare,
     sweep,

@@ -1,16 +1,18 @@
 """The verb `compress`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .options import RunOptions, run_options
+from .source import fetched, located, source_argument
 from .style import Verb, exit_statuses, json_option, option, resume_command
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
-@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@source_argument
 @click.argument("output", type=click.Path(path_type=Path))
 @run_options(calibration_required=True)
 @option("Output", "--dry-run", is_flag=True, help="Print the plan and stop; write nothing.")
@@ -27,18 +29,20 @@ from .style import Verb, exit_statuses, json_option, option, resume_command
 def compress(
     ctx: click.Context,
     /,
-    source: Path,
+    source: Path | str,
     output: Path,
     *,
     dry_run: bool,
     restart: bool,
     keep_work: bool,
+    stream: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - the fields of RunOptions
 ) -> None:
     """Compress SOURCE into OUTPUT; run it again to go on after a stop.
 
-    SOURCE is a checkpoint folder and only read. OUTPUT is a new folder. The plan and the
+    SOURCE is a checkpoint folder, which is only read, or ORG/NAME[@REVISION] on the hub.
+    OUTPUT is a new folder. The plan and the
     progress go to stderr.
 
     Example:
@@ -54,9 +58,16 @@ def compress(
     from .running import run
     from .tables import console, plan_facts, print_json
 
-    options = RunOptions(source=source, output=output, **values)
-    job = prepare(options, restart=restart)
     shown = console(stderr=True)
+    folder, remote = located(source, stream=stream)
+    whole = remote is None
+    streamed = remote if stream else None
+    options = RunOptions(source=folder, output=output, remote=streamed, **values)
+    if remote is not None and not (stream or dry_run):
+        # what cannot be done is refused before anything large is fetched
+        prepare(replace(options, calibration=()), restart=restart, with_data=False)
+        options, whole = replace(options, source=fetched(remote, shown.print)), True
+    job = prepare(options, restart=restart, with_data=whole)
     say_start(job, options, shown, restart=restart)
     if dry_run or job.workspace is None:
         if as_json:

@@ -19,6 +19,7 @@ from ream_stream.durable import why_not_writable
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
 from ream_stream.families import family_of
 from ream_stream.finish import MANIFEST
+from ream_stream.hub import streamed
 from ream_stream.journal import Journal, Workspace, check_fingerprint, load
 from ream_stream.memory import available_bytes, trim
 from ream_stream.pipeline import fingerprint
@@ -85,10 +86,12 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         The run cannot begin; the class says why.
     """
     check_usage(options)
-    checkpoint = open_checkpoint(options.source, with_data=with_data)
+    checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
     device, vram = _device(options, plans_only=not with_data)
     settings = _settings(options, checkpoint, device)
     workspace = workspace_of(options.output, options.work_dir) if options.output else None
+    if options.remote is not None and workspace is not None:
+        checkpoint = streamed(checkpoint, options.remote, workspace.streamed)
     journal = None if workspace is None else _journal(workspace, restart=restart)
     wanted = calibration_of(asdict(options))
     tokens = _token_file(wanted, checkpoint)

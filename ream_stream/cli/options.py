@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -23,6 +24,9 @@ from ream_stream.settings import (
 )
 
 from .style import F, Penalties, Percent, Size, option, together
+
+if TYPE_CHECKING:
+    from ream_stream.hub import Remote
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "saliency": (
@@ -88,6 +92,8 @@ class RunOptions:
     disk: int | None
     max_shard_size: int
     work_dir: Path | None
+    remote: "Remote | None" = None
+    """Where shards are streamed from; SOURCE then has their headers."""
 
 
 def settings_for(

@@ -6,18 +6,20 @@ from typing import Any
 import click
 
 from .options import RunOptions, run_options
+from .source import located, source_argument
 from .style import Verb, exit_statuses, json_option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12))
-@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@source_argument
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @run_options(calibration_required=False)
 @json_option
 def plan(
-    source: Path,
+    source: Path | str,
     output: Path | None,
     *,
+    stream: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - the fields of RunOptions
 ) -> None:
@@ -25,7 +27,8 @@ def plan(
 
     The exit status is the one compress would begin with: 0 if it can run. Only headers are
     read, so it takes seconds for any size of model, and SOURCE may hold no more than them:
-    config, index and the first bytes of each shard, as tools/headers_only.py copies them.
+    config, index and the first bytes of each shard, as tools/headers_only.py copies them. Of a
+    SOURCE on the hub, ORG/NAME[@REVISION], no more than that is fetched.
 
     Example:
 
@@ -36,7 +39,9 @@ def plan(
     from .job import prepare
     from .tables import console, plan_facts, plan_table, print_json
 
-    options = RunOptions(source=source, output=output, **values)
+    folder, remote = located(source, stream=stream)
+    streamed = remote if stream else None
+    options = RunOptions(source=folder, output=output, remote=streamed, **values)
     job = prepare(options, with_data=False)
     if as_json:
         print_json(plan_facts(job))

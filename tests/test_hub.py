@@ -1,0 +1,251 @@
+"""Checkpoints on the hub, against a server on loopback that speaks its endpoints."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+from hub_server import COMMIT, REPO, TOKEN, serving
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from ream_stream import hub as product
+from ream_stream.__main__ import main
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.cli.progress import Log
+from ream_stream.errors import DamagedError, InterruptedRunError, ReamStreamError, UsageError
+from ream_stream.events import LayerDone
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
+    save_file(tiny.some_tokens().tensors(), path)
+    return path
+
+
+@pytest.fixture
+def source(checkpoints, tmp_path):
+    """A checkpoint of several shards, as the hub has it."""
+    folder = shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "remote")
+    tensors = tiny.load_tensors(folder)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    weight_map = {}
+    for name in tensors:
+        layer = int(name.split(".")[2]) if ".layers." in name else 3
+        weight_map[name] = f"model-0000{layer + 1}-of-00004.safetensors"
+    for shard in set(weight_map.values()):
+        save_file({n: tensors[n] for n in tensors if weight_map[n] == shard}, folder / shard)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / tiny.INDEX).write_text(index, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def hub(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(product.time, "sleep", lambda _: None)
+    monkeypatch.setattr("ream_stream.cli.job.forecast", lambda *_, **__: None)
+    monkeypatch.setattr("ream_stream.cli.report.say_start", lambda *_, **__: None)
+    with serving(source, tmp_path / "home", monkeypatch) as served:
+        yield served
+
+
+def words(source, output, tokens, *more):
+    given = ("compress", source, output, "--experts", 6, "--calibration", tokens)
+    return [str(word) for word in (*given, "--compute-dtype", "float32", *more)]
+
+
+@pytest.fixture(scope="module")
+def control(checkpoints, tokens, tmp_path_factory):
+    """The output of the same files on the disk."""
+    output = tmp_path_factory.mktemp("control") / "output"
+    assert main(words(checkpoints("qwen3_moe"), output, tokens)) == 0
+    return shards(output)
+
+
+def shards(output):
+    return {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
+
+
+def test_a_plan_fetches_headers_and_its_digest_is_that_of_the_files(hub, source):
+    remote = product.find(REPO)
+    assert remote.commit == COMMIT
+    folder = product.fetch_headers(remote)
+    known = open_checkpoint(folder, with_data=False)
+    assert known.digest() == open_checkpoint(source).digest()
+    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    assert sum(sizes) < sum(file.size for file in remote.files.values()) / 2
+    asked = len(hub.requests)
+    product.fetch_headers(remote)
+    assert not [path for _, path in hub.requests[asked:] if path.endswith(".safetensors")]
+
+
+def test_plan_and_dry_run_of_a_checkpoint_on_the_hub(hub, tokens, tmp_path, capsys):
+    assert main(["plan", f"{REPO}@main", "--experts", "6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == 3
+    assert main(words(REPO, tmp_path / "out", tokens, "--dry-run")) == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_fetched_and_gives_the_bytes_of_the_same_files_on_disk(
+    hub, tokens, tmp_path, control
+):
+    assert main(words(REPO, tmp_path / "out", tokens)) == 0
+    assert shards(tmp_path / "out") == control
+    # run again, it is complete: nothing is fetched twice
+    sent = dict(hub.sent)
+    assert main(words(REPO, tmp_path / "out", tokens)) == 0
+    assert {name: hub.sent[name] for name in control} == {n: sent.get(n, 0) for n in control}
+
+
+def test_streamed_shards_are_there_only_while_they_are_needed(
+    hub, source, tokens, tmp_path, control, monkeypatch
+):
+    folder = tmp_path / "out" / ".ream-stream" / "streamed"
+    most, show = [], Log.show
+
+    def watch(log, event):
+        show(log, event)
+        most.append({path.name for path in folder.glob("*.safetensors")})
+
+    monkeypatch.setattr(Log, "show", watch)
+    assert main(words(REPO, tmp_path / "out", tokens, "--stream")) == 0
+    assert shards(tmp_path / "out") == control
+    everything = {path.name for path in source.glob("*.safetensors")}
+    assert max(map(len, most)) == 2
+    assert set().union(*most) == everything
+    assert not folder.exists()
+    for name in everything:  # each once, and its header before
+        size = (source / name).stat().st_size
+        assert hub.sent[name] <= 2 * size
+
+
+def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_bytes(
+    hub, tokens, tmp_path, control, monkeypatch
+):
+    show = Log.show
+
+    def stop(log, event):
+        show(log, event)
+        if isinstance(event, LayerDone):
+            raise InterruptedRunError("stopped for the test")
+
+    command = words(REPO, tmp_path / "out", tokens, "--stream")
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "show", stop)
+        assert main(command) == 130
+        assert main(command) == 130
+    assert main(command) == 0
+    assert shards(tmp_path / "out") == control
+
+
+SHARD = "model-00002-of-00004.safetensors"
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["whole", "streamed"])
+@pytest.mark.parametrize("fault", ["dropped", "busy", "broken"])
+def test_what_goes_wrong_for_a_while_is_tried_again(
+    hub, tokens, tmp_path, control, stream, fault
+):
+    faults = {
+        "dropped": lambda: hub.drop.update({SHARD: 2}),
+        "busy": lambda: hub.statuses.update({SHARD: [429, 429]}),
+        "broken": lambda: hub.statuses.update({SHARD: [500, 503]}),
+    }
+    faults[fault]()
+    assert main(words(REPO, tmp_path / "out", tokens, *stream)) == 0
+    assert shards(tmp_path / "out") == control
+
+
+def test_a_download_that_was_cut_goes_on_where_it_was(hub, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
+    remote = product.find(REPO)
+    checkpoint = open_checkpoint(product.fetch_headers(remote), with_data=False)
+    streamed = product.streamed(checkpoint, remote, tmp_path / "streamed")
+    before, size = hub.sent[SHARD], (source / SHARD).stat().st_size
+    hub.drop[SHARD] = 1
+    streamed.fetch(tmp_path / "streamed" / SHARD)
+    assert size <= hub.sent[SHARD] - before < size + 1024  # a piece that was cut comes again
+    assert (tmp_path / "streamed" / SHARD).read_bytes() == (source / SHARD).read_bytes()
+
+
+def test_a_shard_with_another_digest_is_fetched_again_and_then_refused(
+    hub, tokens, tmp_path, capsys, control
+):
+    hub.wrong[SHARD] = 2  # for the header, which is right, and the first time
+    assert main(words(REPO, tmp_path / "out", tokens, "--stream")) == 0
+    assert shards(tmp_path / "out") == control
+    hub.wrong[SHARD] = 99
+    assert main(words(REPO, tmp_path / "two", tokens, "--stream")) == 3
+    assert f"{SHARD} is not what {REPO} has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "said"),
+    [
+        (401, UsageError, "takes a token"),
+        (403, UsageError, "has no access"),
+        (404, UsageError, "does not exist"),
+        (429, ReamStreamError, "answers with status 429"),
+        (500, ReamStreamError, "answers with status 500"),
+    ],
+)
+def test_a_hub_that_refuses_has_its_message_and_the_token_is_in_none(
+    hub, status, kind, said, capsys
+):
+    hub.statuses["/api/models"] = [status] * 99
+    with pytest.raises(kind, match=said) as caught:
+        product.find(REPO)
+    assert type(caught.value) is kind
+    assert main(["plan", REPO, "--experts", "6"]) == kind.exit_status
+    printed = capsys.readouterr()
+    assert TOKEN not in printed.out + printed.err + str(caught.value)
+
+
+def test_the_token_is_sent_and_written_nowhere(hub, tokens, tmp_path, capsys):
+    hub.needs_token = True
+    assert main(words(REPO, tmp_path / "out", tokens, "--stream")) == 0
+    printed = capsys.readouterr()
+    assert TOKEN not in printed.out + printed.err
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_names_that_leave_the_folder_are_refused(hub, source, monkeypatch):
+    info = hub.info()
+    info["siblings"].append({"rfilename": "../../evil.json", "size": 1})
+    monkeypatch.setattr(hub, "info", lambda: info)
+    with pytest.raises(DamagedError, match="outside of it"):
+        product.find(REPO)
+
+
+@pytest.mark.parametrize("text", ["nowhere", "./org/name", "a/b/c", "/org/name"])
+def test_what_is_neither_a_folder_nor_a_name_is_wrong_usage(text, capsys):
+    assert main(["plan", text, "--experts", "6"]) == 2
+    assert "neither a folder nor ORG/NAME" in capsys.readouterr().err
+
+
+def test_a_folder_is_not_streamed_and_without_a_network_that_is_said(source, capsys):
+    assert main(["plan", str(source), "--experts", "6", "--stream"]) == 2
+    assert main(["plan", REPO, "--experts", "6"]) == 2
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # the library's own
+def test_an_output_is_pushed_in_one_commit_and_verified_before(hub, tokens, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(words(hub.folder, output, tokens)) == 0
+    (output / "config.json.partial").write_text("{", encoding="utf-8")
+    assert main(["push", str(output), REPO]) == 3
+    (output / "config.json.partial").unlink()
+    capsys.readouterr()
+    assert main(["push", str(output), REPO, "--private", "--revision", "small"]) == 0
+    assert f"/{REPO}/commit/{COMMIT}" in capsys.readouterr().out
+    wanted = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    assert hub.pushed == wanted
+    hub.statuses["/lfs/"] = [503] * 99
+    assert main(["push", str(output), REPO]) == 1
+    assert "the hub answers with status 503" in capsys.readouterr().err
+    commits = [path for method, path in hub.requests if "/commit/" in path]
+    assert commits == [f"/api/models/{REPO}/commit/small"]
