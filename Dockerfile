@@ -2,6 +2,7 @@
 #
 # Exit statuses are those of the command (docs/cli.md); docker's own are 125 to 127.
 # Files are written as the user below; for your own: --user "$(id -u):$(id -g)".
+# The root file system may be read-only: --read-only --tmpfs /tmp -v WORK:/work
 FROM python:3.11-slim
 
 # torch for CPUs; with --build-arg PIP_EXTRA_INDEX_URL= it is the package index's, with CUDA

@@ -53,8 +53,11 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Three layers of four experts, the middle one dense, and files beside the weights."""
-    folder = tmp_path_factory.mktemp("source")
+    return write_source(tmp_path_factory.mktemp("source"))
+
+
+def write_source(folder):
+    """Write three layers of four experts, the middle one dense, and more than weights."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "qwen3_moe",

@@ -116,6 +116,31 @@ def test_the_image_runs_the_command_itself_as_a_user_with_a_fixed_number():
     assert any(re.fullmatch(r"USER [1-9]\d*", line) for line in lines)
 
 
+def test_the_image_keeps_the_rules_that_need_no_engine_to_check():
+    lines = [line for line in text("Dockerfile").splitlines() if line and line[0] != "#"]
+    instructions = [line.split()[0] for line in lines if not line.startswith(" ")]
+    # the base has a version, nothing is fetched by ADD, one process is the command itself
+    (base,) = [line.split()[1] for line in lines if line.startswith("FROM ")]
+    assert re.fullmatch(r"[a-z/]+:\d+\.\d+[\w.-]*", base)
+    assert "ADD" not in instructions
+    for name in ("ENTRYPOINT", "CMD", "USER", "WORKDIR", "STOPSIGNAL"):
+        assert instructions.count(name) == 1, name
+    for name in ("ENTRYPOINT", "CMD"):
+        (line,) = [line for line in lines if line.startswith(name)]
+        assert line.removeprefix(name).strip().startswith("["), "signals would go to a shell"
+    assert "STOPSIGNAL SIGTERM" in lines
+    # what is installed is not run as root, and no secret is built in
+    assert instructions.index("USER") > max(
+        number for number, name in enumerate(instructions) if name == "RUN"
+    )
+    assert not re.search(r"(?i)(token|password|secret)\s*=", "\n".join(lines))
+    # a read-only root file system: all that is written goes to volumes or HOME in one
+    (volumes,) = [line for line in lines if line.startswith("VOLUME")]
+    assert {"/model", "/out", "/work"} <= set(re.findall(r'"([^"]+)"', volumes))
+    assert "HOME=/work" in text("Dockerfile")
+    assert all("--no-cache-dir" in line for line in lines if "pip install" in line)
+
+
 def test_the_script_of_ci_can_be_run():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111 == 0o111
 
