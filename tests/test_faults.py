@@ -8,6 +8,7 @@ raised where Python opens a file, and where `durable` and zarr write.
 import contextlib
 import dataclasses
 import errno
+import importlib
 import io
 import os
 import shutil
@@ -34,6 +35,9 @@ from ream_stream.cli import progress, tables
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import LayerDone
 from ream_stream.plan import make_plan
+
+# a verb has the name of the module
+REPORT = importlib.import_module("ream_stream.cli.report")
 
 
 @dataclass
@@ -424,7 +428,7 @@ def _quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ream_stream.cli.job.make_plan", plan_once)
         patch.setattr("ream_stream.cli.job.forecast", lambda *_, **__: None)
-        patch.setattr("ream_stream.cli.report.say_start", lambda *_, **__: None)
+        patch.setattr(REPORT, "say_start", lambda *_, **__: None)
         yield
 
 

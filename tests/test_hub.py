@@ -1,5 +1,6 @@
 """Checkpoints on the hub, against a server on loopback that speaks its endpoints."""
 
+import importlib
 import json
 import shutil
 
@@ -15,6 +16,9 @@ from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.cli.progress import Log
 from ream_stream.errors import DamagedError, InterruptedRunError, ReamStreamError, UsageError
 from ream_stream.events import LayerDone
+
+# a verb has the name of the module
+REPORT = importlib.import_module("ream_stream.cli.report")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def source(checkpoints, tmp_path):
 def hub(source, tmp_path, monkeypatch):
     monkeypatch.setattr(product.time, "sleep", lambda _: None)
     monkeypatch.setattr("ream_stream.cli.job.forecast", lambda *_, **__: None)
-    monkeypatch.setattr("ream_stream.cli.report.say_start", lambda *_, **__: None)
+    monkeypatch.setattr(REPORT, "say_start", lambda *_, **__: None)
     with serving(source, tmp_path / "home", monkeypatch) as served:
         yield served
 
