@@ -1,0 +1,143 @@
+"""Tell how much of this machine's rates each phase of a run reaches.
+
+Makes the 106M-parameter Qwen3-MoE of `bench_compress.py`, compresses it, and divides what
+each phase had to compute by its seconds and by the rate of one large product; both with the
+same threads. A second run prunes with few tokens, so that it consists of reading and
+writing: what it wrote a second is divided by the rate of copying a file and syncing it.
+
+    python tools/bench_roofline.py [--threads 1] [--folder DIR]
+    python tools/bench_roofline.py --kernels
+
+With --kernels nothing is compressed: GFLOP/s of products in bf16 and float32 are told, and
+what the first product with each new number of rows takes in bf16, of time and of memory.
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from bench_compress import HIDDEN, INNER, make_checkpoint, product_rate
+from torch.nn import functional
+
+from ream_stream.calibration.tokens import Tokens, from_tensors
+from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
+from ream_stream.device import compute_dtype
+from ream_stream.events import Finished
+from ream_stream.journal import Workspace
+from ream_stream.memory import anonymous_bytes, bound_kernel_caches
+from ream_stream.pipeline import compress
+from ream_stream.plan import Plan, make_plan
+from ream_stream.settings import Method, Settings
+from ream_stream.sizes import format_size
+from ream_stream.work import work_of
+
+CPU = torch.device("cpu")
+KEEP = 48
+
+
+def random_tokens(sequences: int, length: int) -> Tokens:
+    """Draw a calibration set."""
+    generator = torch.Generator().manual_seed(0)
+    ids_SL = torch.randint(0, 2048, (sequences, length), generator=generator)
+    return from_tensors({"input_ids": ids_SL}, description="random tokens")
+
+
+def run(
+    source: Checkpoint, output: Path, tokens: Tokens, grouping: str, threads: int
+) -> tuple[Plan, Finished]:
+    """Compress once."""
+    dtype = str(compute_dtype("auto", torch.bfloat16, CPU)).removeprefix("torch.")
+    method = Method(grouping=grouping)
+    settings = Settings(experts=KEEP, method=method, compute_dtype=dtype)
+    plan = make_plan(
+        source, settings, tokens.num_sequences, tokens.sequence_length, padded=False
+    )
+    workspace = Workspace(output=output, work=output / ".ream-stream")
+    with workspace.locked():
+        for event in compress(plan, tokens, workspace, device=CPU, threads=threads):
+            last = event
+    assert isinstance(last, Finished)
+    return plan, last
+
+
+def copy_rate(source: Checkpoint, folder: Path) -> float:
+    """Return bytes a second of copying the source's files and syncing the copies."""
+    done, start = 0, time.perf_counter()
+    for path in source.files():
+        copy = folder / "copy"
+        shutil.copyfile(path, copy)
+        with copy.open("rb") as file:
+            os.fsync(file.fileno())
+        done += copy.stat().st_size
+        copy.unlink()
+    return done / (time.perf_counter() - start)
+
+
+def show_products(plan: Plan, finished: Finished, rate: float) -> None:
+    """Print, for each phase that has products, its share of the product rate."""
+    print(f"one product  {rate:.0f} GFLOP/s in {plan.settings.compute_dtype}")
+    for phase, work in work_of(plan, cache_bytes=1 << 62).items():
+        seconds = finished.seconds.get(phase, 0.0)
+        flop = work.expert_flop + work.product_flop
+        if flop and seconds:
+            reached = flop / seconds / 1e9
+            print(f"{phase:<12} {seconds:6.1f} s {reached:6.0f} GFLOP/s {reached / rate:5.0%}")
+
+
+def show_kernels() -> None:
+    """Print rates of products, and what products with ever new numbers of rows take."""
+    for name in ("bfloat16", "float32"):
+        print(f"{name:<9} {product_rate(name):.0f} GFLOP/s")
+    weight = torch.ones(2 * INNER, HIDDEN, dtype=torch.bfloat16)
+    rows = range(1, 401)
+    inputs = [torch.ones(count, HIDDEN, dtype=torch.bfloat16) for count in rows]
+    functional.linear(inputs[-1], weight)
+    before, times = anonymous_bytes(), []
+    for _ in range(2):
+        start = time.perf_counter()
+        for given in inputs:
+            functional.linear(given, weight)
+        times.append(time.perf_counter() - start)
+    taken = (anonymous_bytes() - before) / len(rows)
+    slower = (times[0] - times[1]) / len(rows) * 1e3
+    print(f"a new number of rows takes {slower:.2f} ms and {format_size(int(taken))} more")
+
+
+def main() -> None:
+    """Run both and print the shares."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="where to work  [default: a temporary one]")
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(128, 256))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.kernels:
+        show_kernels()
+        return
+    bound_kernel_caches()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        make_checkpoint(folder / "source")
+        source = open_checkpoint(folder / "source")
+        tokens = random_tokens(*options.tokens)
+        plan, finished = run(source, folder / "merged", tokens, "ream", options.threads)
+        show_products(plan, finished, product_rate(plan.settings.compute_dtype))
+        plan, finished = run(
+            source, folder / "pruned", random_tokens(2, 16), "none", options.threads
+        )
+        rate = copy_rate(source, folder)
+        seconds = finished.seconds["write"] + finished.seconds["finish"]
+        written = plan.output_bytes / seconds
+        print(f"one copy     {format_size(int(rate))}/s")
+        print(
+            f"pruned       {seconds:6.1f} s {format_size(int(written))}/s {written / rate:5.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
