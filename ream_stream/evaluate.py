@@ -106,8 +106,8 @@ def evaluate(
     batch_sequences
         Sequences that are run together; by default as many as give `MAX_BATCH_TOKENS`.
     keep_original
-        Leave what the original's last layer gave in the work folder, for the next
-        evaluation with the same original and tokens; the caller removes it.
+        Leave what the original's last layer gave in the work folder, or the checkpoint's
+        if it is alone, for the next evaluation beside it; the caller removes it.
     stop_requested
         Asked after every batch; the number of a signal ends the evaluation.
 
@@ -143,7 +143,7 @@ def evaluate(
         Passage(each, tokens, folder, batch=batch, dtype=dtype, device=device)
         for each in checkpoints
     ]
-    with _scratch(folder, passages, keep=passages[1:] if keep_original else []):
+    with _scratch(folder, passages, keep=passages[-1:] if keep_original else []):
         for event in _Job(passages, tokens, target_SL).events():
             yield event
             check_stop(stop_requested)

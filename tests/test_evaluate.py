@@ -435,6 +435,24 @@ def test_a_budget_gives_smaller_batches_or_says_what_is_needed():
         plan_evaluation(checkpoints, tokens, torch.float32, 10**6)
 
 
+def test_memory_stays_within_the_plan(tmp_path):
+    folder, tokens = write_wide(tmp_path / "wide", 4), some_tokens(16, 256)
+    checkpoints = [open_checkpoint(folder)] * 2
+    plan = plan_evaluation(checkpoints, tokens, torch.float32, 10**12)
+    with gauge(0.002) as meter:
+        *_, result = evaluate(
+            checkpoints[0],
+            tokens,
+            tmp_path / "work",
+            dtype=torch.float32,
+            device=CPU,
+            original=checkpoints[1],
+            batch_sequences=plan.batch_sequences,
+        )
+    assert result.against.divergence.value == 0
+    assert meter.highest <= sum(plan.parts.values())
+
+
 def write_wide(folder, layers):
     """Write a model whose layers can be seen in the process's memory."""
     config = AutoConfig.for_model(

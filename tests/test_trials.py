@@ -95,6 +95,8 @@ def test_the_original_is_run_once_and_compressed_checkpoints_are_removed(made):
         e for e in events if isinstance(e, Step) and e.total == 5 and e.phase == "score"
     ]
     assert len(evaluated) == 3 * 5
+    # four layers of the original, and of each output three on the way and four measured
+    assert sum(isinstance(e, Step) and e.phase == "propagate" for e in events) == 4 + 2 * 7
     assert sorted(path.name for path in job.folder.iterdir()) == ["lock", "results", "trials"]
     assert list((job.folder / "trials").iterdir()) == []
 
