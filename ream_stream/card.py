@@ -14,6 +14,7 @@ from . import __version__
 from .calibration.tokens import ONE_DOMAIN, Tokens
 from .journal import Journal
 from .plan import Plan
+from .settings import Method
 from .sizes import format_size
 
 CARD = "README.md"
@@ -54,7 +55,7 @@ def card(plan: Plan, tokens: Tokens, journal: Journal) -> str:
 
 Made by ream-stream {__version__} from {shown}: {len(plan.moe_layers)} layers with experts,
 {format_size(plan.source_bytes)} of weights to {format_size(plan.output_bytes)}. \
-{_what(method.grouping, changed, len(groups))}
+{_what(method.grouping, changed, len(groups))}{_refit(method, journal)}
 
 Calibrated on {tokens.num_sequences} sequences of {tokens.sequence_length} tokens\
 {_domains(tokens)} (digest `{tokens.digest}`). Tensor names, dtypes and layout are those of the
@@ -64,6 +65,20 @@ source; groups, saliencies and digests are in `ream_stream.json`.
 {json.dumps(settings.fields(), indent=2)}
 ```
 """
+
+
+def _refit(method: Method, journal: Journal) -> str:
+    """Return the sentence about refits, if there were any."""
+    done = [record.refitted for record in journal.layers if record.refitted]
+    if method.refit == "none":
+        return ""
+    which = "the kept" if method.refit_experts == "all" else "merged"
+    helped = sum(each.penalty is not None for each in done)
+    return (
+        f"\nDown projections of {which} experts were refitted in closed form, layer by layer, "
+        f"to what\nthe original layer gives on the calibration set; it helped in {helped} of "
+        f"{len(done)} layers, on\nsequences held back."
+    )
 
 
 def base_model(folder: Path) -> str | None:

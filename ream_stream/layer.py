@@ -119,7 +119,12 @@ class LayerJob:
         self._refit: RefitJob | None = None
         if layer.keys.stack is not None and self.plan.settings.method.refit != "none":
             self._refit = RefitJob(
-                self.plan, context.tokens, context.workspace, context.output, self.index
+                self.plan,
+                context.tokens,
+                context.workspace,
+                context.excluded,
+                context.output,
+                self.index,
             )
         self._playback: Playback | None = None
         self._stores = ExitStack()

@@ -19,6 +19,7 @@ from .checkpoint.header import DTYPES
 from .errors import UsageError
 from .events import Refitted
 from .experts import StreamedExperts
+from .finite import Excluded
 from .kept import Kept
 from .method.normal import NormalMatrix, NormalSums, Served, predict, project
 from .method.refit import Misfit, Refit, first_direction, select, solve
@@ -77,6 +78,8 @@ class RoutedTokens:
         Those that may be refitted, by their number after compression.
     held_S
         From `held_back`.
+    excluded
+        Sequences that are neither fitted nor judged by.
     inputs, lacking
         Where what is large is kept: (T, H) of each batch.
     keeps_activations
@@ -88,6 +91,7 @@ class RoutedTokens:
         experts: StreamedExperts,
         changing: Sequence[int],
         held_S: Tensor,
+        excluded: Excluded,
         inputs: Kept,
         lacking: Kept,
         *,
@@ -95,7 +99,8 @@ class RoutedTokens:
     ) -> None:
         self.experts, self.changing = experts, changing
         self._place = {expert: place for place, expert in enumerate(changing)}
-        self._held_S, self._inputs, self._lacking = held_S, inputs, lacking
+        self._held_S, self._excluded = held_S, excluded
+        self._inputs, self._lacking = inputs, lacking
         self._routing: list[_Routing] = []
         self._keeps_activations = keeps_activations
         self._served: dict[tuple[int, int], list[Served]] = {}
@@ -147,13 +152,16 @@ class RoutedTokens:
         )
 
     def _held(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return which tokens of the next batch are held back, and which are not padding."""
+        """Return which tokens of the next batch are held back, and which count at all."""
         sequences, length = batch.input_ids_BL.shape
         held_B = self._held_S[self._first : self._first + sequences]
+        kept_B = self._excluded.kept(self._first, sequences)
         self._first += sequences
         held_T = held_B.repeat_interleave(length)
         mask_BL = batch.attention_mask_BL
         real_T = torch.ones_like(held_T) if mask_BL is None else mask_BL.reshape(-1).bool()
+        if kept_B is not None:
+            real_T = real_T & kept_B.repeat_interleave(length)
         return held_T, real_T
 
     def fitted(self) -> Iterator["Portion"]:

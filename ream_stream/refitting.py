@@ -22,6 +22,7 @@ from .checkpoint.stacks import Slot, one_of
 from .durable import FileRange
 from .errors import ReamStreamError
 from .events import Refitted
+from .finite import Excluded
 from .journal import Workspace
 from .kept import Kept, keeping
 from .model import StreamedModel
@@ -43,6 +44,8 @@ class RefitJob:
         The calibration set.
     workspace
         For scratch folders.
+    excluded
+        Calibration sequences that are left out.
     model
         The compressed model.
     index
@@ -54,11 +57,12 @@ class RefitJob:
         plan: Plan,
         tokens: Tokens,
         workspace: Workspace,
+        excluded: Excluded,
         model: StreamedModel,
         index: int,
     ) -> None:
         self._plan, self._tokens, self._workspace = plan, tokens, workspace
-        self._model, self._index = model, index
+        self._excluded, self._model, self._index = excluded, model, index
         self._stack = ExitStack()
         self._refit: LayerRefit | None = None
         self._places: dict[int, int] = {}
@@ -122,6 +126,7 @@ class RefitJob:
                 experts,
                 changing,
                 held_back(self._tokens, plan.settings.seed),
+                self._excluded,
                 self._store("inputs", len(batches)),
                 self._store("lacking", len(batches)),
                 keeps_activations=plan.memory.get(ACTIVATIONS, 0) > 0,

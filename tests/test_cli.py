@@ -22,6 +22,7 @@ from ream_stream.cli import cli, job, options, progress, style, tables
 from ream_stream.demo import CHECKPOINT
 from ream_stream.events import LayerDone, Started, Step
 from ream_stream.method import alignment, grouping, merging, saliency, similarity
+from ream_stream.settings import REFITS
 
 VERBS = sorted(cli.commands)
 
@@ -186,7 +187,7 @@ def test_a_method_is_a_grouping_and_a_saliency_and_single_options_count_more():
 def test_every_preset_names_choices_that_exist():
     for preset in options.PRESETS.values():
         for name, value in preset.items():
-            assert value in options.CHOICES[name]
+            assert value in {**options.CHOICES, "refit": REFITS}[name]
 
 
 def test_percent_and_size_take_values_that_are_converted_already():

@@ -44,6 +44,7 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
     "reap": {"grouping": "none", "saliency": "reap"},
     "mc-smoe": {"grouping": "mc-smoe", "saliency": "frequency"},
     "hc-smoe": {"grouping": "hc-smoe", "saliency": "frequency"},
+    "energy": {"grouping": "none", "saliency": "energy", "refit": "down"},
 }
 """What ``--method`` stands for; an option given beside it counts more."""
 
@@ -69,7 +70,7 @@ class RunOptions:
     alignment: str
     alignment_tokens: int
     merge: str
-    refit: str
+    refit: str | None
     refit_experts: str
     refit_target: str
     refit_iterations: int
@@ -128,7 +129,7 @@ def settings_for(
             merge=options.merge,
             similarity_tokens=options.similarity_tokens,
             alignment_tokens=options.alignment_tokens,
-            refit=options.refit,
+            refit=options.refit or preset.get("refit", "none"),
             refit_experts=options.refit_experts,
             refit_target=options.refit_target,
             refit_iterations=options.refit_iterations,
@@ -202,8 +203,8 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
             type=click.Choice(list(PRESETS)),
             default="ream",
             show_default=True,
-            help="A known method: sets --grouping and --saliency. reap drops experts, "
-            "the others merge them.",
+            help="A known method: sets --grouping, --saliency and --refit. reap drops experts, "
+            "energy does so and refits those that stay, the others merge them.",
         ),
         _choice(method, "grouping", help="How experts that go are given to those that stay."),
         _choice(method, "saliency", help="How experts are ranked."),
@@ -392,10 +393,8 @@ def refit_options() -> list[Callable[[F], F]]:
             method,
             "--refit",
             type=click.Choice(REFITS),
-            default="none",
-            show_default=True,
             help="down: refit the down projections of the experts that stay, in closed form, "
-            "to what the original layer gives.",
+            "to what the original layer gives.  [default: that of --method]",
         ),
         option(
             method,

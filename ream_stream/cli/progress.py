@@ -212,6 +212,12 @@ def layer_line(event: LayerDone, count: int, pace: Pace) -> str:
         experts = f"{event.experts_before} -> {event.experts_after} experts"
         if event.changed:
             experts += f", {event.changed} merged"
+        if event.refitted is not None:
+            experts += (
+                f", refit leaves {event.refitted.left:.0%} of the error"
+                if event.refitted.penalty is not None
+                else ", refit did not help"
+            )
     if event.excluded:
         experts += f", {event.excluded} sequences left out"
     left = pace.left()

@@ -13,6 +13,7 @@ REAM, REAP = PRESETS["ream"], PRESETS["reap"]
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     **PRESETS,
     "frequency": {**REAP, "saliency": "frequency"},
+    "energy without refit": {**PRESETS["energy"], "refit": "none"},
     # the parts of REAM that its figure 4 leaves out one by one
     "ream by frequency": {**REAM, "saliency": "frequency"},
     "ream without gate term": {**REAM, "gate_term": False},
@@ -47,7 +48,14 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "reap-softmax",
         "reap-squared",
     ),
-    "refit": ("ream", "refitted ream", "reap", "refitted reap"),
+    "refit": (
+        "ream",
+        "refitted ream",
+        "reap",
+        "refitted reap",
+        "energy without refit",
+        "energy",
+    ),
 }
 """Names of several variants."""
 
