@@ -5,6 +5,7 @@ is wrong, saying what and where.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .checkpoint.formats.skipped import SKIP_KEYS
+from .checkpoint.quantized import find_quantized
 from .checkpoint.source import INDEX, MAX_JSON_BYTES, Checkpoint, open_checkpoint, read_object
 from .checkpoint.stacks import ExpertStack
 from .durable import PARTIAL
@@ -170,6 +173,22 @@ def _config_counts(subject: Subject) -> dict[str, Any]:
     return counts
 
 
+def _formats(subject: Subject) -> Iterator[str]:
+    checkpoint = subject.checkpoint
+    described = checkpoint.quantization
+    quantized = find_quantized(checkpoint.entries, described)
+    if quantized and described is None:
+        yield f"{min(quantized)} is quantized, config.json has no quantization_config"
+    if described is not None and not quantized:
+        yield "config.json has a quantization_config, no tensor is quantized"
+    most = max((stack.count for stack in subject.stacks.values()), default=0)
+    for key in SKIP_KEYS:
+        for name in (described or {}).get(key) or ():
+            match = re.search(r"\.experts\.(\d+)(?:\.|$)", str(name))
+            if match and int(match[1]) >= most:
+                yield f"quantization_config names {name} in {key}: there is no such expert"
+
+
 def _kept(subject: Subject) -> Iterator[str]:
     for prefix, stack in subject.stacks.items():
         if stack.count != subject.manifest.after:
@@ -269,6 +288,12 @@ CHECKS: tuple[Check, ...] = (
         good="config.json tells the number of experts in every layer",
         problems=_experts,
         needs=("headers",),
+    ),
+    Check(
+        name="formats",
+        good="config.json tells of quantized tensors what there are",
+        problems=_formats,
+        needs=("headers", "experts"),
     ),
     Check(
         name="kept",

@@ -1,6 +1,7 @@
 """Models compressed in the format that they are published in."""
 
 import json
+import shutil
 from functools import cache
 
 import pytest
@@ -15,7 +16,11 @@ from ream_stream.against import against
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.verify import verify
 
-NAMES = sorted(PUBLISHED)
+OFTEN = {"deepseek_v3-fp8", "gpt_oss-mxfp4", "qwen3_moe-nvfp4"}
+NAMES = [
+    name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow)
+    for name in sorted(PUBLISHED)
+]
 KEEP = 6
 
 
@@ -147,3 +152,40 @@ def test_gate_and_up_of_a_merged_expert_share_the_outer_scale(merged):
             start = f"model.layers.{layer}.mlp.experts.{number}."
             gate, up = (have[f"{start}{p}_proj.weight_global_scale"] for p in ("gate", "up"))
             assert torch.equal(gate, up)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("gpt_oss-mxfp4", lambda c: c.pop("quantization_config"), "has no quantization_config"),
+        (
+            "gpt_oss-mxfp4",
+            lambda c: c["quantization_config"].update(
+                modules_to_not_convert=["lm_head", "model.layers.0.mlp.experts.6"]
+            ),
+            "there is no such expert",
+        ),
+    ],
+)
+def test_a_config_that_tells_another_format_is_seen(merged, tmp_path, name, change, words):
+    output = tmp_path / "out"
+    shutil.copytree(merged(name).output, output)
+    config = tiny.read_config(output)
+    change(config)
+    (output / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (finding,) = (f for f in verify(output, scan=False) if f.check == "formats" and not f.ok)
+    assert words in finding.message
+
+
+def test_lists_of_modules_lose_experts_that_are_gone(tmp_path):
+    coded, _ = quantized.write(tmp_path, "qwen3_moe-nvfp4", torch.float32)
+    config = tiny.read_config(coded)
+    config["quantization_config"]["ignore"] = [
+        "lm_head",
+        "re:.*self_attn.*",
+        *(f"model.layers.1.mlp.experts.{e}.up_proj" for e in (0, 5, 6, 7)),
+    ]
+    (coded / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = run(coded, tmp_path / "out", settings(KEEP, grouping="none"))
+    left = tiny.read_config(done.output)["quantization_config"]["ignore"]
+    assert left == config["quantization_config"]["ignore"][:4]

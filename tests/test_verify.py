@@ -328,6 +328,12 @@ DAMAGES = [
         "has shape (31,), the model (32,)",
     ),
     ("another width", set_config(moe_intermediate_size=8), "model", "experts of (8, 32)"),
+    (
+        "a format that no tensor has",
+        set_config(quantization_config={"quant_method": "fp8"}),
+        "formats",
+        "no tensor is quantized",
+    ),
     ("another family", set_config(model_type="nothing"), "model", "not supported"),
     ("a config no class takes", set_config(hidden_size="wide"), "model", ""),
     ("a config without layers", set_config(num_hidden_layers=0), "model", ""),

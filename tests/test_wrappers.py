@@ -55,6 +55,10 @@ VISION = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
 }
+NAMES = [
+    name if name == "qwen3_vl_moe" else pytest.param(name, marks=pytest.mark.slow)
+    for name in sorted(WRAPPERS)
+]
 COUNT = {"qwen3_5_moe": "num_experts", "qwen3_vl_moe": "num_experts", "gemma4": "num_experts"}
 
 
@@ -125,7 +129,7 @@ def logits_in_transformers(folder, dtype, ids_BL, mask_BL):
     return model.eval()(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", sorted(WRAPPERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_text_decoder_of_a_wrapper_has_the_bits_of_the_whole(wrapper, name):
     folder, tokens = wrapper(name), some_tokens(padded=True)
     for mask_BL in (None, tokens.attention_mask_SL):
@@ -135,7 +139,7 @@ def test_the_text_decoder_of_a_wrapper_has_the_bits_of_the_whole(wrapper, name):
             assert torch.equal(forward_streamed(folder, dtype, inputs)[0].logits, want)
 
 
-@pytest.mark.parametrize("name", sorted(WRAPPERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_wrapper_is_compressed_and_all_but_its_decoder_copied(wrapper, tmp_path, name):
     source = wrapper(name)
     done = run(source, tmp_path / "out", settings(6))
