@@ -16,8 +16,8 @@ from .families import text_config
 from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
 
-PHASES = ("observe", "compare", "align", "write", "propagate", "finish")
-"""In the order in which they first occur; a layer has the first five."""
+PHASES = ("check", "observe", "compare", "align", "write", "propagate", "finish")
+"""In the order in which they first occur; a layer has all but the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +81,8 @@ def work_of(plan: Plan, *, cache_bytes: int, committed: int = 0) -> dict[str, Wo
         for phase, work in _Layer(plan, layer, cache_bytes).phases().items():
             phases[phase] += work
     outside = sum(tensor.nbytes for shard in plan.outside for tensor in shard.tensors)
+    if not committed:
+        phases["check"] += Work(read_bytes=outside)
     written = sum(shard.nbytes for shard in plan.outside)
     phases["finish"] = Work(read_bytes=outside, written_bytes=written)
     return phases
@@ -103,14 +105,15 @@ class _Layer:
 
     def phases(self) -> dict[str, Work]:
         """Return its work by phase."""
+        check = Work(read_bytes=self.bytes)
         if self.stack is None:
-            write = Work(read_bytes=self.bytes, written_bytes=self.output_bytes)
-            return {"write": write, **self._propagated(self.bytes, passes=1)}
+            write = self._again(self.bytes) + Work(written_bytes=self.output_bytes)
+            return {"check": check, "write": write, **self._propagated(self.bytes, passes=1)}
         plan, experts = self.plan, self.bytes - self.dense_bytes
         sequential, merges = plan.settings.sequential, self._merges()
         passes = len(cut_experts(plan.num_experts, plan.expert_blocks))
-        observe = Work(
-            read_bytes=self.dense_bytes + experts * self._readings(passes) + self.entering,
+        observe = self._again(self.dense_bytes + experts * self._readings(passes)) + Work(
+            read_bytes=self.entering,
             written_bytes=plan.scratch.get(OUTPUTS, 0) if self._records(passes) else 0,
             expert_flop=self._expert_flop(self.stack),
             product_flop=self._dense_flop(before_experts=sequential),
@@ -118,7 +121,7 @@ class _Layer:
         observe += self._passed_again(passes - 1)
         if not (sequential or self.is_last):
             observe += Work(written_bytes=plan.hidden_bytes) + self._summed(passes)
-        phases = {"observe": observe, "write": self._again(self.bytes)}
+        phases = {"check": check, "observe": observe, "write": self._again(self.bytes)}
         phases["write"] += Work(written_bytes=self.output_bytes)
         if merges:
             phases |= self._compared(self.stack, experts)
