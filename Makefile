@@ -47,7 +47,7 @@ fix: $(STAMP) ## format, and mend what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-demo: $(STAMP) ## compress the built-in checkpoint and compare it with the original
+demo: $(STAMP) ## compress the built-in checkpoint, compare it with the original, write reports
 	$(BIN)/ream-stream demo
 
 SMOKE := build/smoke
@@ -67,6 +67,6 @@ docker: ## build the image ream-stream:VERSION; PIP_EXTRA_INDEX_URL= gives torch
 	  $(if $(filter undefined,$(origin PIP_EXTRA_INDEX_URL)),,--build-arg PIP_EXTRA_INDEX_URL=$(PIP_EXTRA_INDEX_URL)) .
 
 clean: ## remove the environment and everything that was built
-	rm -rf .venv build dist *.egg-info demo-output
+	rm -rf .venv build dist *.egg-info demo-output bench-output compare-output sweep-output
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find ream_stream tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
