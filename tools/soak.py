@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -66,6 +67,8 @@ def run(plan: Plan, tokens: Tokens, output: Path) -> int:
             for _ in compress(plan, tokens, workspace, device=CPU, threads=1):
                 pass
         status = 0
+    except Exception:  # noqa: BLE001 - a child must not return into the loop of kills
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -105,12 +108,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         plan, tokens = prepare(folder / "source", asked.layers)
-        # children find both models built; a process of its own would take seconds for that
-        built = {
-            id(config): build_skeleton(config, plan.dtype, CPU)
-            for config in (plan.source.config, plan.config)
-        }
-        model.build_skeleton = lambda config, *_: built[id(config)]
+        # children find both models built, in the order in which a run asks for them: a
+        # process of its own would take seconds for that
+        built = [
+            build_skeleton(each, plan.dtype, CPU) for each in (plan.source.config, plan.config)
+        ]
+        skeletons = iter(built)
+        model.build_skeleton = lambda *_: next(skeletons)
         begin = time.monotonic()
         if ended(run(plan, tokens, folder / "control"), 3600) != 0:
             raise RuntimeError("the undisturbed run failed")
