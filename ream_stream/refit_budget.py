@@ -11,6 +11,9 @@ from .checkpoint.stacks import ExpertStack
 from .experts import MAX_ROWS
 from .settings import Settings
 
+HELD_BACK_SHARE = 0.1
+"""Share of the sequences that a refit does not see and is judged by."""
+
 KEPT = "kept for the refit"
 """Name of the part that is taken only if there is room: with 0, it is on disk."""
 

@@ -24,12 +24,9 @@ from .kept import Kept
 from .method.normal import NormalMatrix, NormalSums, Served, predict, project
 from .method.refit import Misfit, Refit, first_direction, select, solve
 from .model import Batch
-from .refit_budget import Solver
+from .refit_budget import HELD_BACK_SHARE, Solver
 from .seeds import generator
 from .settings import Method
-
-HELD_BACK_SHARE = 0.1
-"""Share of the sequences that a refit does not see and is judged by."""
 
 
 def held_back(tokens: Tokens, seed: int) -> Tensor:

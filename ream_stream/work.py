@@ -15,8 +15,9 @@ from .checkpoint.stacks import ExpertStack
 from .families import text_config
 from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
+from .refit_budget import ACTIVATIONS, HELD_BACK_SHARE, KEPT
 
-PHASES = ("check", "observe", "compare", "align", "write", "propagate", "finish")
+PHASES = ("check", "observe", "compare", "align", "refit", "write", "propagate", "finish")
 """In the order in which they first occur; a layer has all but the last."""
 
 
@@ -126,6 +127,8 @@ class _Layer:
         if merges:
             phases |= self._compared(self.stack, experts)
             phases["write"] += Work(merged_numbers=self._merged() * self._numbers(self.stack))
+        if plan.settings.method.refit != "none":
+            phases["refit"] = self._refitted(self.stack)
         if sequential:
             passes = len(cut_experts(plan.settings.experts, plan.expert_blocks))
             phases |= self._propagated(self.output_bytes, passes=passes)
@@ -137,7 +140,8 @@ class _Layer:
 
     def _records(self, passes: int) -> bool:
         """Tell whether attention's outputs serve a later pass."""
-        return passes > 1 or (self.plan.settings.sequential and not self.is_last)
+        refits = self.plan.settings.method.refit != "none"
+        return passes > 1 or refits or (self.plan.settings.sequential and not self.is_last)
 
     def _passed_again(self, passes: int) -> Work:
         """Return what passes beyond the first take beside experts: states and attention."""
@@ -187,6 +191,34 @@ class _Layer:
         if alignment.activations or alignment.weights:
             align += Work(matchings=pairs) + self._again(expert_bytes * merged // count)
         return {"compare": compare + self._again(expert_bytes), "align": align}
+
+    def _refitted(self, stack: ExpertStack) -> Work:
+        """Return the work of a refit of all experts that stay, with all its iterations."""
+        plan, method, solver = self.plan, self.plan.settings.method, self.plan.solver
+        slots, trials = self.tokens * plan.top_k, len(method.refit_lambda)
+        matrix, experts = stack.hidden * stack.inner, plan.settings.experts
+        iterations = method.refit_iterations
+        passes = 0 if solver.gathered else iterations
+        judged = HELD_BACK_SHARE * (trials / solver.column_blocks + 1)
+        again = solver.column_blocks * (1 + passes + HELD_BACK_SHARE) + HELD_BACK_SHARE * trials
+        activated = 1 if plan.memory.get(ACTIVATIONS) else again
+        products = 2 * matrix * (1 + 2 * passes + judged)
+        solved = (trials + 1 + iterations) * experts * 4 * stack.inner * matrix
+        factors = (trials + 1) * experts * 2 * stack.inner**3
+        wide = slots * 2 * stack.inner**2 + solved + factors
+        if solver.gathered:
+            width = experts * stack.inner
+            wide += slots * (plan.top_k + 1) * stack.inner**2
+            wide += iterations * 2 * width**2 * stack.hidden
+        run = Work(
+            written_bytes=self.output_bytes,
+            expert_flop=int(slots * (6 * matrix + 4 * matrix * activated)),
+            product_flop=int(slots * products),
+            float32_flop=wide,
+        )
+        kept = plan.scratch.get(KEPT, 0)
+        stores = Work(read_bytes=int(kept * again), written_bytes=kept)
+        return run + stores + self._passed_again(1) + self._again(self.output_bytes)
 
     def _merges(self) -> bool:
         settings = self.plan.settings

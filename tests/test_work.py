@@ -1,7 +1,7 @@
 """What a plan says is read, written and computed, against runs and counts by hand."""
 
 import itertools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import tiny
@@ -119,3 +119,25 @@ def test_a_forecast_measures_the_machine_in_every_dtype(plan_of):
         assert set(known.seconds) == set(PHASES)
         assert all(time >= 0 for time in known.seconds.values())
         assert known.total == total(known.work.values())
+
+
+def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
+    source, tokens = checkpoints("qwen3_moe"), tiny.some_tokens(20, 12)
+    counted = []
+    for iterations in (1, 2):
+        wanted = tiny.settings(
+            6, grouping="none", refit="down", refit_iterations=iterations, dtype="bfloat16"
+        )
+        plan = tiny.plan_for(source, tokens, wanted)
+        # passes: what is gathered costs by the width of all experts
+        plan = replace(plan, solver=replace(plan.solver, gathered=False))
+        counted.append(work_of(plan, cache_bytes=1 << 30)["refit"])
+    stack = plan.moe_layers[0].keys.stack
+    slots = tokens.num_tokens * plan.top_k * len(plan.moe_layers)
+    more = counted[1].product_flop - counted[0].product_flop
+    assert more == slots * 4 * stack.hidden * stack.inner
+    assert counted[0].written_bytes == sum(
+        shard.nbytes for layer in plan.moe_layers for shard in layer.shards
+    )
+    plain = tiny.plan_for(source, tokens, tiny.settings(6, grouping="none"))
+    assert work_of(plain, cache_bytes=1 << 30)["refit"] == Work()
