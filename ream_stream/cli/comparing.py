@@ -250,7 +250,7 @@ def sweep_tables(known: Mapping[str, Any]) -> Iterator[Table]:
                 each["mix"],
                 each["name"],
                 *(
-                    f"{value:.2f} +- {error:.2f}"
+                    f"{value:.2f}" + (f" +- {error:.2f}" if error else "")
                     for value, error in zip(each["point"], each["spread"], strict=True)
                 ),
                 "*" if each["on front"] else "",

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ream_stream.pareto import front
+
 STYLE = """
 .figure { font: 12px system-ui, sans-serif; max-width: 100%; height: auto; }
 .figure text { fill: var(--ink, #222); }
@@ -75,13 +77,15 @@ def pareto_picture(known: Mapping[str, Any]) -> str:
         series.setdefault(each["name"], []).append((x, y, f"{each['name']}, {each['mix']}"))
     x, y = place(known["original"])
     series["original"] = [(x, y, "original")]
-    front = sorted(place(each["point"]) for each in known["points"] if each["on front"])
-    return scatter(series, front, f"{axes[0]}, %", f"mean of {others}, %")
+    # of the two axes that are shown: with more, the front is no line here
+    placed = [place(each["point"]) for each in known["points"]]
+    line = sorted(placed[number] for number in front(placed))
+    return scatter(series, line, f"{axes[0]}, %", f"mean of {others}, %")
 
 
 def scatter(
     series: Mapping[str, Sequence[tuple[float, float, str]]],
-    front: Sequence[tuple[float, float]],
+    through: Sequence[tuple[float, float]],
     x_name: str,
     y_name: str,
 ) -> str:
@@ -90,7 +94,7 @@ def scatter(
     across = _Scale([p[0] for p in points], _LEFT, _WIDTH - _RIGHT)
     up = _Scale([p[1] for p in points], _HEIGHT - _BOTTOM, _TOP)
     parts = [*_axes(across, up, x_name, y_name)]
-    line = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in front)
+    line = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in through)
     parts.append(f'<polyline class="front" points="{line}"/>')
     for number, (name, own) in enumerate(series.items()):
         color = COLORS[number % len(COLORS)]
