@@ -91,6 +91,20 @@ class LayerDone:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Halved:
+    """A layer ran out of device memory and begins again with less at once."""
+
+    layer: int
+    """Position of the layer."""
+
+    batch_sequences: int
+    """Sequences of a batch from here on."""
+
+    resident_experts: int
+    """Experts that stay on the device between batches from here on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
     """The output is complete."""
 
@@ -110,4 +124,4 @@ class Finished:
     """Nothing was left to do."""
 
 
-Event = Started | Step | LayerDone | Finished
+Event = Started | Step | LayerDone | Halved | Finished

@@ -16,8 +16,9 @@ from . import __version__, durable
 from .calibration.tokens import Tokens
 from .checkpoint.shards import write_shard
 from .content import Unchanged
-from .errors import InterruptedRunError
-from .events import Event, Finished, LayerDone, Started
+from .device import release
+from .errors import InterruptedRunError, OverBudgetError
+from .events import Event, Finished, Halved, LayerDone, Started
 from .finish import MANIFEST, output_files, write_rest
 from .finite import Excluded
 from .journal import Journal, LayerRecord, Workspace, check_fingerprint, load, save
@@ -118,7 +119,7 @@ def compress(
                 context = _open(plan, tokens, workspace, journal, device, threads, stack)
                 for layer in plan.layers[len(journal.layers) :]:
                     supply.bring(layer.keys.index)
-                    for event in _layer(context, layer, journal, meter):
+                    for event in _layer_that_fits(context, layer, journal, meter):
                         yield event
                         _check_stop(stop_requested, journal, plan)
                     supply.release(layer.keys.index)
@@ -164,6 +165,44 @@ def _open(  # the parts of a context, each given once
         threads=threads,
         excluded=Excluded(tokens, (n for layer in journal.layers for n in layer.excluded)),
     )
+
+
+def _layer_that_fits(
+    context: Context, layer: LayerPlan, journal: Journal, meter: Gauge
+) -> Iterator[Event]:
+    """Work on one layer, with half as much at once each time device memory is short.
+
+    Nothing of the layer is committed by then, so it begins again. The journal gets the
+    smaller batch first: it decides last bits, so a run that goes on must keep it.
+    """
+    while True:
+        try:
+            yield from _layer(context, layer, journal, meter)
+        except torch.OutOfMemoryError as error:
+            plan = context.plan
+            if context.batch_sequences == 1 and not plan.resident_experts:
+                raise OverBudgetError(
+                    f"layer {layer.keys.index} does not fit the device with one sequence at a "
+                    f"time ({str(error).splitlines()[0]}); run it with shorter sequences "
+                    "(--sequence-length) or --device cpu"
+                ) from error
+        else:
+            return
+        # here and not above: the error's traceback holds what was on the device
+        release(context.source.device)
+        context.batch_sequences = -(-context.batch_sequences // 2)
+        context.plan = replace(
+            plan,
+            batch_sequences=context.batch_sequences,
+            resident_experts=plan.resident_experts // 2,
+        )
+        journal.machine["batch_sequences"] = context.batch_sequences
+        save(context.workspace, journal)
+        yield Halved(
+            layer=layer.keys.index,
+            batch_sequences=context.batch_sequences,
+            resident_experts=context.plan.resident_experts,
+        )
 
 
 def _layer(

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from ream_stream.allotment import OUTPUTS, SUMS
 from ream_stream.blocks import cut_experts
-from ream_stream.events import Step
+from ream_stream.errors import OverBudgetError
+from ream_stream.events import Halved, Step
 from ream_stream.experts import ExpertWeights
 from ream_stream.journal import Workspace, load
+from ream_stream.model import StreamedModel
 from ream_stream.pipeline import compress
 
 PLACES = ("memory", "disk", "again")
@@ -160,3 +162,55 @@ def test_blocks_of_experts_cover_all_once_and_differ_by_one_at_most(count):
         assert max(sizes) - min(sizes) <= 1
         assert min(sizes) >= 1
         assert len(cut) == min(blocks, count)
+
+
+def short_of_memory(monkeypatch, layer, times):
+    """Let a GPU be out of memory: the first batch of a layer's observation fails so often."""
+    observe, left = StreamedModel.observe_layer, [times]
+
+    def observe_layer(self, index, *args, **kwargs):
+        if index == layer and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return observe(self, index, *args, **kwargs)
+
+    monkeypatch.setattr(StreamedModel, "observe_layer", observe_layer)
+
+
+@pytest.mark.parametrize(("times", "batch"), [(1, 2), (2, 1)])
+def test_a_device_short_of_memory_gets_half_as_much_at_once(
+    done, tmp_path, monkeypatch, times, batch
+):
+    whole = done(batch=4)
+    plan = replace(whole.plan, resident_experts=3)
+    short_of_memory(monkeypatch, 2, times)
+    again = tiny.run_plan(plan, whole.tokens, tmp_path / "output")
+    halved = [event for event in again.events if isinstance(event, Halved)]
+    assert [event.layer for event in halved] == [2] * times
+    assert (halved[-1].batch_sequences, halved[-1].resident_experts) == (batch, 3 >> times)
+    assert_nearly_the_same(again, whole)
+
+
+def test_a_run_that_was_short_of_memory_goes_on_with_the_smaller_batch(
+    done, tmp_path, monkeypatch
+):
+    whole = done(batch=4)
+    short_of_memory(monkeypatch, 2, 1)
+    wanted = tiny.run_plan(whole.plan, whole.tokens, tmp_path / "wanted")
+    short_of_memory(monkeypatch, 2, 1)
+    output = tmp_path / "output"
+    workspace = Workspace(output=output, work=output / ".ream-stream")
+    with workspace.locked():
+        events = compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, threads=1)
+        while not isinstance(next(events), Halved):
+            pass
+        events.close()
+    again = tiny.run_plan(whole.plan, whole.tokens, output)
+    assert again.files() == wanted.files()
+
+
+def test_one_sequence_that_does_not_fit_the_device_ends_the_run(done, tmp_path, monkeypatch):
+    whole = done(batch=4)
+    short_of_memory(monkeypatch, 2, 9)
+    with pytest.raises(OverBudgetError, match=r"layer 2 does not fit .*--sequence-length"):
+        tiny.run_plan(whole.plan, whole.tokens, tmp_path / "output")

@@ -111,8 +111,6 @@ class HiddenStates:
         self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, batch: int
     ) -> None:
         self._path, self._dtype, self._batch = path, dtype, batch
-        for index in range(-(-shape[0] // batch)):
-            self._check_is_there(index)
         try:
             self._array = zarr.open_array(LocalStore(path, read_only=True), mode="r")
             stored = (self._array.shape, self._array.attrs["dtype"])
@@ -122,6 +120,7 @@ class HiddenStates:
             ) from error
         if stored != (shape, str(dtype).removeprefix("torch.")):
             raise DamagedError(f"{path} holds {stored}, expected {shape} of {dtype}")
+        self._check_is_there(0, shape[0])
 
     def read(self, index: int) -> Tensor:
         """Return the states of batch `index`, (B, L, H).
@@ -132,7 +131,7 @@ class HiddenStates:
             The chunk is missing or its checksum is wrong.
         """
         start = index * self._batch
-        self._check_is_there(index)
+        self._check_is_there(start, min(start + self._batch, self._array.shape[0]))
         try:
             with durable.reading(self._path):
                 bits = np.asarray(self._array[start : start + self._batch])
@@ -142,8 +141,12 @@ class HiddenStates:
             ) from error
         return from_bits(bits, self._dtype)
 
-    def _check_is_there(self, index: int) -> None:
-        if not (self._path / "c" / str(index) / "0" / "0").is_file():
-            raise DamagedError(
-                f"{self._path} lacks hidden states of batch {index}; start over with --restart"
-            )
+    def _check_is_there(self, start: int, stop: int) -> None:
+        """Look for the chunks of some sequences; a store may be of larger batches than ours."""
+        size = self._array.chunks[0]
+        for index in range(start // size, -(-stop // size)):
+            if not (self._path / "c" / str(index) / "0" / "0").is_file():
+                raise DamagedError(
+                    f"{self._path} lacks hidden states of batch {index}; "
+                    "start over with --restart"
+                )

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ream_stream import durable
 from ream_stream.errors import OverBudgetError, ReamStreamError
-from ream_stream.events import Event, Finished, LayerDone, Started, Step
+from ream_stream.events import Event, Finished, Halved, LayerDone, Started, Step
 from ream_stream.memory import anonymous_bytes
 from ream_stream.sizes import format_size
 
@@ -94,6 +94,8 @@ class Lines(AbstractContextManager["Lines"]):
             self._pace.finish(time.monotonic() - self._begun)
             self._begun = time.monotonic()
             self._console.print(layer_line(event, self._count, self._pace), soft_wrap=True)
+        if isinstance(event, Halved):
+            self._console.print(halved_line(event), soft_wrap=True)
 
 
 class Live(AbstractContextManager["Live"]):
@@ -137,6 +139,8 @@ class Live(AbstractContextManager["Live"]):
             self._begun = time.monotonic()
             line = layer_line(event, len(self._bytes), self._pace)
             self._progress.console.print(line, soft_wrap=True)
+        elif isinstance(event, Halved):
+            self._progress.console.print(halved_line(event), soft_wrap=True)
 
     def _show_step(self, step: Step) -> None:
         memory = anonymous_bytes()
@@ -200,9 +204,19 @@ NAMES: Mapping[type[Event], str] = {
     Started: "started",
     Step: "phase done",
     LayerDone: "layer done",
+    Halved: "device memory was short",
     Finished: "finished",
 }
 """What the log calls an event."""
+
+
+def halved_line(event: Halved) -> str:
+    """Return the line of a layer that begins again with less at once."""
+    return (
+        f"layer {event.layer + 1}  device memory was short: begins again with "
+        f"{event.batch_sequences} sequences a batch and {event.resident_experts} experts kept "
+        "on the device, and so do the layers after it"
+    )
 
 
 def layer_line(event: LayerDone, count: int, pace: Pace) -> str:
