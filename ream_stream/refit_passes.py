@@ -76,7 +76,9 @@ class RoutedTokens:
     held_S
         From `held_back`.
     excluded
-        Sequences that are neither fitted nor judged by.
+        Sequences that are neither fitted nor judged by; what overflows here joins them.
+    layer
+        Which layer it is.
     inputs, lacking
         Where what is large is kept: (T, H) of each batch.
     keeps_activations
@@ -89,6 +91,7 @@ class RoutedTokens:
         changing: Sequence[int],
         held_S: Tensor,
         excluded: Excluded,
+        layer: int,
         inputs: Kept,
         lacking: Kept,
         *,
@@ -96,7 +99,7 @@ class RoutedTokens:
     ) -> None:
         self.experts, self.changing = experts, changing
         self._place = {expert: place for place, expert in enumerate(changing)}
-        self._held_S, self._excluded = held_S, excluded
+        self._held_S, self._excluded, self._layer = held_S, excluded, layer
         self._inputs, self._lacking = inputs, lacking
         self._routing: list[_Routing] = []
         self._keeps_activations = keeps_activations
@@ -125,16 +128,22 @@ class RoutedTokens:
             What the experts were called with.
         target_TH, output_TH
             What their sum should be, and what it is.
+
+        Raises
+        ------
+        NumbersError
+            More sequences overflow than may be.
         """
         hidden_TH, index_TK, weight_TK = given
+        target_TH = target_TH.to(hidden_TH.device).float()
+        lacking_TH = target_TH - output_TH.float()
+        self._leave_out(batch, lacking_TH)
         held_T, real_T = self._held(batch)
         fitted_R, held_R, padding_R = (
             torch.nonzero(which_T).squeeze(1).to(hidden_TH.device)
             for which_T in (real_T & ~held_T, real_T & held_T, ~real_T)
         )
         row_T, number = torch.cat([fitted_R, held_R, padding_R]), len(self._routing)
-        target_TH = target_TH.to(hidden_TH.device).float()
-        lacking_TH = target_TH - output_TH.float()
         self.energy += target_TH[held_R].square().sum(dtype=torch.float64).item()
         self.lacking += lacking_TH[held_R].square().sum(dtype=torch.float64).item()
         self._inputs.put(number, hidden_TH.index_select(0, row_T))
@@ -147,6 +156,13 @@ class RoutedTokens:
                 tokens=len(fitted_R) + len(held_R),
             )
         )
+
+    def _leave_out(self, batch: Batch, lacking_TH: Tensor) -> None:
+        """Exclude the sequences of the next batch that overflow in the compressed layer."""
+        lacking_BLH = lacking_TH.view(*batch.input_ids_BL.shape, -1)
+        bad_B = self._excluded.bad_rows(self._first, lacking_BLH)
+        if bad_B is not None:
+            self._excluded.note(self._layer, self._first, bad_B)
 
     def _held(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return which tokens of the next batch are held back, and which count at all."""

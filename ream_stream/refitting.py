@@ -127,6 +127,7 @@ class RefitJob:
                 changing,
                 held_back(self._tokens, plan.settings.seed),
                 self._excluded,
+                self._index,
                 self._store("inputs", len(batches)),
                 self._store("lacking", len(batches)),
                 keeps_activations=plan.memory.get(ACTIVATIONS, 0) > 0,

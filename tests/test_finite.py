@@ -9,12 +9,13 @@ import tiny
 import torch
 from tiny import settings, some_tokens
 
-from ream_stream import journal, layer, model, observe, pipeline
+from ream_stream import journal, layer, model, observe, pipeline, refitting
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.errors import NumbersError
 from ream_stream.events import LayerDone
 from ream_stream.method.grouping import GROUPINGS
 from ream_stream.method.saliency import SALIENCIES
+from ream_stream.refit_passes import held_back
 
 SEQUENCES = 20
 
@@ -61,15 +62,16 @@ def test_weights_that_are_no_numbers_are_named_and_what_was_done_stays(
 class Overflowing:
     """A model in which tokens of some sequences overflow in the attention of some layers."""
 
-    def __init__(self, patch, bad, tokens):
-        """Take (layer, sequence) pairs."""
+    def __init__(self, patch, bad, tokens, *, experts=None):
+        """Take (layer, sequence) pairs; only in the model with so many experts, if given."""
         self.rows = {index: tokens.input_ids_SL[row] for index, row in bad}
         forward = model.StreamedModel._forward
         attend = self._attend
 
         def forward_and_spoil(streamed, batch):
             index = streamed._active
-            if index not in self.rows:
+            elsewhere = experts not in {None, streamed.layers[index].stack.count}
+            if index not in self.rows or elsewhere:
                 return forward(streamed, batch)
             spoiled = (batch.input_ids_BL == self.rows[index]).all(dim=1)
             handles = [
@@ -124,6 +126,39 @@ def test_a_sequence_that_overflows_counts_no_more_and_the_others_as_if_it_were_n
     for with_it, without in zip(done.manifest["layers"], plain.manifest["layers"], strict=True):
         assert with_it["groups"] == without["groups"]
         assert with_it["saliency"] == pytest.approx(without["saliency"], rel=1e-5)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["fitted", "held back"])
+@pytest.mark.parametrize(
+    ("experts", "sequential"), [(tiny.EXPERTS, True), (6, False)], ids=["source", "compressed"]
+)
+def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
+    checkpoints, tmp_path, monkeypatch, sequential, experts, held
+):
+    tokens, source = some_tokens(SEQUENCES, 12), checkpoints("olmoe", torch.float32)
+    wanted = {"sequential": sequential, "refit": "down", "grouping": "none"}
+    held_S = held_back(tokens, 0)
+    bad = int((held_S == held).nonzero()[-1])
+    with monkeypatch.context() as patch:
+        Overflowing(patch, [(0, bad)], tokens, experts=experts)
+        done = tiny.run_plan(in_threes(source, tokens, **wanted), tokens, tmp_path / "out")
+    rest = torch.arange(SEQUENCES) != bad
+    fewer = from_tensors({"input_ids": tokens.input_ids_SL[rest]}, description="fewer")
+    monkeypatch.setattr(refitting, "held_back", lambda *_: held_S[rest])
+    plain = tiny.run_plan(in_threes(source, fewer, **wanted), fewer, tmp_path / "fewer")
+    chosen = [[layer["groups"] for layer in run.manifest["layers"]] for run in (done, plain)]
+    assert chosen[0] == chosen[1]
+    told = [[e for e in run.events if isinstance(e, LayerDone)] for run in (done, plain)]
+    assert [event.excluded for event in told[0]] == [1, 1, 1]
+    for with_it, without in zip(*told, strict=True):
+        assert with_it.refitted.penalty == without.refitted.penalty
+        for field in ("lacking", "left", "residuals"):
+            found, expected = (getattr(e.refitted, field) for e in (with_it, without))
+            assert found == pytest.approx(expected, rel=1e-3), (field, with_it.layer)
+    assert any(event.refitted.penalty for event in told[0])
+    ours, theirs = tiny.load_tensors(done.output), tiny.load_tensors(plain.output)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_exclusions_are_the_same_after_a_stop(checkpoints, tmp_path, monkeypatch):
