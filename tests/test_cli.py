@@ -142,7 +142,7 @@ def test_help_of_every_verb_imports_nothing_heavy():
 
 def parsed(*words):
     context = cli.commands["plan"].make_context("plan", [".", *map(str, words)])
-    values = {k: v for k, v in context.params.items() if k != "as_json"}
+    values = {k: v for k, v in context.params.items() if k not in {"as_json", "stream"}}
     return options.RunOptions(**values)
 
 
