@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import tiny
+from crash import Kill, kills, run_in_child
 from hub_server import COMMIT, REPO, TOKEN, serving
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -145,6 +148,37 @@ def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_bytes(
 
 
 SHARD = "model-00002-of-00004.safetensors"
+
+
+@pytest.mark.crash
+def test_a_streamed_run_that_is_killed_goes_on_to_the_same_bytes(
+    hub, tokens, tmp_path, control, monkeypatch
+):
+    def run(name, kill=None):
+        command = words(REPO, tmp_path / name, tokens, "--stream")
+        return run_in_child(lambda: main(command), tmp_path / "report.json", kill=kill)
+
+    def check(name):
+        assert run(name).value == 0
+        assert shards(tmp_path / name) == control
+        assert not (tmp_path / name / ".ream-stream" / "streamed").exists()
+
+    whole = run("whole")
+    assert whole.value == 0
+    steps = whole.steps
+    near = [kill for kill in kills(steps, thin=True) if "/streamed/" in steps[kill.step].path]
+    for kill in near[::4]:
+        assert not run(f"{kill.step}", kill).finished
+        check(f"{kill.step}")
+    # and in the middle of a download: the connection is cut, and the wait is the end
+    hub.drop[SHARD] = 1
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
+    with monkeypatch.context() as patch:
+        patch.setattr(product.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        assert not run("cut", Kill(len(steps), "after")).finished
+    incoming = tmp_path / "cut" / ".ream-stream" / "streamed" / "incoming"
+    assert [path for path in incoming.rglob("*.incomplete") if path.stat().st_size]
+    check("cut")
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["whole", "streamed"])
