@@ -2,28 +2,41 @@
 
 Each input is a valid file with some bytes or JSON values changed, cut, doubled or put where
 another belongs. It must be read or refused with one of the project's own errors, in the memory
-of a few times its size. What was drawn for one that is not is kept with temporary files.
+of a few times its size. One that is not is kept with temporary files.
 
     python tools/fuzz.py --seconds 60 --seed 1
+
+Where atheris is installed it chooses what is changed further, by the lines of the parsers
+that an input reaches; otherwise each input is a change of the valid file.
 """
 
 import argparse
 import collections
+import contextlib
+import inspect
 import json
+import os
 import random
+import shutil
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ream_stream import durable, journal
+from ream_stream.checkpoint import header, source
 from ream_stream.checkpoint.header import read_header
 from ream_stream.checkpoint.source import INDEX, open_checkpoint
 from ream_stream.errors import ReamStreamError
 from ream_stream.journal import Journal, LayerRecord, Workspace
+
+try:
+    import atheris
+except ImportError:  # no wheel for every system, and no dependency
+    atheris = None
 
 ODD: tuple[Any, ...] = (
     None, True, 0, -1, 1, 2**31, 2**62, 2**64, 10**400, 1.5, 1e308, "", "a", "../a", "/", "\0",
@@ -64,9 +77,9 @@ def mutate_json(value: Any, draw: random.Random) -> Any:  # noqa: ANN401
     return changed
 
 
-def header_bytes(header: Any) -> bytes:  # noqa: ANN401
+def header_bytes(value: Any) -> bytes:  # noqa: ANN401
     """Return a file of a header, with the data of its first tensors."""
-    raw = json.dumps(header).encode("utf-8", "surrogatepass")
+    raw = json.dumps(value).encode("utf-8", "surrogatepass")
     return len(raw).to_bytes(8, "little") + raw + bytes(28)
 
 
@@ -99,52 +112,52 @@ class Parsers:
             fingerprint={"seed": 0}, machine={"threads": 1}, files=("a",), layers=[record]
         )
         journal.save(self.workspace, saved)
-        self.journal: Any = json.loads(self.workspace.journal.read_bytes())
+        self.documents: dict[str, Any] = {
+            "header": HEADER,
+            "config": CONFIG,
+            "index": WEIGHT_MAP,
+            "journal": json.loads(self.workspace.journal.read_bytes()),
+        }
 
-    def header(self, draw: random.Random) -> bytes:
-        """Feed the header parser; return what it was fed."""
-        data = self._changed(HEADER, header_bytes, draw)
-        self.shard.write_bytes(data)
-        _guarded(lambda: read_header(self.shard), data)
-        return data
+    def feed(self, name: str, data: bytes) -> None:
+        """Let a parser read a file with these bytes; raise what is no refusal."""
+        if name == "header":
+            self.shard.write_bytes(data)
+            _guarded(lambda: read_header(self.shard), data)
+        elif name == "journal":
+            self.workspace.journal.write_bytes(data)
+            _guarded(lambda: journal.load(self.workspace), data)
+        else:
+            self.shard.write_bytes(header_bytes(HEADER))
+            (self.folder / "config.json").write_bytes(_dump(CONFIG))
+            (self.folder / INDEX).write_bytes(_dump(WEIGHT_MAP))
+            (self.folder / ("config.json" if name == "config" else INDEX)).write_bytes(data)
+            _guarded(lambda: open_checkpoint(self.folder), data)
 
-    def checkpoint(self, draw: random.Random) -> bytes:
-        """Feed the parser of config and index."""
-        documents = {"config.json": CONFIG, INDEX: WEIGHT_MAP}
-        self.shard.write_bytes(header_bytes(HEADER))
-        changed = draw.choice(list(documents))
-        for name, document in documents.items():
-            data = _dump(document)
-            if name == changed:
-                fed = data = self._changed(document, _dump, draw)
-            (self.folder / name).write_bytes(data)
-        _guarded(lambda: open_checkpoint(self.folder), fed)
-        return fed
+    def valid(self, name: str) -> bytes:
+        """Return the file that is changed."""
+        document = self.documents[name]
+        return header_bytes(document) if name == "header" else _dump(document)
 
-    def saved(self, draw: random.Random) -> bytes:
-        """Feed the parser of the journal; half of the time with its right checksum."""
-
-        def dump(value: Any) -> bytes:  # noqa: ANN401
-            if isinstance(value, dict) and draw.random() < 0.5:
-                fields = set(Journal.__dataclass_fields__)
-                if fields <= set(value):
-                    value = {**value, "sha256": journal.digest(value)}
-            return _dump(value)
-
-        data = self._changed(self.journal, dump, draw)
-        self.workspace.journal.write_bytes(data)
-        _guarded(lambda: journal.load(self.workspace), data)
-        return data
-
-    @staticmethod
-    def _changed(
-        document: Any,  # noqa: ANN401
-        dump: Callable[[Any], bytes],
-        draw: random.Random,
-    ) -> bytes:
+    def change(self, name: str, data: bytes, draw: random.Random) -> bytes:
+        """Change a file; a journal half of the time with its right checksum."""
+        changed = None
         if draw.random() < 0.5:
-            return mutate_bytes(dump(document), draw)
-        return dump(mutate_json(document, draw))
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(data[8:].rstrip(b"\0") if name == "header" else data)
+                value = mutate_json(value, draw)
+                changed = header_bytes(value) if name == "header" else _dump(value)
+        changed = changed or mutate_bytes(data, draw)
+        return sealed(changed) if name == "journal" and draw.random() < 0.5 else changed
+
+
+def sealed(data: bytes) -> bytes:
+    """Return a journal with the checksum that its content has; others as they are."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data)
+        if isinstance(value, dict) and set(Journal.__dataclass_fields__) <= set(value):
+            return _dump({**value, "sha256": journal.digest(value)})
+    return data
 
 
 def _dump(value: Any) -> bytes:  # noqa: ANN401
@@ -165,34 +178,80 @@ def _guarded(parse: Callable[[], object], data: bytes) -> None:
         raise MemoryError(f"{peak} bytes for an input of {len(data)}")
 
 
+def guided(parsers: Parsers, asked: argparse.Namespace) -> NoReturn:
+    """Feed what atheris makes, from inputs that reached new lines; end the process."""
+    names, counts = list(parsers.documents), collections.Counter[str]()
+    end = time.monotonic() + asked.seconds
+
+    def feed(data: bytes) -> None:
+        if time.monotonic() > end:
+            tell(counts, asked.seconds)
+            sys.stdout.flush()
+            shutil.rmtree(parsers.folder)
+            os._exit(0)
+        if data:
+            name = names[data[0] % len(names)]
+            parsers.feed(name, data[1:])
+            counts[name] += 1
+
+    def mutate(data: bytes, most: int, seed: int) -> bytes:
+        draw = random.Random(seed)
+        if not data or draw.random() < 0.5:
+            return bytes(atheris.Mutate(data, most))
+        name = names[data[0] % len(names)]
+        return (data[:1] + parsers.change(name, data[1:], draw))[:most]
+
+    for module in (header, source, journal):
+        for value in vars(module).values():
+            if inspect.isfunction(value) and value.__module__ == module.__name__:
+                atheris.instrument_func(value)
+    corpus = parsers.folder / "corpus"
+    corpus.mkdir()
+    for number, name in enumerate(names):
+        (corpus / name).write_bytes(bytes([number]) + parsers.valid(name))
+    found = f"-artifact_prefix={tempfile.gettempdir()}/fuzz-"
+    options = [found, f"-seed={asked.seed or 1}", "-max_len=20000", "-rss_limit_mb=0"]
+    atheris.Setup([sys.argv[0], *options, str(corpus)], feed, custom_mutator=mutate)
+    atheris.Fuzz()
+    raise AssertionError("atheris ends the process")
+
+
+def drawn(parsers: Parsers, asked: argparse.Namespace) -> int:
+    """Feed changes of the valid files; return 1 if one was neither read nor refused."""
+    draw, counts = random.Random(asked.seed), collections.Counter[str]()
+    end = time.monotonic() + asked.seconds
+    while time.monotonic() < end:
+        for name in parsers.documents:
+            data = parsers.change(name, parsers.valid(name), draw)
+            try:
+                parsers.feed(name, data)
+            except Exception as error:  # noqa: BLE001 - whatever is no refusal is a find
+                print(f"{name}: {error!r} with --seed {asked.seed}, input {counts[name]}")
+                Path(tempfile.gettempdir(), "fuzz-find").write_bytes(data)
+                return 1
+            counts[name] += 1
+    tell(counts, asked.seconds)
+    return 0
+
+
+def tell(counts: collections.Counter[str], seconds: float) -> None:
+    """Print how many inputs each parser was fed."""
+    for name, count in counts.items():
+        print(f"{name}: {count} inputs read or refused")
+    print(f"all: {counts.total()} inputs in {seconds:g} s")
+
+
 def main() -> int:
     """Fuzz; return 1 if an input was neither read nor refused."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--seconds", type=float, default=60.0)
     options.add_argument("--seed", type=int, default=0)
     asked = options.parse_args()
-    draw, counts = random.Random(asked.seed), collections.Counter[str]()
-    end = time.monotonic() + asked.seconds
     with tempfile.TemporaryDirectory() as folder:
         parsers = Parsers(Path(folder))
-        feeds = {"header": parsers.header, "config and index": parsers.checkpoint}
-        feeds["journal"] = parsers.saved
-        while time.monotonic() < end:
-            for name, feed in feeds.items():
-                state = draw.getstate()
-                try:
-                    feed(draw)
-                except Exception as error:  # noqa: BLE001 - whatever is no refusal is a find
-                    print(f"{name}: {error!r} with --seed {asked.seed}, input {counts[name]}")
-                    Path(tempfile.gettempdir(), "fuzz-find.txt").write_text(
-                        f"{name}\n{state}\n", encoding="utf-8"
-                    )
-                    return 1
-                counts[name] += 1
-    for name, count in counts.items():
-        print(f"{name}: {count} inputs read or refused")
-    print(f"all: {counts.total()} inputs in {asked.seconds:g} s")
-    return 0
+        if atheris is not None:
+            guided(parsers, asked)
+        return drawn(parsers, asked)
 
 
 if __name__ == "__main__":
