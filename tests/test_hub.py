@@ -107,7 +107,7 @@ def test_a_checkpoint_is_fetched_and_gives_the_bytes_of_the_same_files_on_disk(
 
 
 def test_streamed_shards_are_there_only_while_they_are_needed(
-    hub, source, tokens, tmp_path, control, monkeypatch
+    hub, source, tokens, tmp_path, control, monkeypatch, capsys
 ):
     folder = tmp_path / "out" / ".ream-stream" / "streamed"
     most, show = [], Log.show
@@ -118,6 +118,7 @@ def test_streamed_shards_are_there_only_while_they_are_needed(
 
     monkeypatch.setattr(Log, "show", watch)
     assert main(words(REPO, tmp_path / "out", tokens, "--stream")) == 0
+    assert "--against" not in capsys.readouterr().err  # there is no source to run
     assert shards(tmp_path / "out") == control
     everything = {path.name for path in source.glob("*.safetensors")}
     assert max(map(len, most)) == 2

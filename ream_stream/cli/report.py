@@ -47,7 +47,9 @@ def say_summary(job: Job, outcome: Outcome, console: Console) -> None:
     """Print what came out and what to do with it."""
     finished = outcome.finished
     output = shlex.quote(str(job.workspace.output if job.workspace else ""))
-    source = shlex.quote(str(job.plan.source.folder))
+    checkpoint = job.plan.source
+    # of a streamed one only headers are on the disk
+    against = "" if checkpoint.fetch else f" --against {shlex.quote(str(checkpoint.folder))}"
     if finished.already_complete:
         console.print("nothing was left to do")
     else:
@@ -72,6 +74,6 @@ def say_summary(job: Job, outcome: Outcome, console: Console) -> None:
         )
     for line in (
         f"next: ream-stream verify {output}",
-        f"      ream-stream eval {output} --against {source} --text FILE",
+        f"      ream-stream eval {output}{against} --text FILE",
     ):
         console.print(line, soft_wrap=True)
