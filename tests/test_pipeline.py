@@ -86,7 +86,7 @@ def sliced_by_hand(name, source, groups):
         elif router:
             axis = 0 if tensor.shape[0] == tiny.EXPERTS else 1
             sliced[key] = torch.stack([tensor.select(axis, i) for i in kept], dim=axis)
-        elif tiny.STACKED.fullmatch(key):
+        elif kept and tiny.STACKED.fullmatch(key):
             sliced[key] = torch.stack([tensor[i] for i in kept])
         else:
             sliced[key] = tensor
@@ -118,7 +118,12 @@ def experts_inputs(folder, tokens):
                 module.register_forward_hook(
                     lambda module, args, _, index=index: seen.update({index: (module, *args)})
                 )
-    model(input_ids=tokens.input_ids_SL, attention_mask=tokens.attention_mask_SL)
+    # a cache of linear attention alone cannot tell its length
+    model(
+        input_ids=tokens.input_ids_SL,
+        attention_mask=tokens.attention_mask_SL,
+        use_cache=False,
+    )
     return seen
 
 
@@ -308,7 +313,7 @@ def test_a_whole_run_agrees_with_plain_loops_over_the_equations(checkpoints, tmp
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padding_changes_nothing(ream, checkpoints, tmp_path, name):
-    if name in {"minimax", "deepseek_v32", "glm_moe_dsa"}:
+    if name in {"minimax", "deepseek_v32", "glm_moe_dsa", "axk2"}:
         pytest.skip("its attention does not leave out padding in transformers either")
     # hunyuan normalizes after the rotary embedding: positions are not relative there
     starts = [0, 0, 0, 0] if name == "hunyuan_v1_moe" else [0, 5, 2, 0]
