@@ -50,7 +50,12 @@ def keeping(path: Path | None, batches: int) -> Iterator[Kept]:
         Numbers go from 0 to one less than this. The first tensor put is the largest.
     """
     if path is None:
-        yield _InMemory()
+        store = _InMemory()
+        try:
+            yield store
+        finally:
+            # whoever still refers to the store, in a cycle perhaps, does not keep its tensors
+            store.clear()
         return
     durable.remove(path)
     try:
@@ -68,6 +73,9 @@ class _InMemory:
 
     def get(self, number: int) -> Tensor:
         return self._tensors[number]
+
+    def clear(self) -> None:
+        self._tensors.clear()
 
 
 class _OnDisk:

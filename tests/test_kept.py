@@ -121,3 +121,11 @@ def test_strays_of_a_killed_run_are_removed_and_look_alikes_stay(tmp_path):
         workspace.remove_strays(Journal(fingerprint={}, machine={}))
         assert not workspace.scratch("mixer-0").exists()
         assert foreign.exists()
+
+
+def test_tensors_are_let_go_at_the_end_even_if_the_store_is_not():
+    # a store in a cycle lives until Python looks for cycles, several layers later
+    with keeping(None, 1) as store:
+        store.put(0, torch.ones(2))
+    with pytest.raises(KeyError):
+        store.get(0)
