@@ -84,7 +84,7 @@ def test_a_store_has_its_name_only_when_it_is_published(tmp_path):
     writer = HiddenWriter(tmp_path / "store", SHAPE, torch.bfloat16, BATCH)
     writer.write(0, states((2, 3, 4), torch.bfloat16))
     assert [path.name for path in tmp_path.iterdir()] == ["store.partial"]
-    with pytest.raises(DamagedError, match="lacks hidden states"):
+    with pytest.raises(DamagedError, match="does not exist"):
         HiddenStates(tmp_path / "store", SHAPE, torch.bfloat16, BATCH)
     # what a killed run left is thrown away by the next
     write(tmp_path / "store", states(SHAPE, torch.bfloat16), BATCH)

@@ -20,11 +20,12 @@ from .style import Verb, exit_statuses, json_option, option
 @option("Output", "--quick", is_flag=True, help="Less text: to see that it works, in seconds.")
 @json_option
 def demo(output: Path, *, quick: bool, as_json: bool) -> None:
-    """Compress a small built-in checkpoint with REAM and with REAP, and compare them.
+    """Compress a small built-in checkpoint in three ways, and compare them.
 
     The model is real, if small: 4 layers, 32 experts, trained on documentation, code and
-    mathematics. A quarter of its experts is merged, or dropped, and what is left is
-    measured on text of the three domains it has not seen. Nothing is downloaded.
+    mathematics. A quarter of its experts is merged (REAM), dropped (REAP), or dropped by
+    energy and what stays refitted; then it is measured on text of the three domains that it
+    has not seen. Nothing is downloaded.
 
     Example:
 
