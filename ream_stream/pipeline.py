@@ -57,7 +57,7 @@ def compress(
     Parameters
     ----------
     plan
-        From `plan.make_plan`.
+        From `planning.make_plan`.
     tokens
         The calibration set.
     workspace

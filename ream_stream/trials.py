@@ -25,7 +25,7 @@ from .events import Event, Finished
 from .journal import Workspace
 from .passage import identity
 from .pipeline import compress
-from .plan import make_plan
+from .planning import make_plan
 from .settings import Settings
 
 ORIGINAL = "original"

@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from ream_stream import allotment, plan
+from ream_stream import allotment, planning
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.events import Finished, LayerDone
@@ -73,12 +73,12 @@ def make_plan(source, sequences, dtype, room):
     )
     if room is None:
         allotment.MAX_BATCH_TOKENS = BATCH_TOKENS
-        return plan.make_plan(checkpoint, settings, sequences, LENGTH), None
+        return planning.make_plan(checkpoint, settings, sequences, LENGTH), None
     # told the first time: what is loaded when a plan is made is in the second one's base
     for _ in range(2):
-        planned = plan.make_plan(checkpoint, settings, sequences, LENGTH, ram=1 << 40)
+        planned = planning.make_plan(checkpoint, settings, sequences, LENGTH, ram=1 << 40)
     ram = planned.memory["interpreter and libraries"] + room
-    return plan.make_plan(checkpoint, settings, sequences, LENGTH, ram=ram), ram
+    return planning.make_plan(checkpoint, settings, sequences, LENGTH, ram=ram), ram
 
 
 def main(options):

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from ream_stream import allotment, budget
-from ream_stream import plan as planning
+from ream_stream import allotment, budget, planning
 from ream_stream.allotment import CHUNKS, NORMS, OUTPUTS, SUMS
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.errors import OverBudgetError

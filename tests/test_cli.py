@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ream_stream import plan
+from ream_stream import planning
 from ream_stream.__main__ import main
 from ream_stream.cli import cli, job, options, progress, style, tables
 from ream_stream.demo import CHECKPOINT
@@ -428,7 +428,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 def test_a_full_disk_is_refused_unless_the_run_has_what_it_needs(
     capsys, monkeypatch, words, finished, tmp_path
 ):
-    monkeypatch.setattr(plan, "free_bytes", lambda _path: 0)
+    monkeypatch.setattr(planning, "free_bytes", lambda _path: 0)
     status, _, err = call(capsys, *words(tmp_path / "output"))
     assert status == 12
     assert "on the disk of" in err
@@ -440,8 +440,8 @@ def test_hidden_states_are_counted_on_the_disk_of_the_work_folder(
     capsys, monkeypatch, words, tmp_path
 ):
     work = tmp_path / "work"
-    monkeypatch.setattr(plan, "same_disk", lambda *_: False)
-    monkeypatch.setattr(plan, "free_bytes", lambda path: 0 if path == work else 1 << 40)
+    monkeypatch.setattr(planning, "same_disk", lambda *_: False)
+    monkeypatch.setattr(planning, "free_bytes", lambda path: 0 if path == work else 1 << 40)
     status, _, err = call(capsys, *words(tmp_path / "output", "--work-dir", work))
     assert status == 12
     # two boundaries of 4 x 12 tokens of 32 numbers in float32

@@ -33,7 +33,8 @@ from ream_stream.events import LayerDone
 from ream_stream.finish import MANIFEST
 from ream_stream.journal import Workspace
 from ream_stream.pipeline import compress
-from ream_stream.plan import Plan, make_plan
+from ream_stream.plan import Plan
+from ream_stream.planning import make_plan
 from ream_stream.refit_budget import KEPT
 from ream_stream.settings import Method, Settings
 

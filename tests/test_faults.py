@@ -34,7 +34,7 @@ from ream_stream.__main__ import main
 from ream_stream.cli import progress, tables
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import LayerDone
-from ream_stream.plan import make_plan
+from ream_stream.planning import make_plan
 
 # a verb has the name of the module
 REPORT = importlib.import_module("ream_stream.cli.report")

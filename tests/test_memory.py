@@ -21,7 +21,7 @@ import ream_stream
 from ream_stream import budget
 from ream_stream.checkpoint.source import MappedTensors, open_checkpoint
 from ream_stream.errors import OverBudgetError
-from ream_stream.plan import make_plan
+from ream_stream.planning import make_plan
 from ream_stream.settings import Method, Settings
 
 pytestmark = [

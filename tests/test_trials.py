@@ -32,7 +32,7 @@ from ream_stream.errors import InterruptedRunError, UsageError
 from ream_stream.evaluate import evaluate
 from ream_stream.events import Finished, Step
 from ream_stream.pareto import correlation, front, hypervolume, reference
-from ream_stream.plan import make_plan
+from ream_stream.planning import make_plan
 from ream_stream.settings import Method
 from ream_stream.trials import ALL, ORIGINAL, Bench, Outcome, Trial, run_trials, spread, summary
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from ream_stream.checkpoint.source import open_checkpoint
-from ream_stream.plan import make_plan
+from ream_stream.planning import make_plan
 from ream_stream.rates import UNCOUNTED, Rates, forecast
 from ream_stream.work import PHASES, Work, total, work_of
 

@@ -24,7 +24,8 @@ from ream_stream.events import Event, LayerDone
 from ream_stream.journal import Workspace
 from ream_stream.model import Batch, StreamedModel
 from ream_stream.pipeline import compress
-from ream_stream.plan import Plan, make_plan
+from ream_stream.plan import Plan
+from ream_stream.planning import make_plan
 from ream_stream.settings import Method, Settings
 
 CPU = torch.device("cpu")

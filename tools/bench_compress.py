@@ -73,7 +73,7 @@ def measure(
     from ream_stream.events import Finished
     from ream_stream.journal import Workspace
     from ream_stream.pipeline import compress
-    from ream_stream.plan import make_plan
+    from ream_stream.planning import make_plan
     from ream_stream.settings import Method, Settings
 
     device = torch.device("cpu")

@@ -53,7 +53,7 @@ from ream_stream.finish import MANIFEST
 from ream_stream.journal import Workspace
 from ream_stream.memory import available_bytes
 from ream_stream.pipeline import compress
-from ream_stream.plan import RAM_SHARE, make_plan
+from ream_stream.planning import RAM_SHARE, make_plan
 from ream_stream.scores import Evaluation
 from ream_stream.settings import Method, Settings
 from ream_stream.trials import Bench

@@ -37,7 +37,7 @@ from ream_stream.events import LayerDone
 from ream_stream.journal import Workspace
 from ream_stream.method.saliency import SALIENCIES
 from ream_stream.pipeline import compress
-from ream_stream.plan import make_plan
+from ream_stream.planning import make_plan
 from ream_stream.settings import REFIT_TARGETS, Method, Settings
 
 LENGTH = 256

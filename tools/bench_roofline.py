@@ -30,7 +30,8 @@ from ream_stream.events import Finished
 from ream_stream.journal import Workspace
 from ream_stream.memory import anonymous_bytes, bound_kernel_caches
 from ream_stream.pipeline import compress
-from ream_stream.plan import Plan, make_plan
+from ream_stream.plan import Plan
+from ream_stream.planning import make_plan
 from ream_stream.settings import Method, Settings
 from ream_stream.sizes import format_size
 from ream_stream.work import work_of

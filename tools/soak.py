@@ -28,7 +28,8 @@ from ream_stream.calibration.tokens import Tokens, from_tensors
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.journal import Workspace, load
 from ream_stream.pipeline import compress
-from ream_stream.plan import Plan, make_plan
+from ream_stream.plan import Plan
+from ream_stream.planning import make_plan
 from ream_stream.settings import Method, Settings
 from ream_stream.skeleton import build_skeleton
 

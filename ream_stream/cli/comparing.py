@@ -21,7 +21,7 @@ from ream_stream.errors import UsageError
 from ream_stream.events import Event, LayerDone, Started
 from ream_stream.memory import available_bytes
 from ream_stream.pareto import correlation, front, hypervolume, reference
-from ream_stream.plan import RAM_SHARE
+from ream_stream.planning import RAM_SHARE
 from ream_stream.trials import ALL, ORIGINAL, Bench, Outcome, Trial, rows, run_trials, summary
 
 from .job import compute_dtype, num_experts

@@ -23,7 +23,8 @@ from ream_stream.hub import streamed
 from ream_stream.journal import Journal, Workspace, check_fingerprint, load
 from ream_stream.memory import available_bytes, trim
 from ream_stream.pipeline import fingerprint
-from ream_stream.plan import RAM_SHARE, Plan, check_disk, make_plan
+from ream_stream.plan import Plan
+from ream_stream.planning import RAM_SHARE, check_disk, make_plan
 from ream_stream.rates import Forecast, forecast
 from ream_stream.settings import Settings
 

@@ -23,7 +23,7 @@ from ream_stream.evaluation_plan import plan_evaluation
 from ream_stream.events import Step
 from ream_stream.layer_errors import LayerError, layer_errors
 from ream_stream.memory import available_bytes
-from ream_stream.plan import RAM_SHARE
+from ream_stream.planning import RAM_SHARE
 from ream_stream.scores import Evaluation, Mean, finite
 
 from .job import compute_dtype as dtype_of
