@@ -52,6 +52,9 @@ class Family:
     count_keys: tuple[str, ...] = _EXPERTS
     """Keys of config.json that may hold the number of routed experts."""
 
+    count_lists: tuple[str, ...] = ()
+    """Keys of lists in which the same number may stand again."""
+
     routers: tuple[str, ...] = _GATE
     """Router-side tensors, as they are named inside the MoE block on disk; one axis is E."""
 
@@ -94,6 +97,7 @@ FAMILIES: Mapping[str, Family] = {
     "hunyuan_v1_moe": Family(routers=("gate.wg.weight",)),
     "ernie4_5_moe": Family(
         count_keys=("moe_num_experts",),
+        count_lists=("moe_capacity",),
         routers=("gate.weight", "moe_statics.e_score_correction_bias"),
     ),
     "gemma4_text": Family(
@@ -202,8 +206,12 @@ def with_expert_count(config: Mapping[str, Any], family: Family, count: int) -> 
     patched = dict(config)
     if text_config(config) is not config:
         patched["text_config"] = with_expert_count(text_config(config), family, count)
+    before = {config[key] for key in family.count_keys if isinstance(config.get(key), int)}
     for key in family.count_keys:
         if key in patched:
             old = patched[key]
             patched[key] = [count] * len(old) if isinstance(old, Sequence) else count
+    for key in family.count_lists:
+        if isinstance(patched.get(key), list):
+            patched[key] = [count if each in before else each for each in patched[key]]
     return patched

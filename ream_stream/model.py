@@ -187,11 +187,12 @@ class StreamedModel:
 
     @property
     def top_k(self) -> int:
-        """Experts a token is sent to."""
-        first = next(layer.index for layer in self.layers if layer.stack)
-        config = self.text_config
-        top_k = getattr(self.router(first), "top_k", None) or config.top_k_experts
-        return int(top_k)
+        """Experts a token is sent to, in the layer where they are most."""
+        routers = [self.router(layer.index) for layer in self.layers if layer.stack]
+        return max(
+            int(getattr(router, "top_k", None) or self.text_config.top_k_experts)
+            for router in routers
+        )
 
     @contextmanager
     def open_outside(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ from ream_stream.pipeline import fingerprint
 from ream_stream.plan import Plan
 from ream_stream.planning import RAM_SHARE, check_disk, make_plan
 from ream_stream.rates import Forecast, forecast
+from ream_stream.serving import check_served
 from ream_stream.settings import Settings
 
 from .options import RunOptions, check_usage, settings_for
@@ -110,6 +111,8 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         workspace=workspace,
         journal=journal,
     )
+    if not options.any_count:
+        check_served(settings.experts, plan.num_experts, plan.routing_groups)
     if workspace is not None:
         check_disk(plan, workspace.output, workspace.work, journal)
     job = Job(

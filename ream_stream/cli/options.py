@@ -60,6 +60,7 @@ class RunOptions:
     output: Path | None
     experts: int | None
     keep: Fraction | None
+    any_count: bool
     method: str
     saliency: str | None
     grouping: str | None
@@ -196,6 +197,13 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
             type=Percent(),
             metavar="PERCENT",
             help="The same as a share, such as 75%; rounded down to whole experts.",
+        ),
+        option(
+            "Experts",
+            "--any-count",
+            is_flag=True,
+            help="Keep a number of experts too that is not a multiple of 4, which the kernels "
+            "of some servers refuse.",
         ),
         option(
             method,

@@ -15,6 +15,7 @@ from ream_stream.device import is_here
 from ream_stream.durable import free_bytes
 from ream_stream.plan import Plan
 from ream_stream.rates import Forecast
+from ream_stream.serving import serving_notes
 from ream_stream.sizes import format_size
 from ream_stream.work import Work
 
@@ -110,6 +111,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "experts_before": plan.num_experts,
         "experts_after": plan.settings.experts,
         "experts_per_token": plan.top_k,
+        "notes": notes_of(plan),
         "settings": plan.settings.fields(),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
@@ -132,6 +134,12 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "committed_layers": len(job.journal.layers) if job.journal else 0,
         "forecast": None if job.forecast is None else forecast_facts(job.forecast),
     }
+
+
+def notes_of(plan: Plan) -> list[str]:
+    """Return what a server may make of the new number of experts, if it is a new one."""
+    experts = plan.settings.experts
+    return [] if experts == plan.num_experts else serving_notes(experts)
 
 
 def forecast_facts(forecast: Forecast) -> dict[str, Any]:
@@ -166,6 +174,7 @@ def plan_table(job: Job, options: RunOptions) -> Table:
             ("family", known["family"]),
             ("layers", f"{len(plan.layers)}" + (f", {dense} of them dense" if dense else "")),
             ("experts a layer", _experts(job, options)),
+            *(("  note", note) for note in known["notes"]),
             ("experts a token", str(plan.top_k)),
             ("method", _method(job, options)),
             (
