@@ -1,8 +1,10 @@
 """An output held against its source: what was not merged must be the source's bytes."""
 
+import filecmp
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,10 @@ from .checkpoint.source import Checkpoint, MappedTensors, open_checkpoint
 from .checkpoint.stacks import ExpertStack
 from .checks import Subject
 from .errors import ReamStreamError
+from .families import Family
+from .finish import copied_files
 from .manifest import LayerGroups
+from .mtp import COUNT_KEYS
 from .verify import Finding
 
 CHECK = "against"
@@ -23,7 +28,8 @@ def against(output: Path, source: Path) -> Iterator[Finding]:
     """Compare an output with the checkpoint it was made from.
 
     Every tensor is compared byte for byte, but those of merged experts: experts of
-    groups of one with their centroid, the router's with the centroids' rows.
+    groups of one with their centroid, the router's with the centroids' rows. So are config
+    and other files, but for what a compression changes.
 
     Parameters
     ----------
@@ -42,11 +48,58 @@ def against(output: Path, source: Path) -> Iterator[Finding]:
         if original.digest() != subject.manifest.fingerprint.get("source"):
             yield _bad(f"{source} is not the checkpoint that {output} was made from")
             return
+        drifted = list(_drifted(subject, original))
+        yield from map(_bad, drifted)
+        yield from _documents(subject, original)
+        if drifted:
+            return  # tensor by tensor it would be told again
         origins = _origins(subject, original)
         for path in subject.checkpoint.files():
             yield from _shard(subject.checkpoint, original, origins, path.name)
     except (ReamStreamError, OSError) as error:
         yield _bad(str(error))
+
+
+def _drifted(subject: Subject, original: Checkpoint) -> Iterator[str]:
+    """Find tensors that the source has not, or has in another dtype: merged ones too."""
+    if subject.manifest.fingerprint.get("dtype") == "bfloat16":
+        return
+    for name, entry in subject.checkpoint.entries.items():
+        old = original.entries.get(name)
+        if old is None:
+            yield f"{name} is no tensor of the source"
+        elif old.dtype != entry.dtype:
+            yield f"{name} is {entry.dtype}, in the source {old.dtype}"
+
+
+def _documents(subject: Subject, original: Checkpoint) -> Iterator[Finding]:
+    """Compare config.json but for the counts, and the bytes of all files that are copied."""
+    bad = [
+        f"config.json differs from the source's in {key}"
+        for key in _differences(original.config, subject.checkpoint.config, subject.family)
+    ]
+    copied = copied_files(original)
+    for name in copied:
+        have, want = subject.folder / name, original.folder / name
+        if not have.is_file() or not filecmp.cmp(have, want, shallow=False):
+            bad.append(f"{name} is not the source's byte for byte")
+    yield from map(_bad, bad)
+    if not bad:
+        message = f"config.json differs in counts alone, {len(copied)} other files not at all"
+        yield Finding(check=CHECK, ok=True, message=message)
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], family: Family
+) -> Iterator[str]:
+    """Yield the keys that differ, but for those that a compression changes."""
+    changing = {*family.count_keys, *family.count_lists, *COUNT_KEYS, "quantization_config"}
+    for key in sorted((old.keys() | new.keys()) - changing):
+        one, other = old.get(key), new.get(key)
+        if key == "text_config" and isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, family)
+        elif one != other or (key in old) != (key in new):
+            yield key
 
 
 Pieces = Callable[[MappedTensors, MappedTensors], Iterator[tuple[Tensor, Tensor]]]

@@ -5,7 +5,6 @@ is wrong, saying what and where.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +13,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint.formats.skipped import SKIP_KEYS
-from .checkpoint.quantized import find_quantized
 from .checkpoint.source import INDEX, MAX_JSON_BYTES, Checkpoint, open_checkpoint, read_object
 from .checkpoint.stacks import ExpertStack
+from .consistency import dtype_problems, format_problems, list_problems
 from .durable import PARTIAL
 from .families import Family, family_of, text_config
 from .finish import MANIFEST
@@ -173,20 +171,10 @@ def _config_counts(subject: Subject) -> dict[str, Any]:
     return counts
 
 
-def _formats(subject: Subject) -> Iterator[str]:
-    checkpoint = subject.checkpoint
-    described = checkpoint.quantization
-    quantized = find_quantized(checkpoint.entries, described)
-    if quantized and described is None:
-        yield f"{min(quantized)} is quantized, config.json has no quantization_config"
-    if described is not None and not quantized:
-        yield "config.json has a quantization_config, no tensor is quantized"
+def _lists(subject: Subject) -> Iterator[str]:
+    modules = [name for name, _ in subject.model.model.named_modules()]
     most = max((stack.count for stack in subject.stacks.values()), default=0)
-    for key in SKIP_KEYS:
-        for name in (described or {}).get(key) or ():
-            match = re.search(r"\.experts\.(\d+)(?:\.|$)", str(name))
-            if match and int(match[1]) >= most:
-                yield f"quantization_config names {name} in {key}: there is no such expert"
+    yield from list_problems(subject.checkpoint, modules, most)
 
 
 def _kept(subject: Subject) -> Iterator[str]:
@@ -292,8 +280,14 @@ CHECKS: tuple[Check, ...] = (
     Check(
         name="formats",
         good="config.json tells of quantized tensors what there are",
-        problems=_formats,
+        problems=lambda subject: format_problems(subject.checkpoint),
         needs=("headers", "experts"),
+    ),
+    Check(
+        name="dtypes",
+        good="no tensor has another dtype than in the other layers",
+        problems=lambda subject: dtype_problems(subject.checkpoint),
+        needs=("headers",),
     ),
     Check(
         name="kept",
@@ -312,6 +306,12 @@ CHECKS: tuple[Check, ...] = (
         good="transformers' class for config.json has a place for every tensor",
         problems=_model,
         needs=("headers",),
+    ),
+    Check(
+        name="lists",
+        good="quantization_config names no module that is gone",
+        problems=_lists,
+        needs=("headers", "experts", "model"),
     ),
     Check(
         name="routing",

@@ -14,7 +14,7 @@ import transformers
 from . import __version__, durable
 from .calibration.tokens import Tokens
 from .card import CARD, card
-from .checkpoint.source import INDEX
+from .checkpoint.source import INDEX, Checkpoint
 from .journal import Journal, Workspace
 from .plan import Plan
 
@@ -30,7 +30,7 @@ def output_files(plan: Plan) -> tuple[str, ...]:
     return (
         *(shard.name for shard in [*shards, *plan.outside]),
         "config.json",
-        *_copied(plan),
+        *copied_files(plan.source),
         INDEX,
         CARD,
         MANIFEST,
@@ -45,7 +45,7 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
     """
     output = workspace.output
     durable.write_json(output / "config.json", plan.config)
-    for name in _copied(plan):
+    for name in copied_files(plan.source):
         durable.make_directory((output / name).parent)
         durable.copy_file(plan.source.folder / name, output / name)
     durable.write_json(output / INDEX, _index(plan))
@@ -53,10 +53,9 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
     durable.write_json(output / MANIFEST, _manifest(plan, journal))
 
 
-def _copied(plan: Plan) -> list[str]:
-    """Return the names of the source's files that are copied, relative to its folder."""
-    folder = plan.source.folder
-    names = [path.relative_to(folder).as_posix() for path in plan.source.other_files()]
+def copied_files(source: Checkpoint) -> list[str]:
+    """Return the names of a source's files that are copied, relative to its folder."""
+    names = [path.relative_to(source.folder).as_posix() for path in source.other_files()]
     return [name for name in names if name not in {MANIFEST, CARD}]
 
 

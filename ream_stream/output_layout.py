@@ -1,11 +1,10 @@
 """Lays out the files of the output: each layer's tensors, their shapes, and config.json."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .checkpoint.formats import Stored, rename_skipped
+from .checkpoint.formats import Modules, Stored, rename_skipped
 from .checkpoint.header import TensorEntry
 from .checkpoint.quantized import tensors_of
 from .checkpoint.shards import PlannedTensor, Shard, cut, name_shards
@@ -91,22 +90,20 @@ def decoded_matrices(model: StreamedModel) -> dict[str, Stored]:
     }
 
 
-def _kept_module(name: str, count: int) -> str | None:
-    """Return a module's name; None for that of an expert whose number there is no more."""
-    match = re.search(r"\.experts\.(\d+)(\.|$)", name)
-    return None if match and int(match[1]) >= count else name
-
-
-def output_config(source: Checkpoint, family: Family, settings: Settings) -> dict[str, Any]:
-    """Return config.json of the output."""
+def output_config(
+    source: Checkpoint, family: Family, settings: Settings, names: Iterable[str]
+) -> dict[str, Any]:
+    """Return config.json of the output, whose tensors and modules have these names."""
     config = with_expert_count(source.config, family, settings.experts)
     if settings.mtp == "drop":
         config = without_mtp(config)
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and isinstance(part.get("quantization_config"), dict):
-            part["quantization_config"] = rename_skipped(
-                part["quantization_config"], lambda name: _kept_module(name, settings.experts)
-            )
+    if source.quantization:
+        known = Modules(names, settings.experts)
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and isinstance(part.get("quantization_config"), dict):
+                part["quantization_config"] = rename_skipped(
+                    part["quantization_config"], lambda name: name if name in known else None
+                )
     if settings.dtype == "bfloat16":
         config.pop("quantization_config", None)
         if isinstance(config.get("text_config"), dict):

@@ -102,6 +102,9 @@ def make_plan(
     check_counts(settings, num_experts, model.top_k, routing_groups, groups_per_token)
     decoded = decoded_matrices(model) if settings.dtype == "bfloat16" else {}
     layers, outside = lay_out(model, family, num_experts, settings, decoded)
+    shards = [*(shard for layer in layers for shard in layer.shards), *outside]
+    names = [tensor.name for shard in shards for tensor in shard.tensors]
+    names += [name for name, _ in model.model.named_modules()]
     size = Size(
         sequences=sequences,
         length=sequence_length,
@@ -113,7 +116,7 @@ def make_plan(
     plan = Plan(
         settings=settings,
         source=source,
-        config=output_config(source, family, settings),
+        config=output_config(source, family, settings, names),
         family=family,
         num_experts=num_experts,
         top_k=model.top_k,

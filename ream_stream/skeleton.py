@@ -119,6 +119,31 @@ def text_part(model: PreTrainedModel, layers_path: str) -> tuple[str, ...]:
     return (layers_path.rpartition(".")[0] + ".", *(path + "." for path in paths))
 
 
+def places(
+    model: PreTrainedModel, names: Iterable[str]
+) -> Iterator[tuple[str, str, str, WeightConverter | None]]:
+    """Yield, for each checkpoint tensor, where transformers loads it, by its own mapping.
+
+    Yields
+    ------
+    tuple
+        The tensor's name; that of its parameter or buffer, which need not be the model's; and
+        if it is changed while loading, the pattern of its name and what changes it.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    for name in sorted(names):
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
+        if target not in state and name in state:
+            target, pattern = name, None
+        converter = next((c for c in converters if pattern in c.source_patterns), None)
+        yield name, target, pattern or "", converter
+
+
 def key_targets(
     model: PreTrainedModel, names: Iterable[str], within: tuple[str, ...]
 ) -> dict[str, str]:
@@ -132,21 +157,12 @@ def key_targets(
     UnsupportedModelError
         A tensor is changed while loading in a way that is not read.
     """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     targets, order = {}, {}
-    for name in sorted(names):
-        target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
-        if target not in state and name in state:
-            target, pattern = name, None
+    for name, target, pattern, converter in places(model, names):
         if target not in state or not target.startswith(within):
             continue
-        if pattern is not None and ".experts." not in target:
-            converter = next(c for c in converters if pattern in c.source_patterns)
+        if converter is not None and ".experts." not in target:
             steps = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
             order[name] = converter.source_patterns.index(pattern)
             if steps != [(Concatenate, 0)]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from .checks import CHECKS, Subject
 from .errors import ReamStreamError, UsageError
 from .finite import is_finite
+from .loading import LOAD, RUN
+from .serving import serving_notes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +28,9 @@ class Finding:
 
     message: str
     """One sentence: what, and where."""
+
+    is_note: bool = False
+    """Whether it is no result, but something that the user may want to know."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +50,9 @@ class ShardCheck:
     """Checks without which it tells nothing new."""
 
 
-def verify(output: Path, *, scan: bool = True) -> Iterator[Finding]:
+def verify(
+    output: Path, *, scan: bool = True, load: bool = False, run: bool = False
+) -> Iterator[Finding]:
     """Check an output folder.
 
     Parameters
@@ -55,6 +62,11 @@ def verify(output: Path, *, scan: bool = True) -> Iterator[Finding]:
     scan
         Whether to read all bytes, for digests and for numbers that are not finite. Without
         it only headers and documents are read.
+    load
+        Whether to look for the place of every tensor in transformers' class, and for a tensor
+        for every place.
+    run
+        Whether to run some tokens through all layers.
 
     Yields
     ------
@@ -70,11 +82,12 @@ def verify(output: Path, *, scan: bool = True) -> Iterator[Finding]:
     if not output.is_dir():
         raise UsageError(f"{output} is not a folder")
     subject, failed = Subject(output), set[str]()
-    for check in CHECKS:
+    for check in (*CHECKS, *([LOAD] if load else []), *([RUN] if run else [])):
         if failed.isdisjoint(check.needs):
             for finding in _findings(check.name, check.good, check.problems(subject)):
                 yield finding
                 failed |= set() if finding.ok else {finding.check}
+    yield from _notes(subject, failed)
     if not scan or "headers" in failed:
         return
     for shard in [path.name for path in subject.checkpoint.files()]:
@@ -82,6 +95,15 @@ def verify(output: Path, *, scan: bool = True) -> Iterator[Finding]:
             if failed.isdisjoint(each.needs):
                 good = each.good.format(shard=shard)
                 yield from _findings(each.name, good, each.problems(subject, shard))
+
+
+def _notes(subject: Subject, failed: set[str]) -> Iterator[Finding]:
+    """Tell what servers make of the number of experts, if it is known and a new one."""
+    if failed.isdisjoint(("manifest", "headers", "experts", "kept")):
+        manifest = subject.manifest
+        if manifest.after != manifest.before:
+            for note in serving_notes(manifest.after):
+                yield Finding(check="serving", ok=True, is_note=True, message=note)
 
 
 def _findings(name: str, good: str, problems: Iterator[str]) -> Iterator[Finding]:

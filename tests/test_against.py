@@ -1,6 +1,7 @@
 """An output compared with its source, tensor by tensor."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -22,7 +23,7 @@ def test_what_was_not_merged_is_the_source_byte_for_byte(name, grouping, checkpo
     ).output
     findings = list(against(done, checkpoints(name)))
     assert all(finding.ok for finding in findings)
-    merged = sum(int(f.message.split()[-2]) for f in findings)
+    merged = sum(int(f.message.split()[-2]) for f in findings if f.message.endswith(" merged"))
     assert (merged > 0) == (grouping == "ream")
 
 
@@ -43,3 +44,48 @@ def test_another_source_is_refused(checkpoints, tmp_path):
         checkpoints("qwen3_moe"), tmp_path / "out", tiny.settings(grouping="none")
     ).output
     assert "is not the checkpoint" in bad(done, checkpoints("olmoe"))[0]
+
+
+@pytest.fixture
+def copy(checkpoints, tmp_path):
+    """Give a source with a file in a folder, and an output of it that may be damaged."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("qwen3_moe"), source)
+    (source / "code").mkdir()
+    (source / "code" / "template.jinja").write_text("{{ bos_token }}", encoding="utf-8")
+    return source, tiny.run(source, tmp_path / "out", tiny.settings()).output
+
+
+def test_a_copied_file_that_was_changed_or_lost_is_told(copy):
+    source, done = copy
+    assert bad(done, source) == []
+    (done / "code" / "template.jinja").write_text("{{ eos_token }}", encoding="utf-8")
+    (done / "tokenizer.json").unlink()
+    assert bad(done, source) == [
+        "code/template.jinja is not the source's byte for byte",
+        "tokenizer.json is not the source's byte for byte",
+    ]
+
+
+def test_a_config_that_differs_in_more_than_counts_is_told(copy):
+    source, done = copy
+    config = tiny.read_config(done)
+    del config["rms_norm_eps"]
+    config["rope_theta_"] = None
+    (done / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert bad(done, source) == [
+        f"config.json differs from the source's in {key}"
+        for key in ("rms_norm_eps", "rope_theta_")
+    ]
+
+
+def test_a_merged_tensor_of_another_dtype_is_told_though_its_bytes_are_new(copy):
+    source, done = copy
+    tensors = tiny.load_tensors(done)
+    manifest = json.loads((done / "ream_stream.json").read_bytes())
+    groups = manifest["layers"][0]["groups"]
+    merged = next(n for n, group in enumerate(groups) if len(group) > 1)
+    name = f"model.layers.0.mlp.experts.{merged}.up_proj.weight"
+    tiny.save_tensors(done, {**tensors, name: tensors[name].float()})
+    (done / "model.safetensors.index.json").unlink(missing_ok=True)
+    assert bad(done, source) == [f"{name} is F32, in the source BF16"]

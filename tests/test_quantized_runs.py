@@ -155,25 +155,33 @@ def test_gate_and_up_of_a_merged_expert_share_the_outer_scale(merged):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "words"),
+    ("check", "change", "words"),
     [
-        ("gpt_oss-mxfp4", lambda c: c.pop("quantization_config"), "has no quantization_config"),
+        ("formats", lambda c: c.pop("quantization_config"), "has no quantization_config"),
         (
-            "gpt_oss-mxfp4",
+            "lists",
             lambda c: c["quantization_config"].update(
-                modules_to_not_convert=["lm_head", "model.layers.0.mlp.experts.6"]
+                modules_to_not_convert=["lm_head", "mlp.router", "model.layers.0.mlp.experts.6"]
             ),
-            "there is no such expert",
+            "names model.layers.0.mlp.experts.6 in modules_to_not_convert: there is no such",
+        ),
+        (
+            "lists",
+            lambda c: c["quantization_config"].update(
+                ignore=["layers.2.self_attn.q_proj", "model.layers.3.self_attn", "x.layers.*"]
+            ),
+            "names model.layers.3.self_attn in ignore",
         ),
     ],
 )
-def test_a_config_that_tells_another_format_is_seen(merged, tmp_path, name, change, words):
+def test_a_config_that_tells_another_format_is_seen(merged, tmp_path, check, change, words):
     output = tmp_path / "out"
-    shutil.copytree(merged(name).output, output)
+    shutil.copytree(merged("gpt_oss-mxfp4").output, output)
     config = tiny.read_config(output)
     change(config)
     (output / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (finding,) = (f for f in verify(output, scan=False) if f.check == "formats" and not f.ok)
+    (finding,) = (f for f in verify(output, scan=False) if not f.ok)
+    assert finding.check == check
     assert words in finding.message
 
 
@@ -184,8 +192,11 @@ def test_lists_of_modules_lose_experts_that_are_gone(tmp_path):
         "lm_head",
         "re:.*self_attn.*",
         *(f"model.layers.1.mlp.experts.{e}.up_proj" for e in (0, 5, 6, 7)),
+        "model.layers.2.mlp.gate",
+        "model.layers.3.mlp.gate",  # there never was one
     ]
     (coded / "config.json").write_text(json.dumps(config), encoding="utf-8")
     done = run(coded, tmp_path / "out", settings(KEEP, grouping="none"))
     left = tiny.read_config(done.output)["quantization_config"]["ignore"]
-    assert left == config["quantization_config"]["ignore"][:4]
+    listed = config["quantization_config"]["ignore"]
+    assert left == [*listed[:4], "model.layers.2.mlp.gate"]

@@ -11,16 +11,22 @@ from safetensors.torch import load_file, save_file
 
 from ream_stream import finite as module
 from ream_stream import verify as verification
+from ream_stream.checkpoint.formats import Modules
 from ream_stream.checks import CHECKS, Subject
 from ream_stream.demo import CHECKPOINT
 from ream_stream.errors import UsageError
 from ream_stream.finish import MANIFEST
+from ream_stream.loading import LOAD, RUN
 from ream_stream.memory import gauge
+from ream_stream.serving import serving_notes
 from ream_stream.verify import SHARD_CHECKS, verify
+
+ALL = (*CHECKS, LOAD, RUN, *SHARD_CHECKS)
 
 INDEX, CONFIG = tiny.INDEX, "config.json"
 EXPERTS = "model.layers.0.mlp.experts"
 """Of the first MoE layer of qwen3_moe."""
+NORM = "model.layers.0.input_layernorm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +387,36 @@ DAMAGES = [
         "no 8 finite saliencies",
     ),
     ("a flipped bit", flip_last_byte, "digest", "its bytes changed"),
+    (
+        "a tensor of another dtype in one layer",
+        change_tensors(lambda tensors: tensors.update({NORM: tensors[NORM].float()})),
+        "dtypes",
+        f"{NORM} is F32, in most layers it is BF16",
+    ),
+    (
+        "a list of a layer that is gone",
+        set_config(quantization_config={"ignore": ["model.layers.3.mlp.gate"]}),
+        "lists",
+        "names model.layers.3.mlp.gate in ignore: there is no such module",
+    ),
+    (
+        "a tensor of no module",
+        change_tensors(lambda tensors: tensors.update({"model.draft.weight": torch.ones(3)})),
+        "load",
+        "model.draft.weight has no place in Qwen3MoeForCausalLM",
+    ),
+    (
+        "a huge norm",
+        change_tensors(lambda tensors: tensors["model.norm.weight"].fill_(3e38)),
+        "run",
+        "the logits are not finite",
+    ),
+    (
+        "huge weights of a layer",
+        change_tensors(lambda t: t["model.layers.1.self_attn.o_proj.weight"].fill_(3e38)),
+        "run",
+        "what leaves layer 1 is not finite",
+    ),
     ("a planted NaN", plant(math.nan), "finite", "q_proj.weight in model-"),
     ("a planted infinity", plant(-math.inf), "finite", "q_proj.weight in model-"),
     ("a planted NaN, by digest", plant(math.nan), "digest", "its bytes changed"),
@@ -389,9 +425,9 @@ DAMAGES = [
 
 @pytest.mark.parametrize("name", tiny.families())
 def test_a_good_output_of_every_family_passes_every_check(outputs, name):
-    findings = list(verify(outputs(name, 6)))
+    findings = list(verify(outputs(name, 6), load=True, run=True))
     assert [finding for finding in findings if not finding.ok] == []
-    assert {f.check for f in findings} == {check.name for check in (*CHECKS, *SHARD_CHECKS)}
+    assert {f.check for f in findings if not f.is_note} == {check.name for check in ALL}
 
 
 @pytest.mark.parametrize("grouping", ["none", "mc-smoe", "hc-smoe"])
@@ -406,13 +442,28 @@ def test_a_good_output_of_every_grouping_passes(outputs, name, grouping):
 )
 def test_a_damaged_output_fails_the_check_that_is_there_for_it(output, damage, check, words):
     damage(output)
-    found = failures(output)
+    found = failures(output, load=check == LOAD.name, run=check == RUN.name)
     assert check in found
     assert any(words in message for message in found[check]), found[check]
 
 
 def test_every_check_has_a_damage_it_is_shown_to_find():
-    assert {check for _, _, check, _ in DAMAGES} == {c.name for c in (*CHECKS, *SHARD_CHECKS)}
+    assert {check for _, _, check, _ in DAMAGES} == {check.name for check in ALL}
+
+
+def test_what_servers_refuse_is_told_of_a_good_output(output):
+    notes = [finding.message for finding in verify(output, scan=False) if finding.is_note]
+    assert notes == serving_notes(6)
+
+
+def test_a_list_is_followed_in_a_wrapper_and_under_a_part_of_a_name():
+    known = Modules(["model.language_model.layers.0.mlp.gate.weight"], 4)
+    for name in ("lm_head", "mlp.gate", "layers.0.mlp", "language_model.layers.0.mlp.gate"):
+        assert name in known
+    for name in ("layers.1.mlp", "layers.0.mlp.up", "layers.0.ml", "ayers.0.mlp"):
+        assert name not in known
+    assert "layers.7.mlp.experts.3.up_proj" in known
+    assert "layers.7.mlp.experts.4.up_proj" not in known
 
 
 def test_a_flipped_bit_is_found_by_its_digest_alone(output):
@@ -451,7 +502,8 @@ def test_without_a_scan_no_tensor_is_read(output):
     plant(math.nan)(output)
     found = failures(output, scan=False)
     assert found == {}
-    assert {f.check for f in verify(output, scan=False)} == {check.name for check in CHECKS}
+    findings = [finding for finding in verify(output, scan=False) if not finding.is_note]
+    assert {finding.check for finding in findings} == {check.name for check in CHECKS}
 
 
 def test_all_of_the_damage_is_told_and_not_only_the_first(output):

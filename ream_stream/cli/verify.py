@@ -21,6 +21,18 @@ from .style import Verb, exit_statuses, json_option, option
 )
 @option(
     "Checks",
+    "--load",
+    is_flag=True,
+    help="Look for the place of every tensor in transformers' class, without loading it.",
+)
+@option(
+    "Checks",
+    "--run",
+    is_flag=True,
+    help="Run some tokens through the model, one layer in memory at a time.",
+)
+@option(
+    "Checks",
     "--against",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="SOURCE",
@@ -29,7 +41,15 @@ from .style import Verb, exit_statuses, json_option, option
 @json_option
 @click.pass_context
 def verify(
-    ctx: click.Context, /, output: Path, *, scan: bool, against: Path | None, as_json: bool
+    ctx: click.Context,
+    /,
+    output: Path,
+    *,
+    scan: bool,
+    load: bool,
+    run: bool,
+    against: Path | None,
+    as_json: bool,
 ) -> None:
     """Check that OUTPUT is whole, consistent and loads.
 
@@ -38,6 +58,7 @@ def verify(
     \b
         ream-stream verify ./Qwen3-23B
         ream-stream verify ./Qwen3-23B --against ./Qwen3-30B-A3B
+        ream-stream verify ./Qwen3-23B --load --run
         ream-stream verify ./Qwen3-23B --no-scan --json
     """
     from itertools import chain
@@ -49,10 +70,10 @@ def verify(
 
     findings = []
     compared = compare(output, against) if against else ()
-    for finding in chain(findings_of(output, scan=scan), compared):
+    for finding in chain(findings_of(output, scan=scan, load=load, run=run), compared):
         findings.append(finding)
         if not as_json:  # as they come: reading a large output takes minutes
-            word = "ok" if finding.ok else "FAILED"
+            word = "note" if finding.is_note else "ok" if finding.ok else "FAILED"
             click.echo(f"{word:6}  {finding.check:9}  {finding.message}")
     failed = sum(not finding.ok for finding in findings)
     if as_json:

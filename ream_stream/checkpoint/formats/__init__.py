@@ -12,7 +12,7 @@ from .fp8 import Fp8Block, Fp8Scaled
 from .int4 import Int4
 from .mxfp4 import Mxfp4
 from .nvfp4 import Nvfp4
-from .skipped import rename_skipped
+from .skipped import Modules, rename_skipped
 from .stored import Codec, Part, Plain
 
 SCHEMES: Mapping[str, type[Codec]] = {
@@ -27,6 +27,7 @@ __all__ = [
     "Fp8Block",
     "Fp8Scaled",
     "Int4",
+    "Modules",
     "Mxfp4",
     "Nvfp4",
     "Part",
