@@ -46,6 +46,19 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()  # noqa: TID251
 
 
+def restart_peak(device: torch.device) -> None:
+    """Begin a new `peak_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # noqa: TID251
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most that torch held of a GPU since `restart_peak`; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.max_memory_reserved(device))  # noqa: TID251
+
+
 def has_bf16_products(device: torch.device) -> bool:
     """Tell whether the device multiplies bf16 matrices faster than float32 ones.
 

@@ -83,6 +83,9 @@ class LayerDone:
     peak_anonymous_bytes: int
     """Highest anonymous memory while it was worked on."""
 
+    peak_device_bytes: int = 0
+    """Highest memory of the GPU while it was worked on; 0 if it was the processor's work."""
+
     refitted: Refitted | None = None
     """What refitting came to; None if it was not asked for, or the layer is dense."""
 
@@ -119,6 +122,9 @@ class Finished:
 
     peak_anonymous_bytes: int
     """Highest anonymous memory of this run."""
+
+    peak_device_bytes: int
+    """Highest memory of the GPU in this run; 0 if layers ran on the processor."""
 
     already_complete: bool
     """Nothing was left to do."""

@@ -16,7 +16,7 @@ from . import __version__, durable
 from .calibration.tokens import Tokens
 from .checkpoint.shards import write_shard
 from .content import Unchanged
-from .device import release
+from .device import peak_bytes, release, restart_peak
 from .errors import InterruptedRunError, OverBudgetError
 from .events import Event, Finished, Halved, LayerDone, Started
 from .finish import MANIFEST, output_files, write_rest
@@ -109,6 +109,7 @@ def compress(
     if plan.steady:
         return_freed_memory()
     seconds: dict[str, float] = {}
+    peak_device_bytes = 0
     complete = (workspace.output / MANIFEST).is_file()
     supply = plan.supply
     with gauge() as meter:
@@ -121,6 +122,8 @@ def compress(
                     supply.bring(layer.keys.index)
                     for event in _layer_that_fits(context, layer, journal, meter):
                         yield event
+                        if isinstance(event, LayerDone):
+                            peak_device_bytes = max(peak_device_bytes, event.peak_device_bytes)
                         _check_stop(stop_requested, journal, plan)
                     supply.release(layer.keys.index)
                 seconds = context.seconds
@@ -136,6 +139,7 @@ def compress(
         source_bytes=plan.source_bytes,
         seconds=seconds,
         peak_anonymous_bytes=peak,
+        peak_device_bytes=peak_device_bytes,
         already_complete=complete,
     )
 
@@ -211,6 +215,7 @@ def _layer(
     """Work on one layer and commit it."""
     before, index, plan = dict(context.seconds), layer.keys.index, context.plan
     meter.restart()
+    restart_peak(context.source.device)
     plan.source.check_unchanged(layer.keys.names)
     job = LayerJob(context, layer)
     yield from job.steps()
@@ -242,6 +247,7 @@ def _layer(
         written_bytes=sum(shard.size for shard in job.shards),
         seconds={k: v - before.get(k, 0.0) for k, v in context.seconds.items()},
         peak_anonymous_bytes=meter.peak,
+        peak_device_bytes=peak_bytes(context.source.device),
         excluded=len(context.excluded),
     )
 

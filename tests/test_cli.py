@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import click
@@ -819,6 +820,12 @@ def test_a_log_gets_one_line_for_each_layer():
         "layer 2/3  8 -> 6 experts, 2 merged  2.00 MB -> 1.50 MB  41 s  peak 700 MB  "
     )
     assert line.endswith(" left")
+
+
+def test_a_line_tells_the_memory_of_a_device_that_was_used():
+    event = replace(LAYER_DONE, peak_device_bytes=3_000_000_000)
+    line = progress.layer_line(event, 3, progress.Pace([1, 2, 4]))
+    assert line.endswith("peak 700 MB  device 3.00 GB")
 
 
 def test_a_terminal_gets_a_bar_beside_the_lines():

@@ -242,6 +242,8 @@ def layer_line(event: LayerDone, count: int, pace: Pace) -> str:
         format_seconds(sum(event.seconds.values())),
         f"peak {format_size(event.peak_anonymous_bytes)}",
     ]
+    if event.peak_device_bytes:
+        words.append(f"device {format_size(event.peak_device_bytes)}")
     if left and event.layer + 1 < count:
         words.append(f"{format_seconds(left)} left")
     return "  ".join(words)

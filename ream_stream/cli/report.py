@@ -40,6 +40,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "seconds_by_phase": dict(finished.seconds),
         "peak_anonymous_bytes": finished.peak_anonymous_bytes,
+        "peak_device_bytes": finished.peak_device_bytes,
     }
 
 
@@ -50,6 +51,13 @@ def say_summary(job: Job, outcome: Outcome, console: Console) -> None:
     checkpoint = job.plan.source
     # of a streamed one only headers are on the disk
     against = "" if checkpoint.fetch else f" --against {shlex.quote(str(checkpoint.folder))}"
+    on_device = [
+        (
+            "peak of device memory",
+            f"{format_size(finished.peak_device_bytes)}, "
+            f"planned {format_size(sum(job.plan.device_memory.values()))}",
+        )
+    ]
     if finished.already_complete:
         console.print("nothing was left to do")
     else:
@@ -68,6 +76,7 @@ def say_summary(job: Job, outcome: Outcome, console: Console) -> None:
                         f"{format_size(finished.peak_anonymous_bytes)}, "
                         f"planned {format_size(job.plan.memory_bytes)}",
                     ),
+                    *(on_device if finished.peak_device_bytes else []),
                 ],
                 title="Done",
             )
