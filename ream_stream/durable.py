@@ -14,7 +14,6 @@ anything of worth and may be deleted at any time.
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from typing import Any, BinaryIO, TextIO
 from safetensors.torch import save
 from torch import Tensor
 
+from .beside import Beside
 from .errors import DamagedError, OtherRunError, OverBudgetError, UsageError
 
 PARTIAL = ".partial"
@@ -82,14 +82,17 @@ def write_stream(path: Path, parts: Iterable[bytes | memoryview | FileRange]) ->
     OverBudgetError
         The disk is full. Nothing is left under the final name.
     """
-    digest, size = hashlib.sha256(), 0
-    with _partial(path) as file:
+    size = 0
+    with _partial(path) as file, Beside(file) as beside:
         for part in parts:
             for piece, origin in _pieces(part):
+                # what comes from a file was read for the digest alone
+                beside.hash(piece, lasting=origin is not None)
                 _fill(file, piece, origin)
-                digest.update(piece)
                 size += len(piece)
-    return Written(name=path.name, size=size, sha256=digest.hexdigest())
+                if origin is not None:
+                    beside.flush(len(piece))
+    return Written(name=path.name, size=size, sha256=beside.hexdigest())
 
 
 def write_bytes(path: Path, data: bytes) -> Written:

@@ -10,7 +10,7 @@ import torch
 from crash import run_in_child
 from safetensors.torch import load_file
 
-from ream_stream import durable
+from ream_stream import beside, durable
 from ream_stream.durable import FileRange
 from ream_stream.errors import DamagedError, OtherRunError, OverBudgetError
 
@@ -83,6 +83,34 @@ def test_the_kernel_copies_from_file_to_file_where_it_can(tmp_path, monkeypatch)
     assert [len(piece) for _, piece, _ in seen] == [1 << 22, 1 << 22, 10_000_000 - (1 << 23)]
     assert [start for _, _, (_, start) in seen] == [0, 1 << 22, 1 << 23]
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
+def test_the_disk_begins_with_a_large_copy_before_its_end(tmp_path, monkeypatch):
+    source, synced, fsync = tmp_path / "source", [], os.fsync
+    source.write_bytes(bytes(10_000_000))
+    monkeypatch.setattr(beside, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), fsync(fd))[1])
+    written = durable.copy_file(source, tmp_path / "copy")
+    # before the last one there were others
+    assert len([fd for fd in synced if fd == synced[0]]) > 1
+    assert written.sha256 == hashlib.sha256(bytes(10_000_000)).hexdigest()
+
+
+def test_a_disk_that_fails_before_the_end_of_a_copy_is_an_error(tmp_path, monkeypatch):
+    source, fsync, asked = tmp_path / "source", os.fsync, []
+    source.write_bytes(bytes(10_000_000))
+
+    def fails_once(descriptor):
+        asked.append(descriptor)
+        if len(asked) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(beside, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(os, "fsync", fails_once)
+    with pytest.raises(OSError, match="Input/output"):
+        durable.copy_file(source, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_small_safetensors_file_reads_back_with_its_metadata(tmp_path):

@@ -2,8 +2,12 @@
 
 Makes the 106M-parameter Qwen3-MoE of `bench_compress.py`, compresses it, and divides what
 each phase had to compute by its seconds and by the rate of one large product; both with the
-same threads. A second run prunes with few tokens, so that it consists of reading and
-writing: what it wrote a second is divided by the rate of copying a file and syncing it.
+same threads. To tell what bounds it, an expert is run alone on its share of a batch: its
+two products, and then with all that is done around them when it is observed.
+
+The same is told of a checkpoint of 3 GB with experts of Qwen3-30B's shape, which is pruned, so
+that writing it is copying: what was written a second is divided by the rate of copying a file
+and syncing it.
 
     python tools/bench_roofline.py [--threads 1] [--folder DIR]
     python tools/bench_roofline.py --kernels
@@ -17,16 +21,19 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from bench_compress import HIDDEN, INNER, make_checkpoint, product_rate
+from make_large import Shape, write_checkpoint
 from torch.nn import functional
 
 from ream_stream.calibration.tokens import Tokens, from_tensors
 from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
 from ream_stream.device import compute_dtype
 from ream_stream.events import Finished
+from ream_stream.experts import MAX_ROWS
 from ream_stream.journal import Workspace
 from ream_stream.memory import anonymous_bytes, bound_kernel_caches
 from ream_stream.pipeline import compress
@@ -38,6 +45,7 @@ from ream_stream.work import work_of
 
 CPU = torch.device("cpu")
 KEEP = 48
+LARGE = Shape(layers=4, experts=64, hidden=2048, inner=768, heads=32)
 
 
 def random_tokens(sequences: int, length: int) -> Tokens:
@@ -65,6 +73,45 @@ def run(
     return plan, last
 
 
+def expert_rates(plan: Plan) -> dict[str, float]:
+    """Return GFLOP/s of an expert's products alone, and with what observing does around."""
+    stack = plan.moe_layers[0].keys.stack
+    assert stack is not None
+    hidden, inner, dtype = stack.hidden, stack.inner, plan.dtype
+    tokens = plan.batch_sequences * plan.sequence_length
+    rows = min(tokens * plan.top_k // plan.num_experts, MAX_ROWS)
+    gate_up, down_HI = torch.ones(2 * inner, hidden), torch.ones(hidden, inner)
+    gate_up, down_HI = gate_up.to(dtype), down_HI.to(dtype)
+    hidden_TH, inner_RI = torch.randn(tokens, hidden).to(dtype), torch.randn(rows, inner)
+    token_R, inner_RI = torch.randperm(tokens)[:rows], inner_RI.to(dtype)
+    hidden_RH = hidden_TH[:rows].clone()
+
+    def products() -> None:
+        functional.linear(hidden_RH, gate_up)
+        functional.linear(inner_RI, down_HI)
+
+    def observed() -> None:
+        product = functional.linear(hidden_TH.index_select(0, token_R), gate_up)
+        gate, up = product.chunk(2, dim=1)
+        output_RH = functional.linear(functional.silu(gate) * up, down_HI)
+        torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)
+
+    return {
+        name: 6 * rows * hidden * inner / seconds_of(run) / 1e9
+        for name, run in (("expert's products", products), ("observed expert", observed))
+    }
+
+
+def seconds_of(run: Callable[[], None]) -> float:
+    """Return the seconds of one call, as a mean over half a second."""
+    run()
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        run()
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
 def copy_rate(source: Checkpoint, folder: Path) -> float:
     """Return bytes a second of copying the source's files and syncing the copies."""
     done, start = 0, time.perf_counter()
@@ -80,13 +127,27 @@ def copy_rate(source: Checkpoint, folder: Path) -> float:
 
 def show_products(plan: Plan, finished: Finished, rate: float) -> None:
     """Print, for each phase that has products, its share of the product rate."""
-    print(f"one product  {rate:.0f} GFLOP/s in {plan.settings.compute_dtype}")
+    print(f"one product       {rate:6.0f} GFLOP/s in {plan.settings.compute_dtype}")
+    for name, reached in expert_rates(plan).items():
+        print(f"{name:<17} {reached:6.0f} GFLOP/s {reached / rate:5.0%}")
     for phase, work in work_of(plan, cache_bytes=1 << 62).items():
         seconds = finished.seconds.get(phase, 0.0)
         flop = work.expert_flop + work.product_flop
         if flop and seconds:
             reached = flop / seconds / 1e9
-            print(f"{phase:<12} {seconds:6.1f} s {reached:6.0f} GFLOP/s {reached / rate:5.0%}")
+            print(f"{phase:<17} {reached:6.0f} GFLOP/s {reached / rate:5.0%} {seconds:6.1f} s")
+
+
+def show_copies(plan: Plan, finished: Finished, rate: float) -> None:
+    """Print the rate of writing, and its share of the rate of copying."""
+    seconds = finished.seconds["write"] + finished.seconds["finish"]
+    written = plan.output_bytes / seconds
+    print(f"one copy          {format_size(int(rate))}/s")
+    print(
+        f"pruned            {format_size(int(written))}/s {written / rate:5.0%} of "
+        f"{format_size(plan.output_bytes)} in {seconds:.1f} s; in all "
+        f"{sum(finished.seconds.values()):.1f} s"
+    )
 
 
 def show_kernels() -> None:
@@ -128,16 +189,15 @@ def main() -> None:
         tokens = random_tokens(*options.tokens)
         plan, finished = run(source, folder / "merged", tokens, "ream", options.threads)
         show_products(plan, finished, product_rate(plan.settings.compute_dtype))
+        large_bytes = write_checkpoint(folder / "large", LARGE)
+        large = open_checkpoint(folder / "large")
+        rate = copy_rate(large, folder)
         plan, finished = run(
-            source, folder / "pruned", random_tokens(2, 16), "none", options.threads
+            large, folder / "pruned", random_tokens(32, 256), "none", options.threads
         )
-        rate = copy_rate(source, folder)
-        seconds = finished.seconds["write"] + finished.seconds["finish"]
-        written = plan.output_bytes / seconds
-        print(f"one copy     {format_size(int(rate))}/s")
-        print(
-            f"pruned       {seconds:6.1f} s {format_size(int(written))}/s {written / rate:5.0%}"
-        )
+        print(f"\n{format_size(large_bytes)}, hidden {LARGE.hidden}, inner {LARGE.inner}")
+        show_products(plan, finished, product_rate(plan.settings.compute_dtype))
+        show_copies(plan, finished, rate)
 
 
 if __name__ == "__main__":
