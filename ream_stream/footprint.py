@@ -152,6 +152,9 @@ class Footprints:
         ):
             table_VH = torch.empty(self._shape_VH, dtype=dtype)
             put_tensor(model.model, self._embedding + ".weight", table_VH)
+            if model.final_norm is not None:
+                weight_H = torch.empty(self._shape_VH[1], dtype=dtype)
+                put_tensor(model.final_norm, "weight", weight_H)
             ids_BL = torch.zeros(sequences, length, dtype=torch.int64)
             batch = Batch(input_ids_BL=ids_BL, attention_mask_BL=None)
             hidden_BLH = torch.empty(sequences, length, self._shape_VH[1], dtype=dtype)

@@ -16,7 +16,7 @@ from . import durable
 from .allotment import OUTPUTS, SUMS
 from .blocks import Passes
 from .calibration.hidden import HiddenStates, HiddenWriter
-from .calibration.tokens import Tokens
+from .calibration.tokens import Tokens, followed
 from .checkpoint.header import TensorEntry
 from .checkpoint.shards import Content, write_shard
 from .checkpoint.source import MappedTensors
@@ -111,6 +111,8 @@ class LayerJob:
         self.context, self.plan, self.layer = context, context.plan, layer
         self.index = layer.keys.index
         self.is_last = self.index == len(context.plan.layers) - 1
+        # those that count
+        self.tokens = followed(context.tokens) if layer.keys.is_mtp else context.tokens
         self.shards: list[Written] = []
         self.statistics: Written | None = None
         self._aligned: list[tuple[float, float, float]] = []
@@ -120,7 +122,7 @@ class LayerJob:
         if layer.keys.stack is not None and self.plan.settings.method.refit != "none":
             self._refit = RefitJob(
                 self.plan,
-                context.tokens,
+                self.tokens,
                 context.workspace,
                 context.excluded,
                 context.output,
@@ -221,7 +223,7 @@ class LayerJob:
         sample = None
         if compares:
             sample = TokenSample(
-                self.context.tokens,
+                self.tokens,
                 method.similarity_tokens,
                 seed=plan.settings.seed,
                 layer=self.index,
@@ -230,7 +232,7 @@ class LayerJob:
             plan.family,
             plan.num_experts,
             sample,
-            self.context.tokens,
+            self.tokens,
             self.context.excluded,
             gate_term=compares and method.gate_term,
             device=self.context.source.device,

@@ -21,6 +21,8 @@ TOKENS = 16
 def _places(subject: Subject) -> Iterator[str]:
     """Compare the checkpoint with all that transformers' class has, vision tower included.
 
+    A multi-token-prediction layer with experts is one decoder layer more of that class.
+
     Experts of the text decoder have their shapes checked by `StreamedModel`, and what
     transformers computes from several tensors is only looked for.
     """
@@ -29,7 +31,9 @@ def _places(subject: Subject) -> Iterator[str]:
     state, reached = whole.state_dict(), set(whole.all_tied_weights_keys)
     apart = find_mtp(entries, subject.checkpoint.config)
     experts = tuple(stack.prefix + "." for stack in subject.stacks.values())
-    for name, target, _, converter in places(whole, _floats(model)):
+    origin = model.placed(_floats(model))
+    for place, target, _, converter in places(whole, origin):
+        name = origin[place]
         if target in state:
             reached.add(target)
             if converter is None and not name.startswith(experts):
@@ -62,13 +66,15 @@ def _run(subject: Subject) -> Iterator[str]:
     ids_BL = torch.randint(vocabulary, (1, TOKENS), generator=drawn)
     batch, hidden_BLH = Batch(input_ids_BL=ids_BL, attention_mask_BL=None), torch.empty(0)
     with model.open_outside():
-        for index in range(model.num_layers):
+        for index in range(len(model.layers)):
             with model.open_layer(index):
                 entering: Tensor | None = hidden_BLH if index else None
-                hidden_BLH = model.run_layer(index, batch, entering)
-            if not is_finite(hidden_BLH):
+                leaving_BLH = model.run_layer(index, batch, entering)
+            if not is_finite(leaving_BLH):
                 yield f"what leaves layer {index} is not finite"
                 return
+            if index < model.num_layers:
+                hidden_BLH = leaving_BLH
         if not is_finite(model.logits(batch, hidden_BLH)):
             yield "the logits are not finite"
 

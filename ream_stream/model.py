@@ -26,9 +26,11 @@ from .checkpoint.stacks import ExpertStack, Tensors
 from .errors import DamagedError, UnsupportedModelError
 from .experts import ExpertWeights, Form, StreamedExperts
 from .memory import bound_kernel_caches, trim
+from .mtp import find_mtp, find_wiring
 from .skeleton import (
     build_skeleton,
     embed_rows,
+    final_norm,
     find_decoder,
     find_fused_experts,
     get_tensor,
@@ -62,7 +64,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerKeys:
-    """Tensors of one decoder layer."""
+    """Tensors of one decoder layer, or of a multi-token-prediction layer."""
 
     index: int
     """Position of the layer in the model."""
@@ -79,6 +81,9 @@ class LayerKeys:
 
     quantized: Mapping[str, Stored] = field(default_factory=dict)
     """How those of `dense` are stored that are not floats."""
+
+    is_mtp: bool = False
+    """Whether it is a multi-token-prediction layer, behind the decoder's last."""
 
     def shape(self, name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, ...]:
         """Return the shape of one of `dense`."""
@@ -135,9 +140,13 @@ class StreamedModel:
             raise DamagedError(
                 f"config.json says {layers} layers, there are {len(checkpoint.entries)} tensors"
             )
-        self.model = build_skeleton(checkpoint.config, dtype, device)
+        stacks = checkpoint.experts()
+        self._mtp = find_wiring(stacks, checkpoint.config)
+        self.model = build_skeleton(checkpoint.config, dtype, device, self._mtp)
         self._layers_path, self._decoder = find_decoder(self.model)
         self._text = text_part(self.model, self._layers_path)
+        self.final_norm = final_norm(self.model, self._layers_path) if self._mtp else None
+        """What a multi-token-prediction layer is behind; None if there is none."""
         self._is_tuple = passes_selection(self.model, self._decoder)
         self._active: int | None = None
         self._feed: Tensor | None = None
@@ -148,8 +157,10 @@ class StreamedModel:
         self.quantized = find_quantized(entries, checkpoint.quantization)
         coded = {name for stored in self.quantized.values() for name in tensors_of(stored)}
         names = [name for name in entries if name not in coded]
-        self._targets = key_targets(self.model, [*names, *self.quantized], self._text)
-        self.layers = self._plan_layers()
+        origin = self.placed([*names, *self.quantized])
+        found = key_targets(self.model, origin, self._text)
+        self._targets = {origin[place]: target for place, target in found.items()}
+        self.layers = self._plan_layers(stacks.values())
         self._outside: dict[str, tuple[str, ...]] = {}
         for name, target in self._targets.items():
             if not target.startswith(self._layers_path + "."):
@@ -158,8 +169,8 @@ class StreamedModel:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers, dense ones included."""
-        return len(self._decoder)
+        """Decoder layers, dense ones included; those for multi-token prediction are not."""
+        return len(self._decoder) - (self._mtp is not None)
 
     @property
     def text_config(self) -> Any:  # noqa: ANN401 - a config of transformers
@@ -177,6 +188,18 @@ class StreamedModel:
         """Return all tensors of the checkpoint that belong to no decoder layer, sorted."""
         inside = {name for layer in self.layers for name in layer.names}
         return sorted(set(self.checkpoint.entries) - inside)
+
+    def placed(self, names: Iterable[str]) -> dict[str, str]:
+        """Return tensors by the names that they would have as a decoder layer's.
+
+        Only those of a multi-token-prediction layer have others.
+        """
+        origin = {name: name for name in names}
+        if self._mtp is not None:
+            layer = f"{self._layers_path}.{self.num_layers}"
+            for name in find_mtp(list(origin), self.checkpoint.config):
+                origin[self._mtp.place(name, layer)] = origin.pop(name)
+        return origin
 
     def router(self, index: int) -> nn.Module:
         """Return the router module of an MoE layer."""
@@ -268,13 +291,16 @@ class StreamedModel:
         batch
             The batch's tokens; the model makes masks and positions from them.
         hidden_BLH
-            What enters the layer; None for layer 0, which takes the embeddings.
+            What leaves the layer before; None for layer 0, which takes the embeddings.
 
         Returns
         -------
         Tensor
             What leaves it, (B, L, H).
         """
+        if index >= self.num_layers:
+            assert hidden_BLH is not None
+            hidden_BLH = self._with_next_tokens(index, batch, hidden_BLH)
         self._active, self._feed = index, hidden_BLH
         try:
             self._forward(batch)
@@ -391,8 +417,22 @@ class StreamedModel:
 
         return relayed
 
-    def _plan_layers(self) -> list[LayerKeys]:
-        stacks = self.checkpoint.experts().values()
+    @torch.no_grad()
+    def _with_next_tokens(self, index: int, batch: Batch, hidden_BLH: Tensor) -> Tensor:
+        """Return what enters a multi-token-prediction layer.
+
+        The last token of a sequence is given the first for want of a next one: only tokens
+        behind it see that, and `calibration.tokens.followed` tells which count.
+        """
+        model: Any = self.model
+        layer: Any = self._decoder[index]
+        assert self.final_norm is not None
+        normed_BLH = self.final_norm(hidden_BLH.to(self.device))
+        next_BL = batch.input_ids_BL.to(self.device).roll(-1, dims=1)
+        joined_BLH: Tensor = layer.next_token(normed_BLH, model.get_input_embeddings()(next_BL))
+        return joined_BLH
+
+    def _plan_layers(self, stacks: Iterable[ExpertStack]) -> list[LayerKeys]:
         pattern = re.compile(re.escape(self._layers_path) + r"\.(\d+)\.(.+)")
         names: list[list[str]] = [[] for _ in self._decoder]
         dense: list[dict[str, tuple[str, ...]]] = [{} for _ in self._decoder]
@@ -426,9 +466,12 @@ class StreamedModel:
                     f"layer {index} has two sets of routed experts, {owner[index].prefix} "
                     f"and {of.prefix}"
                 )
+        if self._mtp is not None:  # what is not run too: a norm and a head for its output
+            names[-1] = [*find_mtp(self.checkpoint.entries, self.checkpoint.config)]
         layers = [
             LayerKeys(
                 index=index,
+                is_mtp=index >= self.num_layers,
                 names=tuple(sorted(names[index])),
                 dense=dense[index],
                 stack=owner.get(index),
@@ -454,7 +497,8 @@ class StreamedModel:
             fused = {f"{prefix}{path}.{name}" for name, _ in module.named_parameters()}
             wanted -= fused
             self._check_stack(layer.index, layer.stack, module)
-        self._check_tensors(wanted, layer.dense)
+        of = " of its multi-token-prediction layer" if layer.is_mtp else ""
+        self._check_tensors(wanted, layer.dense, of)
 
     def _check_stack(self, index: int, stack: ExpertStack, module: nn.Module) -> None:
         """Refuse experts that are not the model's."""
@@ -487,11 +531,13 @@ class StreamedModel:
         }
         self._check_tensors(wanted - set(self.model.all_tied_weights_keys), self._outside)
 
-    def _check_tensors(self, wanted: set[str], found: Mapping[str, tuple[str, ...]]) -> None:
+    def _check_tensors(
+        self, wanted: set[str], found: Mapping[str, tuple[str, ...]], of: str = ""
+    ) -> None:
         missing = sorted(wanted - set(found))
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise DamagedError(f"the checkpoint lacks {missing[0]}{more}")
+            raise DamagedError(f"the checkpoint lacks {missing[0]}{more}{of}")
         for target, names in found.items():
             name = names[0]
             shapes = [shape_of(n, self.quantized, self.checkpoint.entries) for n in names]

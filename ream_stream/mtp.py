@@ -1,12 +1,24 @@
 """Multi-token-prediction layers: extra layers that guess the token after the next.
 
 They stand beside the decoder under names of their own, with experts and a router as a
-decoder layer has, and read the same counts of config.json.
+decoder layer has, and read the same counts of config.json. One with experts is run as one
+more decoder layer of the family's own class, behind the last. With h(t) what the decoder's
+final norm gives for a token and e(t + 1) the embedding of the next, what enters it is::
+
+    W [enorm(e(t + 1)); hnorm(h(t))]
+
+docs/method.md has the sources.
+
+Letters in shapes: B sequences of a batch, L tokens of a sequence, H hidden.
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from .families import text_config
 
@@ -14,6 +26,84 @@ _NAME = re.compile(r"(?:model\.|language_model\.)*(?:mtp[._].*|layers\.(?P<layer
 
 COUNT_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 """Keys of config.json for their number."""
+
+_LISTS = {"mlp_layer_types": "sparse", "indexer_types": "full"}
+"""Lists of a config with an entry a layer, and the entry of such a layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wiring:
+    """How the layer of a family is named, and what it is built as."""
+
+    experts: str
+    """Pattern of its experts' prefix; ``LAST`` is the number of decoder layers."""
+
+    names: tuple[tuple[str, str], ...]
+    """Patterns in names, and what they become in the model; ``LAYER`` is the layer's path."""
+
+    layer_type: str | None = None
+    """Its entry in ``layer_types``; None if that is the last layer's."""
+
+    def place(self, name: str, layer: str) -> str:
+        """Return the name of one of its tensors as if it were of decoder layer `layer`."""
+        for pattern, replacement in self.names:
+            name = re.sub(pattern, replacement.replace("LAYER", layer), name)
+        return name
+
+
+_BEHIND = Wiring(
+    experts=r"(?:.+\.)?layers\.LAST\..+",
+    names=((r"(\.layers\.\d+)\.(enorm|hnorm|eh_proj)\.", r"\1.next_token.\2."),),
+)
+"""Under the number after the last layer's."""
+
+_BESIDE = Wiring(
+    experts=r"mtp\.layers\.0\..+",
+    names=(
+        (r"^mtp\.layers\.0\.", "LAYER."),
+        (r"^mtp\.fc\.", "LAYER.next_token.eh_proj."),
+        (r"^mtp\.pre_fc_norm_embedding\.", "LAYER.next_token.enorm."),
+        (r"^mtp\.pre_fc_norm_hidden\.", "LAYER.next_token.hnorm."),
+    ),
+    layer_type="full_attention",
+)
+"""Under a prefix of its own."""
+
+WIRINGS: Mapping[str, Wiring] = {
+    "deepseek_v3": _BEHIND,
+    "deepseek_v32": _BEHIND,
+    "kimi_k2": _BEHIND,
+    "glm4_moe": _BEHIND,
+    "glm4_moe_lite": _BEHIND,
+    "glm_moe_dsa": _BEHIND,
+    "qwen3_next": _BESIDE,
+    "qwen3_5_moe_text": _BESIDE,
+}
+"""By model type, of a wrapper that of its text decoder."""
+
+
+class NextToken(nn.Module):
+    """Joins what the decoder made of each token with the token that follows it.
+
+    Parameters
+    ----------
+    norm
+        Class of the family's norms.
+    config
+        Of the text decoder.
+    """
+
+    def __init__(self, norm: type[nn.Module], config: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm = norm(width, eps=eps), norm(width, eps=eps)
+        self.eh_proj = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, hidden_BLH: Tensor, embedded_BLH: Tensor) -> Tensor:
+        """Return what enters the layer, from normed states and the next tokens' embeddings."""
+        both = [self.enorm(embedded_BLH), self.hnorm(hidden_BLH)]
+        joined_BLH: Tensor = self.eh_proj(torch.cat(both, dim=-1))
+        return joined_BLH
 
 
 def find_mtp(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
@@ -28,6 +118,49 @@ def find_mtp(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
         if number is None or (isinstance(layers, int) and int(number) >= layers):
             found.add(name)
     return found
+
+
+def find_wiring(prefixes: Iterable[str], config: Mapping[str, Any]) -> Wiring | None:
+    """Return how the layer with experts is wired; None if there is none, or it is not known.
+
+    Parameters
+    ----------
+    prefixes
+        Of all experts of a checkpoint.
+    config
+        config.json.
+    """
+    found = find_mtp(prefixes, config)
+    if not found or why_unknown(found, config):
+        return None
+    return WIRINGS[text_config(config)["model_type"]]
+
+
+def why_unknown(prefixes: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """Return why layers whose experts have these prefixes cannot be run; None if they can."""
+    text, found = text_config(config), sorted(prefixes)
+    wiring = WIRINGS.get(str(text.get("model_type")))
+    if wiring is None:
+        return f"what enters those of model type {text.get('model_type')!r} is not known"
+    if len(found) > 1:
+        return f"there are {len(found)} of them, and published models have one"
+    pattern = wiring.experts.replace("LAST", str(text.get("num_hidden_layers")))
+    if not re.fullmatch(pattern, found[0]):
+        return f"model type {text['model_type']!r} has other names for them"
+    if text.get("mtp_use_dedicated_embeddings"):
+        return "it has embeddings of its own"
+    return None
+
+
+def lengthen(config: Any, wiring: Wiring) -> None:  # noqa: ANN401
+    """Change the config of a text decoder to that of one with such a layer behind the last."""
+    if getattr(config, "layer_types", None):
+        last = wiring.layer_type or config.layer_types[-1]
+        config.layer_types = [*config.layer_types, last]
+    for key, entry in _LISTS.items():
+        if getattr(config, key, None):
+            setattr(config, key, [*getattr(config, key), entry])
+    config.num_hidden_layers += 1
 
 
 def without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:

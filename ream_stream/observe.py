@@ -145,7 +145,7 @@ class Observer:
     sample
         Filled along the way; None if experts are not compared.
     tokens
-        The calibration set, for the domain of each sequence.
+        The calibration set, for the domain of each sequence and the tokens that count.
     excluded
         Sequences that do not count; those with numbers that are not finite are added.
     gate_term
@@ -170,6 +170,7 @@ class Observer:
         self.gram = LogitGram(num_experts, device=device) if gate_term else None
         self._family = family
         self._excluded, self._length = excluded, tokens.sequence_length
+        self._mask_SL = tokens.attention_mask_SL
         self._late: dict[int, Tensor] = {}
         self._logits_TE = torch.empty(0)
         self._keep_T: Tensor | None = None
@@ -192,10 +193,12 @@ class Observer:
 
     def expect(self, batch: Batch, first: int) -> None:
         """Tell the coming batch, and the position of its first token in the calibration set."""
-        mask_BL = batch.attention_mask_BL
-        self._keep_T = None if mask_BL is None else mask_BL.reshape(-1).bool()
+        sequence, count = first // self._length, len(batch.input_ids_BL)
+        self._keep_T = None
+        if self._mask_SL is not None:
+            self._keep_T = self._mask_SL[sequence : sequence + count].reshape(-1).bool()
         self._start = first
-        self._leave_out(self._excluded.kept(first // self._length, len(batch.input_ids_BL)))
+        self._leave_out(self._excluded.kept(sequence, count))
         self.sums.expect(first, batch.input_ids_BL.numel())
 
     def finish(self, layer: int) -> None:

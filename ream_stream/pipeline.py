@@ -154,7 +154,7 @@ def _open(  # the parts of a context, each given once
     stack: ExitStack,
 ) -> Context:
     """Build both models and open what is outside their layers."""
-    source = StreamedModel(plan.source, plan.dtype, device)
+    source = StreamedModel(plan.kept, plan.dtype, device)
     output = StreamedModel(plan.output_checkpoint(workspace.output), plan.dtype, device)
     stack.enter_context(source.open_outside())
     stack.enter_context(output.open_outside())

@@ -21,7 +21,7 @@ from .supply import Supply
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerPlan:
-    """One decoder layer of the output."""
+    """One decoder layer of the output, or a multi-token-prediction layer."""
 
     keys: LayerKeys
     """Its tensors in the source."""
@@ -46,6 +46,9 @@ class Plan:
     source: Checkpoint
     """What is read."""
 
+    kept: Checkpoint = field(repr=False)
+    """The same without layers that are left out."""
+
     config: Mapping[str, Any]
     """config.json of the output."""
 
@@ -62,7 +65,7 @@ class Plan:
     """Groups the router selects in, otherwise 1."""
 
     layers: tuple[LayerPlan, ...]
-    """Decoder layers, in order."""
+    """Decoder layers, in order, and behind them a multi-token-prediction layer with experts."""
 
     outside: tuple[Shard, ...]
     """Shards of what is outside the layers."""
@@ -200,7 +203,7 @@ class Plan:
                     )
                     position += tensor.nbytes
         inside = {name for layer in self.layers for name in layer.keys.names}
-        outside = {n: e for n, e in self.source.entries.items() if n not in inside}
+        outside = {n: e for n, e in self.kept.entries.items() if n not in inside}
         config = dict(self.config)
         if self.source.quantization:  # tells how what is taken from the source is stored
             config["quantization_config"] = self.source.quantization

@@ -23,7 +23,7 @@ from .footprint import Footprints
 from .journal import Journal, Workspace
 from .memory import anonymous_bytes, available_bytes
 from .model import StreamedModel
-from .mtp import find_mtp
+from .mtp import find_mtp, why_unknown
 from .output_layout import decoded_matrices, lay_out, output_config
 from .plan import Plan
 from .refit_budget import Solver
@@ -116,6 +116,7 @@ def make_plan(
     plan = Plan(
         settings=settings,
         source=source,
+        kept=kept,
         config=output_config(source, family, settings, names),
         family=family,
         num_experts=num_experts,
@@ -247,12 +248,19 @@ def _check_all_owned(source: Checkpoint, model: StreamedModel) -> None:
     """Refuse experts outside the decoder: a file set with two expert counts does not load."""
     owned = {layer.stack.prefix for layer in model.layers if layer.stack}
     foreign = sorted(set(source.experts()) - owned)
-    if foreign:
+    if not foreign:
+        return
+    mtp = find_mtp(foreign, source.config)
+    if not mtp:
         raise UnsupportedModelError(
-            f"{foreign[0]} are experts outside the decoder layers (a multi-token-prediction "
-            "layer or a second tower); they must have the decoder's number of experts, and "
-            "compressing them is not supported: --mtp drop leaves such layers out"
+            f"{foreign[0]} are experts outside the decoder layers, such as those of a second "
+            "tower: they are not supported"
         )
+    raise UnsupportedModelError(
+        f"{min(mtp)} are experts of a multi-token-prediction layer, and "
+        f"{why_unknown(mtp, source.config)}: they cannot be compressed with the others; "
+        "--mtp drop leaves such layers out"
+    )
 
 
 def _check_refit(settings: Settings, stacks: Iterable[ExpertStack]) -> None:

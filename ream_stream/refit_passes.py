@@ -75,6 +75,8 @@ class RoutedTokens:
         Those that may be refitted, by their number after compression.
     held_S
         From `held_back`.
+    mask_SL
+        0 for tokens that do not count; None if all do.
     excluded
         Sequences that are neither fitted nor judged by; what overflows here joins them.
     layer
@@ -90,6 +92,7 @@ class RoutedTokens:
         experts: StreamedExperts,
         changing: Sequence[int],
         held_S: Tensor,
+        mask_SL: Tensor | None,
         excluded: Excluded,
         layer: int,
         inputs: Kept,
@@ -99,7 +102,8 @@ class RoutedTokens:
     ) -> None:
         self.experts, self.changing = experts, changing
         self._place = {expert: place for place, expert in enumerate(changing)}
-        self._held_S, self._excluded, self._layer = held_S, excluded, layer
+        self._held_S, self._mask_SL = held_S, mask_SL
+        self._excluded, self._layer = excluded, layer
         self._inputs, self._lacking = inputs, lacking
         self._routing: list[_Routing] = []
         self._keeps_activations = keeps_activations
@@ -167,12 +171,13 @@ class RoutedTokens:
     def _held(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return which tokens of the next batch are held back, and which count at all."""
         sequences, length = batch.input_ids_BL.shape
-        held_B = self._held_S[self._first : self._first + sequences]
+        rows = slice(self._first, self._first + sequences)
         kept_B = self._excluded.kept(self._first, sequences)
         self._first += sequences
-        held_T = held_B.repeat_interleave(length)
-        mask_BL = batch.attention_mask_BL
-        real_T = torch.ones_like(held_T) if mask_BL is None else mask_BL.reshape(-1).bool()
+        held_T = self._held_S[rows].repeat_interleave(length)
+        real_T = torch.ones_like(held_T)
+        if self._mask_SL is not None:
+            real_T = self._mask_SL[rows].reshape(-1).bool()
         if kept_B is not None:
             real_T = real_T & kept_B.repeat_interleave(length)
         return held_T, real_T

@@ -41,7 +41,7 @@ class RefitJob:
     plan
         Of the run.
     tokens
-        The calibration set.
+        The calibration set, what does not count masked.
     workspace
         For scratch folders.
     excluded
@@ -126,6 +126,7 @@ class RefitJob:
                 experts,
                 changing,
                 held_back(self._tokens, plan.settings.seed),
+                self._tokens.attention_mask_SL,
                 self._excluded,
                 self._index,
                 self._store("inputs", len(batches)),

@@ -78,7 +78,7 @@ class Settings:
     """``source`` keeps every format; ``bfloat16`` writes quantized tensors decoded."""
 
     mtp: str = "keep"
-    """``drop`` leaves out multi-token-prediction layers."""
+    """``keep`` or ``drop``: what becomes of multi-token-prediction layers."""
 
     seed: int = 0
     """Start of every random choice."""

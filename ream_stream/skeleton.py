@@ -25,6 +25,7 @@ from transformers.monkey_patching import patch_output_recorders
 
 from .errors import UnsupportedModelError
 from .experts import StreamedExperts
+from .mtp import NextToken, Wiring, lengthen
 
 HEAD_BYTES = 64_000_000
 """Rows of the output matrix are used in pieces of about this size."""
@@ -44,9 +45,21 @@ NAMES_CODE = frozenset(
 
 
 def build_skeleton(
-    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    mtp: Wiring | None = None,
 ) -> PreTrainedModel:
     """Build the model class of a config on the meta device, its computed buffers filled.
+
+    Parameters
+    ----------
+    config
+        config.json.
+    dtype, device
+        Of the buffers, and of what parameters will be.
+    mtp
+        How a multi-token-prediction layer is wired that is to be behind the decoder's last.
 
     Raises
     ------
@@ -54,7 +67,7 @@ def build_skeleton(
         transformers cannot make a model of the config.
     """
     try:
-        return _build(config, dtype, device)
+        return _build(config, dtype, device, mtp)
     except Exception as error:  # anything: transformers trusts a config
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(
@@ -63,7 +76,7 @@ def build_skeleton(
 
 
 def _build(
-    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, mtp: Wiring | None
 ) -> PreTrainedModel:
     values = _without_code(config)
     # how weights are stored is read from headers
@@ -76,8 +89,11 @@ def _build(
     parts = [getattr(loaded, key, None) for key in loaded.sub_configs]
     for part in [loaded, *filter(None, parts)]:
         part.dtype = dtype
+    text = loaded.get_text_config(decoder=True)
+    if mtp is not None:
+        lengthen(text, mtp)
     kind: Any = AutoModelForCausalLM._model_mapping.get(type(loaded), None)
-    if loaded.get_text_config(decoder=True) is not loaded:
+    if text is not loaded:
         # of a wrapper the whole class, so that every tensor has its place
         kind = AutoModelForImageTextToText._model_mapping.get(type(loaded), kind)
     if kind is None:
@@ -86,6 +102,9 @@ def _build(
         for context in kind.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         model = kind(loaded)
+        if mtp is not None:
+            path, decoder = find_decoder(model)
+            decoder[-1].next_token = NextToken(type(final_norm(model, path)), text)
         patch_output_recorders(model)
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
@@ -188,6 +207,11 @@ def find_decoder(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
     for path, layers in sorted(lists, key=lambda found: not _has_experts(found[1])):
         return path, layers
     raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
+
+
+def final_norm(model: PreTrainedModel, layers_path: str) -> nn.Module:
+    """Return the norm of what leaves the last decoder layer."""
+    return model.get_submodule(layers_path.rpartition(".")[0] + ".norm")
 
 
 def _has_experts(layers: Sequence[nn.Module]) -> bool:

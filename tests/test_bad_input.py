@@ -548,7 +548,7 @@ def test_experts_that_are_stored_in_another_way(copy, tmp_path, name, kind, mess
     refused(source, kind, message, tmp_path)
 
 
-def test_a_multi_token_prediction_layer_with_experts(copy, tmp_path):
+def test_a_multi_token_prediction_layer_of_experts_alone(copy, tmp_path):
     source = copy("qwen3_next")
 
     def add(tensors):
@@ -556,10 +556,10 @@ def test_a_multi_token_prediction_layer_with_experts(copy, tmp_path):
             tensors[key.replace("model.layers.0", "mtp.layers.0")] = tensors[key].clone()
 
     change_tensors(source, add)
-    refused(source, UnsupportedModelError, r"mtp\.layers\.0.* outside the decoder", tmp_path)
+    refused(source, DamagedError, r"lacks model\.layers\.4\..* multi-token", tmp_path)
 
 
-def test_a_multi_token_prediction_layer_behind_the_decoder(copy, tmp_path):
+def test_a_multi_token_prediction_layer_without_its_projection(copy, tmp_path):
     source = copy("deepseek_v3")
 
     def add(tensors):
@@ -567,7 +567,18 @@ def test_a_multi_token_prediction_layer_behind_the_decoder(copy, tmp_path):
             tensors[key.replace("layers.2.", "layers.3.")] = tensors[key].clone()
 
     change_tensors(source, add)
-    refused(source, UnsupportedModelError, r"model\.layers\.3.* outside the decoder", tmp_path)
+    refused(source, DamagedError, r"lacks model\.layers\.3\.next_token\..* multi", tmp_path)
+
+
+def test_experts_outside_the_decoder(copy, tmp_path):
+    source = copy("qwen3_next")
+
+    def add(tensors):
+        for key in [key for key in tensors if "layers.0.mlp.experts" in key]:
+            tensors[key.replace("model.layers.0", "audio.layers.0")] = tensors[key].clone()
+
+    change_tensors(source, add)
+    refused(source, UnsupportedModelError, r"audio\.layers\.0.* outside the decoder", tmp_path)
 
 
 def test_a_dense_model_of_a_supported_family(copy, tmp_path):

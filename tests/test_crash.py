@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from crash import (
     Ending,
@@ -32,6 +33,7 @@ from ream_stream.errors import DamagedError, OtherRunError, ReamStreamError
 from ream_stream.events import LayerDone
 from ream_stream.finish import MANIFEST
 from ream_stream.journal import Workspace
+from ream_stream.mtp import find_wiring
 from ream_stream.pipeline import compress
 from ream_stream.plan import Plan
 from ream_stream.planning import make_plan
@@ -49,6 +51,7 @@ VARIANTS = {
     "ream-all-at-once": Settings(experts=3, method=Method(group_size=2), sequential=False),
     "prune": Settings(experts=3, method=Method(grouping="none")),
     "refit": Settings(experts=3, method=Method(group_size=2, refit="down")),
+    "mtp": Settings(experts=3, method=Method(group_size=2)),
 }
 
 
@@ -81,6 +84,31 @@ def write_source(folder):
     return open_checkpoint(folder)
 
 
+def write_mtp_source(folder):
+    """Write two layers of four experts, the first dense, and one that predicts beyond."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "glm4_moe",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=8,
+    )
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+    tiny.add_mtp(folder, "glm4_moe")
+    return open_checkpoint(folder)
+
+
 @dataclass(frozen=True)
 class Control:
     """An undisturbed run."""
@@ -108,8 +136,9 @@ class Runs:
         self.folder = folder
         self.patch = patch
         # forked children find the two models built: that is most of the time of a tiny run
+        wiring = find_wiring(source.experts(), source.config)
         self.skeletons = [
-            model.build_skeleton(config, self.plan.dtype, torch.device("cpu"))
+            model.build_skeleton(config, self.plan.dtype, torch.device("cpu"), wiring)
             for config in (source.config, self.plan.config)
         ]
 
@@ -216,7 +245,9 @@ def finished(source, tmp_path_factory):
 
     def get(name):
         if name not in made:
-            runs = Runs(source, VARIANTS[name], tmp_path_factory.mktemp(name))
+            folder = tmp_path_factory.mktemp(name)
+            of = write_mtp_source(folder / "source") if name == "mtp" else source
+            runs = Runs(of, VARIANTS[name], folder)
             made[name] = runs, runs.control()
         return made[name]
 
@@ -227,8 +258,12 @@ def finished(source, tmp_path_factory):
 def test_a_run_killed_anywhere_resumes_to_the_same_bytes(name, finished):
     runs, control = finished(name)
     points = kills(control.ending.steps, thin=True)
+    if name == "mtp":  # the steps of that layer
+        last = runs.plan.layers[-1].shards[0].name
+        first = next(n for n, s in enumerate(control.ending.steps) if last in s.path)
+        points = [kill for kill in points if kill.step >= first]
     # all of them for one variant; the others take the same steps with other numbers
-    for kill in points if name == "ream" else points[::9]:
+    for kill in points[:: {"ream": 1, "mtp": 25}.get(name, 9)]:
         runs.check_killed_and_resumed(control, kill)
 
 

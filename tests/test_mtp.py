@@ -1,59 +1,412 @@
-"""Checkpoints with multi-token-prediction layers, which have experts of their own."""
+"""Multi-token-prediction layers: what enters them, what becomes of their experts.
+
+Letters in shapes: B sequences, L tokens of a sequence, H hidden, T tokens.
+"""
 
 import json
+import shutil
+from dataclasses import dataclass
+from functools import cache
 
 import pytest
+import quantized
 import tiny
 import torch
-from tiny import forward_in_transformers, run, settings
+from safetensors.torch import load_file
+from test_footprint import LENGTH, SEQUENCES, Really
+from test_pipeline import by_expert, groups_by_layer, output_in_transformers, same_bits
+from test_pipeline import sliced_by_hand as sliced
+from test_wrappers import write as write_wrapper
+from tiny import CPU, forward_streamed, run, settings, some_tokens
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from ream_stream.against import against
+from ream_stream.calibration.tokens import followed, from_tensors
+from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.errors import UnsupportedModelError
-from ream_stream.mtp import find_mtp, without_mtp
+from ream_stream.footprint import Footprints
+from ream_stream.model import Batch, StreamedModel
+from ream_stream.mtp import WIRINGS, find_mtp, without_mtp
 from ream_stream.verify import verify
 
-PLACES = {
-    "qwen3_next": ("mtp.layers.0.", "mtp_num_hidden_layers"),
-    "deepseek_v3": ("model.layers.3.", "num_nextn_predict_layers"),
-    "glm4_moe": ("model.layers.3.", "num_nextn_predict_layers"),
-    "mimo_v2_flash": ("model.mtp.layers.0.", "num_nextn_predict_layers"),
-}
+FAMILIES = tiny.mtp_families()
+KEEP = 6
 
 
-@pytest.fixture
-def source(tmp_path, request):
-    name = request.param
-    place, key = PLACES[name]
-    folder = tiny.write_checkpoint(tmp_path / "source", name, torch.bfloat16)
-    tensors = tiny.load_tensors(folder)
-    layer = "model.layers.1."
-    extra = {
-        k.replace(layer, place): t.clone() for k, t in tensors.items() if k.startswith(layer)
-    }
-    extra[f"{place}enorm.weight"] = torch.ones(32)
-    tiny.save_tensors(folder, {**tensors, **extra})
-    config = {**tiny.read_config(folder), key: 1}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder, set(extra), key
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Give a family's checkpoint with such a layer; not to be changed."""
+
+    @cache
+    def give(name):
+        folder = tmp_path_factory.mktemp("sources") / name
+        tiny.add_mtp(tiny.write_checkpoint(folder, name, torch.bfloat16), name)
+        return folder
+
+    return give
 
 
-@pytest.mark.parametrize("source", sorted(PLACES), indirect=True)
-def test_they_are_refused_unless_they_are_to_be_dropped(source, tmp_path):
-    with pytest.raises(UnsupportedModelError, match="--mtp drop"):
-        run(source[0], tmp_path / "out", settings())
-    assert not (tmp_path / "out" / "config.json").exists()
+@pytest.fixture(scope="module")
+def ream(source, tmp_path_factory):
+    """Give a family's run with REAM's defaults."""
+
+    @cache
+    def give(name):
+        return run(source(name), tmp_path_factory.mktemp("ream") / name, settings(KEEP))
+
+    return give
 
 
-@pytest.mark.parametrize("source", sorted(PLACES), indirect=True)
-def test_dropped_they_are_in_neither_tensors_nor_config(source, tmp_path):
-    folder, extra, key = source
-    done = run(folder, tmp_path / "out", settings(mtp="drop"))
-    have = tiny.load_tensors(done.output)
-    assert extra.isdisjoint(have)
-    assert tiny.read_config(done.output)[key] == 0
-    findings = [*verify(done.output), *against(done.output, folder)]
+@pytest.fixture(scope="module")
+def pruned(source, tmp_path_factory):
+    """Give a family pruned on padded tokens, layers seeing the source."""
+    wanted = settings(KEEP, grouping="none", sequential=False)
+
+    @cache
+    def give(name):
+        output = tmp_path_factory.mktemp("pruned") / name
+        return run(source(name), output, wanted, some_tokens(padded=True))
+
+    return give
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the published forward makes of tokens; of the last, which has no next, nothing."""
+
+    entering_BLH: torch.Tensor
+    leaving_BLH: torch.Tensor
+    experts: tuple
+    """The experts' module, and what it was called with."""
+
+
+def decoder_alone(folder, into):
+    """Write a checkpoint without its multi-token-prediction layer."""
+    shutil.copytree(folder, into)
+    tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
+    gone = find_mtp(tensors, config)
+    tiny.save_tensors(into, {key: t for key, t in tensors.items() if key not in gone})
+    return into
+
+
+def block_alone(folder, into, last):
+    """Write the layer's decoder block as the only layer of a model."""
+    decoder_alone(folder, into)
+    tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
+    block = {key: t for key, t in tensors.items() if not key.startswith("model.layers.")}
+    for start in ("mtp.layers.0.", f"model.layers.{last}."):
+        block |= {
+            key.replace(start, "model.layers.0."): t
+            for key, t in tensors.items()
+            if key.startswith(start)
+        }
+    beside = ("mtp.", *(f"model.layers.0.{p}" for p in ("e", "hn", "shared_head")))
+    tiny.save_tensors(into, {k: t for k, t in block.items() if not k.startswith(beside)})
+    config |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "mlp_only_layers": []}
+    one = {"mlp_layer_types": ["sparse"], "indexer_types": ["full"]}
+    if "layer_types" in config:
+        dsa = config["layer_types"][-1] == "indexed_attention"
+        one["layer_types"] = ["indexed_attention" if dsa else "full_attention"]
+    config |= {key: value for key, value in one.items() if key in config}
+    (into / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return into
+
+
+def load(folder):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.no_grad()
+def published(folder, name, tokens, tmp_path):
+    """Compute the layer as the published code does, in plain torch around transformers."""
+    tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
+    last, qwen = config["num_hidden_layers"], name.startswith("qwen")
+    ids_BL, mask_BL = tokens.input_ids_SL, tokens.attention_mask_SL
+    trunk = load(decoder_alone(folder, tmp_path / "decoder"))
+    hidden_BLH = trunk.model(ids_BL, mask_BL, use_cache=False).last_hidden_state
+    embedded_BLH = tensors["model.embed_tokens.weight"][ids_BL[:, 1:]].float()
+    embedded_BLH = functional.pad(embedded_BLH, (0, 0, 0, 1))
+
+    def norm(x, key):
+        weight_H = tensors[key].float() + qwen  # theirs are kept as what is added to one
+        scale = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).rsqrt()
+        return x * scale * weight_H
+
+    start = "mtp." if qwen else f"model.layers.{last}."
+    names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc")
+    enorm, hnorm, projection = (
+        f"{start}{part}.weight" for part in (names if qwen else ("enorm", "hnorm", "eh_proj"))
+    )
+    both = torch.cat([norm(embedded_BLH, enorm), norm(hidden_BLH, hnorm)], dim=-1)
+    entering_BLH = both @ tensors[projection].float().T
+    block = load(block_alone(folder, tmp_path / "block", last))
+    seen = []
+    layer = block.model.layers[0]
+    layer.register_forward_hook(
+        lambda _module, _args, output: seen.append(
+            output[0] if isinstance(output, tuple) else output
+        )
+    )
+    layer.mlp.experts.register_forward_hook(
+        lambda module, args, _: seen.append((module, *args))
+    )
+    block.model(inputs_embeds=entering_BLH, attention_mask=mask_BL, use_cache=False)
+    return Published(entering_BLH=entering_BLH, leaving_BLH=seen[1], experts=seen[0])
+
+
+@torch.no_grad()
+def streamed(folder, tokens):
+    """Return what enters the layer and what leaves it, as a run has it."""
+    model = StreamedModel(open_checkpoint(folder), torch.float32, CPU)
+    batch = Batch(input_ids_BL=tokens.input_ids_SL, attention_mask_BL=tokens.attention_mask_SL)
+    hidden_BLH, entering = None, []
+    with model.open_outside():
+        for index in range(model.num_layers + 1):
+            with model.open_layer(index):
+                if index == model.num_layers:
+                    model._decoder[index].input_layernorm.register_forward_pre_hook(
+                        lambda _module, args: entering.append(args[0])
+                    )
+                hidden_BLH = model.run_layer(index, batch, hidden_BLH)
+    return entering[0], hidden_BLH
+
+
+def good(output, source):
+    findings = [*verify(output, load=True, run=True), *against(output, source)]
     assert [finding.message for finding in findings if not finding.ok] == []
-    forward_in_transformers(done.output, torch.float32, [(done.tokens.input_ids_SL, None)])
+
+
+def as_last(tensors, last):
+    """Name tensors of a layer of its own as those of layer `last`."""
+    start = f"model.layers.{last}."
+    return {key.replace("mtp.layers.0.", start): tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_given_what_the_published_forward_gives_it(source, tmp_path, name, padded):
+    tokens = some_tokens(padded=padded)
+    want = published(source(name), name, tokens, tmp_path)
+    entering_BLH, leaving_BLH = streamed(source(name), tokens)
+    counts_BL = followed(tokens).attention_mask_SL.bool()
+    assert torch.equal(entering_BLH[counts_BL], want.entering_BLH[counts_BL])
+    # experts that the last token is sent to get other rows then: last bits of products differ
+    torch.testing.assert_close(
+        leaving_BLH[counts_BL], want.leaving_BLH[counts_BL], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_experts_are_merged_to_the_same_number_under_their_names(source, ream, name):
+    done = ream(name)
+    good(done.output, source(name))
+    last = tiny.read_config(done.output)["num_hidden_layers"]
+    assert max(groups_by_layer(done)) == last
+    groups = groups_by_layer(done)
+    before, after = (
+        as_last(tiny.load_tensors(folder), last) for folder in (source(name), done.output)
+    )
+    want, have = by_expert(sliced(name, before, groups)), by_expert(after)
+    assert have.keys() == want.keys()
+    different = {key[:2] for key in have if not same_bits(have[key], want[key])}
+    merged = {
+        (str(layer), str(number))
+        for layer, members in groups.items()
+        for number, group in enumerate(members)
+        if len(group) > 1
+    }
+    assert different == merged
+    assert any(layer == str(last) for layer, _ in merged)
+    changed = {
+        key
+        for key, value in tiny.read_config(source(name)).items()
+        if tiny.read_config(done.output)[key] != value
+    }
+    assert changed == {tiny.TINY[name].count_key}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pruning_it_is_slicing_and_keeping_all_changes_no_byte(source, pruned, tmp_path, name):
+    done = pruned(name)
+    last = done.plan.layers[-1].keys.index
+    before, after = (
+        as_last(tiny.load_tensors(folder), last) for folder in (source(name), done.output)
+    )
+    want = sliced(name, before, groups_by_layer(done))
+    assert after.keys() == want.keys()
+    assert all(same_bits(after[key], want[key]) for key in want)
+    whole = run(source(name), tmp_path / "whole", settings(tiny.EXPERTS))
+    have, want = tiny.load_tensors(whole.output), tiny.load_tensors(source(name))
+    assert have.keys() == want.keys()
+    assert all(same_bits(have[key], want[key]) for key in want)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_saliency_is_of_the_tokens_that_have_a_next_one(source, pruned, tmp_path, name):
+    done, tokens = pruned(name), some_tokens(padded=True)
+    want = published(source(name), name, tokens, tmp_path)
+    module, x_TH, index_TK, weight_TK = want.experts
+    keep_T = followed(tokens).attention_mask_SL.reshape(-1).bool()
+    assert int(keep_T.sum()) == 4 * 11 - 4 - 3
+    record = done.manifest["layers"][-1]
+    for expert in range(tiny.EXPERTS):
+        token, slot = (index_TK[keep_T] == expert).nonzero(as_tuple=True)
+        x = x_TH[keep_T][token].double()
+        norm = output_in_transformers(module, expert, x).norm(dim=1)
+        mean = (weight_TK[keep_T][token, slot].double() * norm).mean() if len(x) else 0.0
+        assert record["saliency"][expert] == pytest.approx(float(mean), rel=1e-4)
+    path = done.output / ".ream-stream" / f"statistics-{record['index']:05d}.safetensors"
+    assert int(load_file(path)["tokens"]) == int(keep_T.sum())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_decoder_runs_as_if_it_were_not_there(source, tmp_path, name):
+    tokens = some_tokens(padded=True)
+    inputs = [(tokens.input_ids_SL, tokens.attention_mask_SL)]
+    alone = decoder_alone(source(name), tmp_path / "alone")
+    [ours], [theirs] = (
+        forward_streamed(folder, torch.float32, inputs) for folder in (source(name), alone)
+    )
+    assert torch.equal(ours.logits, theirs.logits)
+
+
+@pytest.mark.slow
+def test_a_quantized_one_keeps_its_format(tmp_path):
+    coded, _ = quantized.write(tmp_path, "deepseek_v3-fp8", torch.float32)
+    added = tiny.add_mtp(coded, "deepseek_v3")
+    done = run(coded, tmp_path / "out", settings(KEEP))
+    good(done.output, coded)
+    before, after = tiny.load_tensors(coded), tiny.load_tensors(done.output)
+    assert {after[key].dtype for key in added & after.keys()} == {
+        before[key].dtype for key in added
+    }
+    assert any(len(group) > 1 for group in groups_by_layer(done)[3])
+
+
+@pytest.mark.slow
+def test_one_beside_a_wrapped_decoder_is_compressed_with_it(tmp_path):
+    folder = write_wrapper(tmp_path / "source", "qwen3_5_moe")
+    path = "model.language_model.layers"
+    added = tiny.add_mtp(folder, "qwen3_5_moe_text", path=path)
+    done = run(folder, tmp_path / "out", settings(KEEP))
+    good(done.output, folder)
+    assert max(groups_by_layer(done)) == 3
+    numbers = {
+        key.split(".")[5]
+        for key in added & tiny.load_tensors(done.output).keys()
+        if ".experts." in key
+    }
+    assert numbers == {str(number) for number in range(KEEP)}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_it_is_refitted_on_the_tokens_that_have_a_next_one(source, tmp_path, name):
+    """What a last token is joined with, a first one or padding, does not matter then."""
+    wanted = settings(KEEP, grouping="none", refit="down")
+    tokens = some_tokens(6, 24)
+    wide = {
+        "input_ids": functional.pad(tokens.input_ids_SL, (0, 5), value=7),
+        "attention_mask": functional.pad(torch.ones(6, 24, dtype=torch.int64), (0, 5)),
+    }
+    padded = from_tensors(wide, description="wide")
+    plain, done = (
+        run(source(name), tmp_path / each.description, wanted, each)
+        for each in (tokens, padded)
+    )
+    assert [finding.message for finding in verify(done.output) if not finding.ok] == []
+    ours, theirs = done.manifest["layers"][-1], plain.manifest["layers"][-1]
+    assert ours["index"] == done.plan.layers[-1].keys.index
+    for key in ("lacking", "left"):
+        assert ours["refitted"][key] == pytest.approx(theirs["refitted"][key], rel=1e-3)
+    assert 0 < ours["refitted"]["left"] <= 1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_its_memory_is_planned_as_a_layers_is(source, name):
+    checkpoint = open_checkpoint(source(name))
+    told = Footprints(StreamedModel(checkpoint, torch.float32, CPU))
+    really = Really(checkpoint, torch.float32, padded=True)
+    index = told.kinds()[-1]
+    assert index == checkpoint.config["num_hidden_layers"]
+    footprint = told.of(index, SEQUENCES, LENGTH)
+    assert footprint.run == pytest.approx(really.run(index), rel=0.06)
+    assert footprint.observe == pytest.approx(really.observe(index), rel=0.06)
+
+
+def test_shards_hold_and_the_index_names_all_of_it(source, tmp_path):
+    done = run(source("glm4_moe"), tmp_path / "out", settings(KEEP, max_shard_bytes=20_000))
+    weight_map = json.loads((done.output / tiny.INDEX).read_text(encoding="utf-8"))[
+        "weight_map"
+    ]
+    assert weight_map.keys() == tiny.load_tensors(done.output).keys()
+    own = find_mtp(weight_map, tiny.read_config(done.output))
+    shards = {weight_map[name] for name in own}
+    assert len(shards) > 1
+    assert shards.isdisjoint(weight_map[name] for name in weight_map.keys() - own)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dropped_it_is_in_neither_tensors_nor_config(source, tmp_path, name):
+    folder = source(name)
+    done = run(folder, tmp_path / "out", settings(mtp="drop"))
+    have, config = tiny.load_tensors(done.output), tiny.read_config(done.output)
+    assert not find_mtp(have, config)
+    key = "mtp_num_hidden_layers" if name.startswith("qwen") else "num_nextn_predict_layers"
+    assert (tiny.read_config(folder)[key], config[key]) == (1, 0)
+    good(done.output, folder)
+    load(done.output)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("mimo_v2_flash", "model.mtp.layers.0.", "of model type 'mimo_v2_flash' is not known"),
+        ("qwen3_moe", "mtp.layers.0.", "of model type 'qwen3_moe' is not known"),
+        ("deepseek_v3", "mtp.layers.0.", "other names"),
+        ("qwen3_next", "mtp.layers.1.", "other names"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(checkpoints, tmp_path, name, place, message):
+    folder = shutil.copytree(checkpoints(name), tmp_path / "source")
+    tensors = tiny.load_tensors(folder)
+    layer = f"model.layers.{2 if name == 'qwen3_moe' else 1}."
+    extra = {
+        key.replace(layer, place): tensor.clone()
+        for key, tensor in tensors.items()
+        if key.startswith(layer)
+    }
+    tiny.save_tensors(folder, {**tensors, **extra})
+    with pytest.raises(UnsupportedModelError, match=f"{message}.* --mtp drop"):
+        run(folder, tmp_path / "out", settings(KEEP))
+    assert not (tmp_path / "out" / "config.json").exists()
+    done = run(folder, tmp_path / "dropped", settings(KEEP, mtp="drop"))
+    assert not set(extra) & set(tiny.load_tensors(done.output))
+
+
+def test_a_second_one_is_refused(source, tmp_path):
+    folder = shutil.copytree(source("deepseek_v3"), tmp_path / "source")
+    tensors = tiny.load_tensors(folder)
+    second = {
+        key.replace("layers.3.", "layers.4."): tensor.clone()
+        for key, tensor in tensors.items()
+        if "layers.3." in key
+    }
+    tiny.save_tensors(folder, {**tensors, **second})
+    with pytest.raises(UnsupportedModelError, match="there are 2 of them"):
+        run(folder, tmp_path / "out", settings(KEEP))
+
+
+def test_embeddings_of_its_own_are_refused(source, tmp_path):
+    folder = shutil.copytree(source("qwen3_next"), tmp_path / "source")
+    config = tiny.read_config(folder) | {"mtp_use_dedicated_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match="embeddings of its own"):
+        run(folder, tmp_path / "out", settings(KEEP))
 
 
 def test_layers_after_the_last_are_found_and_others_are_not():
@@ -73,3 +426,7 @@ def test_layers_after_the_last_are_found_and_others_are_not():
     }
     assert find_mtp(found | others, config) == found
     assert without_mtp(config) == {**config, "num_nextn_predict_layers": 0}
+
+
+def test_every_known_family_is_tried():
+    assert set(WIRINGS) - set(tiny.MTP) == {"kimi_k2"}  # deepseek_v3 by another name

@@ -515,6 +515,60 @@ def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
     return folder
 
 
+MTP = {
+    "deepseek_v3": 1,
+    "deepseek_v32": 1,
+    "glm4_moe": 1,
+    "glm4_moe_lite": 1,
+    "glm_moe_dsa": 1,
+    "qwen3_next": 3,
+    "qwen3_5_moe_text": 1,
+}
+"""Families whose multi-token-prediction layer is known, and a layer that has its shapes."""
+
+
+def mtp_families() -> list[Any]:
+    """They, as parameters of a test."""
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=slow) if n in SELDOM else n for n in sorted(MTP)]
+
+
+def add_mtp(folder: Path, name: str, *, path: str = "model.layers") -> set[str]:
+    """Give a checkpoint a layer for multi-token prediction; return the names of its tensors."""
+    tensors, config = load_tensors(folder), read_config(folder)
+    text = config.get("text_config", config)
+    like = f"{path}.{MTP[name]}."
+    block = {k.removeprefix(like): t for k, t in tensors.items() if k.startswith(like)}
+    width, vocabulary = text["hidden_size"], text["vocab_size"]
+    head = {"shared_head.head.weight": (vocabulary, width)}
+    if name.startswith("qwen"):
+        inner, outer, count_key = "mtp.layers.0.", "mtp.", "mtp_num_hidden_layers"
+        # published so: stacked in the decoder, one by one here
+        block, head = unfused(block), {}
+        parts = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    else:
+        inner = outer = f"{path}.{text['num_hidden_layers']}."
+        count_key, parts = "num_nextn_predict_layers", ("enorm", "hnorm", "eh_proj", "norm")
+        parts = (*parts[:3], "shared_head.norm")
+    shapes = {f"{part}.weight": (width,) for part in parts}
+    shapes[f"{parts[2]}.weight"] = (width, 2 * width)
+    draw = torch.Generator().manual_seed(5)
+    added = {
+        outer + key: (len(shape) + torch.randn(shape, generator=draw)).mul(0.3)
+        for key, shape in {**shapes, **head}.items()
+    }
+    added = {key: tensor.to(torch.bfloat16) for key, tensor in added.items()}
+    for key, tensor in block.items():
+        # codes and scales of quantized matrices stay
+        native = tensor.dtype in {torch.bfloat16, torch.float32} and "scale" not in key
+        noise = 0.1 * torch.randn(tensor.shape, generator=draw) if native else 0
+        added[inner + key] = (tensor + noise).to(tensor.dtype) if native else tensor.clone()
+    save_tensors(folder, {**tensors, **added})
+    text[count_key] = 1
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return set(added)
+
+
 def fused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Stack the experts of each layer, gate above up."""
     rest = {key: tensor for key, tensor in tensors.items() if ".experts." not in key}

@@ -11,7 +11,7 @@ Letters in shapes: S sequences, L tokens of a sequence.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,17 @@ def first(tokens: Tokens, sequences: int, *, description: str) -> Tokens:
         )
     kept = {name: tensor[:sequences] for name, tensor in tokens.tensors().items()}
     return from_tensors(kept, description=description, domains=tokens.domains)
+
+
+def followed(tokens: Tokens) -> Tokens:
+    """Return the same set with every token masked that no other follows.
+
+    Its digest stays: it is the same calibration set.
+    """
+    mask_SL = _mask_of(tokens)
+    followed_SL = torch.zeros_like(mask_SL)
+    followed_SL[:, :-1] = mask_SL[:, :-1] * mask_SL[:, 1:]
+    return replace(tokens, attention_mask_SL=followed_SL)
 
 
 def _mask_of(tokens: Tokens) -> Tensor:

@@ -41,6 +41,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """Return what the headers tell."""
     from ream_stream.errors import UnsupportedModelError
     from ream_stream.families import family_of, text_config
+    from ream_stream.mtp import find_mtp
 
     stacks, reason = {}, None
     text = text_config(checkpoint.config)
@@ -57,13 +58,15 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         kinds[_kind(name, in_stack)] += entry.nbytes
         dtypes[entry.dtype] += entry.nbytes
     counts = sorted({stack.count for stack in stacks.values()})
+    mtp = find_mtp(stacks, checkpoint.config)
     return {
         "path": str(checkpoint.folder),
         "family": checkpoint.config.get("model_type"),
         "supported": reason is None,
         "why_not": reason,
         "layers": text.get("num_hidden_layers"),
-        "moe_layers": len(stacks),
+        "moe_layers": len(stacks) - len(mtp),
+        "mtp_moe_layers": len(mtp),
         "experts": counts[0] if len(counts) == 1 else counts or None,
         "experts_per_token": text.get("num_experts_per_tok"),
         "tensors": len(checkpoint.entries),
@@ -107,11 +110,12 @@ def _kind(name: str, in_stack: set[str]) -> str:
 def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
     from ream_stream.sizes import format_size
 
-    total = known["bytes"] or 1
+    total, mtp = known["bytes"] or 1, known["mtp_moe_layers"]
+    extra = f"; {mtp} for multi-token prediction" if mtp else ""
     rows = [
         ("family", str(known["family"])),
         ("supported", "yes" if known["supported"] else f"no: {known['why_not']}"),
-        ("layers", f"{known['layers']}, {known['moe_layers']} of them with experts"),
+        ("layers", f"{known['layers']}, {known['moe_layers']} of them with experts" + extra),
         ("experts a layer", str(known["experts"])),
         ("experts a token", str(known["experts_per_token"])),
         ("weights", f"{format_size(total)} in {known['files']} files"),

@@ -309,7 +309,8 @@ def run_options(*, calibration_required: bool) -> Callable[[F], F]:
             type=click.Choice(["keep", "drop"]),
             default="keep",
             show_default=True,
-            help="Multi-token-prediction layers: keep those without experts, or leave all out.",
+            help="Multi-token-prediction layers: keep them, compressed as the others, or leave "
+            "them out.",
         ),
         option(
             machine,

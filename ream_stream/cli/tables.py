@@ -166,13 +166,19 @@ def plan_table(job: Job, options: RunOptions) -> Table:
     """Return the plan as a table."""
     plan, known = job.plan, plan_facts(job)
     dense = len(plan.layers) - len(plan.moe_layers)
+    mtp = sum(layer.keys.is_mtp for layer in plan.layers)
     budget = f"{format_size(plan.memory_bytes)} of {format_size(job.budget)} allowed"
     free = known["disk_free_bytes"]
     return facts(
         [
             *_headers_only(job),
             ("family", known["family"]),
-            ("layers", f"{len(plan.layers)}" + (f", {dense} of them dense" if dense else "")),
+            (
+                "layers",
+                f"{len(plan.layers)}"
+                + (f", {dense} of them dense" if dense else "")
+                + (f", {mtp} for multi-token prediction" if mtp else ""),
+            ),
             ("experts a layer", _experts(job, options)),
             *(("  note", note) for note in known["notes"]),
             ("experts a token", str(plan.top_k)),
