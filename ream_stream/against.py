@@ -1,4 +1,7 @@
-"""An output held against its source: what was not merged must be the source's bytes."""
+"""An output held against its source: what was not made must be the source's bytes.
+
+Made are merged experts, and down projections that were refitted.
+"""
 
 import filecmp
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +30,7 @@ CHECK = "against"
 def against(output: Path, source: Path) -> Iterator[Finding]:
     """Compare an output with the checkpoint it was made from.
 
-    Every tensor is compared byte for byte, but those of merged experts: experts of
+    Every tensor is compared byte for byte, but those that were merged or refitted: experts of
     groups of one with their centroid, the router's with the centroids' rows. So are config
     and other files, but for what a compression changes.
 
@@ -121,7 +124,7 @@ class _Origin:
 
 
 def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None]:
-    """Return the origin of every output tensor; None for what was merged."""
+    """Return the origin of every output tensor; None for what was made."""
     quantized = find_quantized(original.entries, original.quantization)
     found: dict[str, _Origin | None] = {}
     for name, entry in subject.checkpoint.entries.items():
@@ -138,6 +141,10 @@ def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None
         found |= dict.fromkeys(new.slots())
         if [m.stored.codec for m in old.matrices] == [m.stored.codec for m in new.matrices]:
             found |= _of_experts(groups, new, old)
+        if groups.refitted and subject.manifest.fingerprint["refit_experts"] == "all":
+            downs = {n for n, m in enumerate(new.matrices) if m.parts == ("down",)}
+            slots = new.slots().items()
+            found |= dict.fromkeys(name for name, slot in slots if slot.matrix in downs)
         rows = [group[0] for group in groups.groups]
         for suffix in subject.family.routers:
             name = old.block + suffix
@@ -200,7 +207,7 @@ def _placed(name: str, pairs: Sequence[tuple[int | None, str, int | None]]) -> P
 def _shard(
     output: Checkpoint, original: Checkpoint, origins: Mapping[str, _Origin | None], shard: str
 ) -> Iterator[Finding]:
-    equal = merged = 0
+    equal = made = 0
     wrong = False
     with output.open() as ours, original.open() as theirs:
         for name in sorted(
@@ -215,9 +222,12 @@ def _shard(
             elif origin is not None and origin.is_whole:
                 equal += 1
             else:
-                merged += 1
+                made += 1
     if not wrong:
-        message = f"{shard}: {equal} tensors are the source's byte for byte, {merged} merged"
+        message = (
+            f"{shard}: {equal} tensors are the source's byte for byte, "
+            f"{made} were merged or refitted"
+        )
         yield Finding(check=CHECK, ok=True, message=message)
 
 

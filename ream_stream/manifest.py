@@ -39,6 +39,9 @@ class LayerGroups:
     groups: tuple[tuple[int, ...], ...]
     """Source experts of each new expert, centroid first."""
 
+    refitted: bool
+    """Whether down projections were refitted, and it helped."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
@@ -167,6 +170,7 @@ def _layer(value: Mapping[str, Any]) -> LayerGroups:
         saliency=_numbers(value["saliency"]),
         domains={str(k): _numbers(v) for k, v in value.get("domains", {}).items()},
         groups=tuple(tuple(_count(expert) for expert in group) for group in value["groups"]),
+        refitted=(value.get("refitted") or {}).get("penalty") is not None,
     )
 
 

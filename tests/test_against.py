@@ -1,6 +1,7 @@
 """An output compared with its source, tensor by tensor."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -23,8 +24,37 @@ def test_what_was_not_merged_is_the_source_byte_for_byte(name, grouping, checkpo
     ).output
     findings = list(against(done, checkpoints(name)))
     assert all(finding.ok for finding in findings)
-    merged = sum(int(f.message.split()[-2]) for f in findings if f.message.endswith(" merged"))
-    assert (merged > 0) == (grouping == "ream")
+    assert (made(findings) > 0) == (grouping == "ream")
+
+
+def made(findings):
+    """Return how many tensors are told to be other than the source's."""
+    found = [re.search(r"(\d+) were merged or refitted", f.message) for f in findings]
+    return sum(int(each[1]) for each in found if each)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "per_layer"),
+    [
+        ("qwen3_moe", {"grouping": "none"}, 6),
+        ("qwen3_moe", {"group_size": 2, "refit_experts": "changed"}, 0),
+        ("qwen3_5_moe_text", {"grouping": "none"}, 1),
+    ],
+)
+def test_down_projections_that_were_refitted_may_differ_and_nothing_else(
+    name, changes, per_layer, checkpoints, tmp_path
+):
+    source = checkpoints(name, torch.float32)
+    wanted = tiny.settings(6, refit="down", **changes)
+    done = tiny.run(source, tmp_path / "out", wanted, tiny.some_tokens(20, 24))
+    layers = done.manifest["layers"]
+    refitted = [layer for layer in layers if layer["refitted"] and layer["refitted"]["penalty"]]
+    assert refitted
+    merged = sum(len(group) > 1 for layer in layers for group in layer["groups"])
+    findings = list(against(done.output, source))
+    assert all(finding.ok for finding in findings), findings
+    # of merged experts gate, up and down are made; the others are refitted
+    assert made(findings) == 3 * merged + per_layer * len(refitted)
 
 
 def test_one_flipped_bit_is_told_with_the_tensor(checkpoints, tmp_path):
