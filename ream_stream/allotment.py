@@ -215,10 +215,15 @@ def _placed(parts: Parts, places: _Places, blocks: int) -> bool:
     if parts.passes_again or blocks > 1:
         # a device makes them again faster than a disk gives them
         places.place(OUTPUTS, parts.output_bytes, or_disk=places.limits.vram is None)
-    if parts.refits and not places.place(KEPT, parts.kept_bytes, or_disk=False):
-        places.scratch[KEPT] = parts.kept_bytes
-    if parts.refits and places.limits.vram is None:
-        places.place(ACTIVATIONS, parts.activation_bytes, or_disk=False)
+    if parts.refits:
+        kept = parts.kept_bytes
+        # those that are not kept are made again from what the experts were given
+        if places.limits.vram is not None or not places.place(
+            ACTIVATIONS, parts.activation_bytes, or_disk=False
+        ):
+            kept += parts.input_bytes
+        if not places.place(KEPT, kept, or_disk=False):
+            places.scratch[KEPT] = kept
     return blocks == 1 or places.place(SUMS, parts.sum_bytes, or_disk=True)
 
 

@@ -89,7 +89,7 @@ class Parts:
         self._footprints, self._settings, self._size = footprints, settings, size
         self._on_device = on_device
         self._stack = _stack(footprints)
-        self.refits = settings.method.refit != "none"
+        self.refits = settings.refits(self._stack.count)
         """Whether experts are refitted."""
         refit = _refit(footprints, settings)
         ways = list(refit.solvers(size.tokens))
@@ -97,6 +97,7 @@ class Parts:
         """The ways to do so, the fastest first."""
         self.kept_bytes = refit.kept(size.tokens) if self.refits else 0
         self.activation_bytes = refit.activations(size.tokens) if self.refits else 0
+        self.input_bytes = refit.inputs(size.tokens) if self.refits else 0
         self.passes_again = settings.sequential or self.refits
         """Whether the layer is run again after it was observed."""
         self.experts = self._stack.count
@@ -172,12 +173,12 @@ def _held(footprints: Footprints, settings: Settings, size: Size) -> dict[str, d
     """Return what is kept from one phase to another until the shards are written."""
     model, method = footprints.model, settings.method
     held = {}
-    if method.refit != "none":
+    stack = _stack(footprints)
+    if settings.refits(stack.count):
         routing = _refit(footprints, settings).routing(size.tokens)
         held["refit"] = {"routing of all tokens": routing}
     if method.grouping == "none":
         return held
-    stack = _stack(footprints)
     experts, itemsize = stack.count, model.dtype.itemsize
     tokens = min(method.similarity_tokens or size.tokens, size.tokens)
     sample = {"token sample": tokens * (stack.hidden * itemsize + 4 * experts)}
@@ -198,11 +199,12 @@ def _layer_work(
     most = max(run.run for run in runs)
     observed = max(run.observe for run in runs) if settings.sequential else most
     phases = {"observe": observed + entering, "propagate": most + entering}
-    if settings.method.refit != "none":
+    if settings.refits(_stack(footprints).count):
         refit, tokens = _refit(footprints, settings), batch * length
         # the experts' outputs are added up, as they are when the layer runs to its end
         phases["observe"] = phases["propagate"] + refit.hearing(tokens)
-        phases["refit"] = refit.solving(solver, tokens)
+        before = max(run.observe for run in runs) + entering
+        phases["refit"] = refit.solving(solver, tokens, before)
     return phases
 
 

@@ -222,12 +222,11 @@ class StreamedExperts(nn.Module):
         """Experts of the layer."""
         return self.weights.stack.count
 
-    def activations(self, expert: int, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
+    def activations(self, loaded: Loaded, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
         """Return `inner` of one expert for some rows of the batch.
 
         Where rows are rounded up so are these, with zeros.
         """
-        loaded = self.weights.load(expert)
         padded_R = _round_up(token_R) if self._rounds_up else token_R
         inner_RI = torch.cat(
             [

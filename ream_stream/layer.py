@@ -119,7 +119,7 @@ class LayerJob:
         self.decision: Decision | None = None
         self.refitted: Refitted | None = None
         self._refit: RefitJob | None = None
-        if layer.keys.stack is not None and self.plan.settings.method.refit != "none":
+        if layer.keys.stack is not None and self.plan.refits:
             self._refit = RefitJob(
                 self.plan,
                 self.tokens,

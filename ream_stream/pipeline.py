@@ -94,7 +94,7 @@ def compress(
             "expert_blocks": plan.expert_blocks,
             "threads": threads,
         }
-        if plan.settings.method.refit != "none":
+        if plan.refits:
             held_back(tokens, plan.settings.seed)  # refuses too few sequences
             machine["solver"] = asdict(plan.solver)
         journal = Journal(

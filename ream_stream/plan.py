@@ -112,6 +112,11 @@ class Plan:
         return [layer for layer in self.layers if layer.keys.stack]
 
     @property
+    def refits(self) -> bool:
+        """Whether the experts that stay are refitted."""
+        return self.settings.refits(self.num_experts)
+
+    @property
     def num_batches(self) -> int:
         """Batches of the calibration set."""
         return -(-self.sequences // self.batch_sequences)
@@ -164,7 +169,7 @@ class Plan:
     @property
     def staged_bytes(self) -> int:
         """Bytes of the largest layer, if it is written once more to be refitted."""
-        if self.settings.method.refit == "none":
+        if not self.refits:
             return 0
         return max(sum(s.nbytes for s in layer.shards) for layer in self.moe_layers)
 

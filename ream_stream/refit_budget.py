@@ -89,11 +89,14 @@ class RefitMemory:
     def kept(self, tokens: int) -> int:
         """Return what is kept of `tokens` calibration tokens, and the results."""
         hidden, inner = self.stack.hidden, self.stack.inner
-        # what is wanted and what the experts are given, and what is lacking
-        passes = tokens * hidden * (2 * self.itemsize + 4)
         stored = DTYPES[self.stack.dtype].itemsize
         numbers = self.settings.experts * hidden * inner
-        return passes + numbers * stored
+        # what is wanted, and then what is lacking, in its place
+        return tokens * hidden * self.itemsize + numbers * stored
+
+    def inputs(self, tokens: int) -> int:
+        """Return what the experts are given, which is kept where activations are not."""
+        return tokens * self.stack.hidden * self.itemsize
 
     def activations(self, tokens: int) -> int:
         """Return what the activations of all tokens take, some rows of zeros with them."""
@@ -101,30 +104,61 @@ class RefitMemory:
 
     def routing(self, tokens: int) -> int:
         """Return what the experts of all tokens and their coefficients take."""
-        return tokens * self.top_k * (8 + 4)
+        # the place of a token, and of each expert its number, its gate and the token again
+        return tokens * (8 + self.top_k * (8 + 4 + 8))
 
     def hearing(self, tokens: int) -> int:
         """Return what comes and goes for a batch beside the layer that runs on it."""
-        return tokens * self.stack.hidden * (3 * 4 + self.itemsize)
+        return tokens * self.stack.hidden * self.itemsize
 
-    def solving(self, solver: Solver, tokens: int) -> int:
-        """Return what comes and goes while it is solved, for batches of `tokens`."""
-        experts, inner = self.settings.experts, self.stack.inner
-        columns = -(-self.stack.hidden // solver.column_blocks)
-        vector = experts * inner * columns * 4
-        # target, residual, change, direction and product
-        held = 5 * vector + experts * inner * 8
-        if solver.preconditioner == "blocks":
-            held += experts * inner**2 * 4
+    def solving(self, solver: Solver, tokens: int, before: int) -> int:
+        """Return what comes and goes while a layer is refitted.
+
+        Parameters
+        ----------
+        solver
+            How it is done.
+        tokens
+            Of a batch, T.
+        before
+            Bytes that the layer takes for a batch as far as its experts.
+        """
+        hidden, itemsize = self.stack.hidden, self.itemsize
+        columns = -(-hidden // solver.column_blocks)
+        activations = self._activations(tokens, solver)
+        # what is predicted, it in the run's dtype, an expert's rows of it with zeros, or its
+        # share of it, for which all tokens may go to one expert
+        product = tokens * columns * (4 + itemsize + max(2 * itemsize, 4 + itemsize))
+        # its outputs and what they lack, which is put together once more to be kept
+        lacking = tokens * hidden * (3 * 4 + 2 * itemsize)
+        adding = before + activations + lacking + product
+        inputs = tokens * hidden * itemsize
+        passing = activations + 2 * inputs + product
+        inner, vectors = self.stack.inner, 1 + len(self.settings.method.refit_lambda)
         # the float64 block, its triangle, the factor and its square
         factor = 4 * inner**2 * 8 + 2 * inner * columns * 8
+        return max(
+            self._held(solver, 1) + adding,
+            # target, residual, change, direction and product; or what the penalties lead to
+            self._held(solver, max(4, vectors)) + max(factor, passing),
+        )
+
+    def _held(self, solver: Solver, vectors: int) -> int:
+        """Return what is held from pass to pass, with so many of the size of all D_e."""
+        experts, inner = self.settings.experts, self.stack.inner
+        columns = -(-self.stack.hidden // solver.column_blocks)
+        held = vectors * experts * inner * columns * 4 + experts * inner * 8
+        if solver.preconditioner == "blocks":
+            held += experts * inner**2 * 4
         if solver.gathered:
             held += (experts * inner) ** 2 * 4
-        rows = min(tokens, MAX_ROWS)
-        run = rows * inner * 3 * self.itemsize + rows * self.stack.hidden * self.itemsize
-        activations = tokens * self.top_k * inner * self.itemsize
-        # inputs, what is lacking and its columns, what is predicted, rows of one expert
-        given = tokens * (self.stack.hidden * (self.itemsize + 4) + columns * 3 * 4)
-        # all tokens may go to one expert: its activations are widened once more
-        widest = tokens * inner * (4 + 2 * self.itemsize)
-        return held + max(factor, run + activations + given + widest)
+        return held
+
+    def _activations(self, tokens: int, solver: Solver) -> int:
+        """Return what the activations of a batch take, and what making them takes."""
+        inner, itemsize, rows = self.stack.inner, self.itemsize, min(tokens, MAX_ROWS)
+        run = rows * (3 * inner + self.stack.hidden) * itemsize + rows * inner * 2 * 4
+        # all tokens may go to one expert: its parts are put together
+        made = tokens * (self.top_k + 1) * inner * itemsize
+        wide = tokens * self.top_k * inner * 4 if solver.gathered and itemsize < 4 else 0
+        return run + made + wide

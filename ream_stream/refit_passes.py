@@ -1,24 +1,25 @@
 """A layer's refit in the run: passes over the calibration set for `method.refit`.
 
-The compressed layer is run as far as its experts once. What they are given, and what
-their outputs lack to the target, is kept; from then on each pass needs the experts alone.
+The compressed layer is run once. Its experts' activations are kept, or what they are given
+to make them again in each pass; from then on nothing else of the layer is needed.
 
 Letters in shapes: B sequences of a batch, L tokens of a sequence, S sequences, T tokens
 of a batch, R rows of one expert, K experts a token, E kept experts, H hidden, I inner.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .calibration.tokens import Tokens
 from .checkpoint.header import DTYPES
 from .errors import UsageError
 from .events import Refitted
-from .experts import StreamedExperts
+from .experts import MAX_ROWS, Loaded, StreamedExperts
 from .finite import Excluded
 from .kept import Kept
 from .method.normal import NormalMatrix, NormalSums, Served, predict, project
@@ -55,17 +56,37 @@ def held_back(tokens: Tokens, seed: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Routing:
-    """Where the tokens of a batch go: those that are fitted, those held back, padding."""
+class Portion:
+    """Some tokens of a batch, as their experts see them."""
 
-    index_TK: Tensor
-    weight_TK: Tensor
-    fitted: int
+    served: list[Served]
+    """The tokens of each expert that may be changed."""
+
     tokens: int
+    """How many there are, T."""
+
+    lacking: Callable[[], Tensor]
+    """Reads what the output lacks to the target, (T, H)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rows:
+    """Where some tokens of a batch are in it, and where they go."""
+
+    row_R: Tensor
+    index_RK: Tensor
+    weight_RK: Tensor
+
+    def of(self, hidden_TH: Tensor) -> Tensor:
+        """Return their states, of those of the batch."""
+        return hidden_TH.index_select(0, self.row_R)
 
 
 class RoutedTokens:
     """What a compressed layer's experts are given, and what their outputs lack.
+
+    For each batch: `expect` it, run the layer with `outputs` in the place of its experts,
+    and `add` what the outputs lack.
 
     Parameters
     ----------
@@ -81,10 +102,13 @@ class RoutedTokens:
         Sequences that are neither fitted nor judged by; what overflows here joins them.
     layer
         Which layer it is.
-    inputs, lacking
-        Where what is large is kept: (T, H) of each batch.
-    keeps_activations
-        Whether activations are kept as well, and not computed again in each pass.
+    inputs
+        Where states are kept, so that activations can be made from them in each pass; None
+        to keep the activations.
+    lacking
+        Where what outputs lack is kept.
+    keeps_fitted
+        Whether that is asked for again of the tokens that are fitted.
     """
 
     def __init__(
@@ -95,146 +119,204 @@ class RoutedTokens:
         mask_SL: Tensor | None,
         excluded: Excluded,
         layer: int,
-        inputs: Kept,
+        inputs: Kept | None,
         lacking: Kept,
         *,
-        keeps_activations: bool = False,
+        keeps_fitted: bool = True,
     ) -> None:
         self.experts, self.changing = experts, changing
         self._place = {expert: place for place, expert in enumerate(changing)}
         self._held_S, self._mask_SL = held_S, mask_SL
         self._excluded, self._layer = excluded, layer
-        self._inputs, self._lacking = inputs, lacking
-        self._routing: list[_Routing] = []
-        self._keeps_activations = keeps_activations
-        self._served: dict[tuple[int, int], list[Served]] = {}
-        self._first = 0
+        self._inputs, self._lacking, self._keeps_fitted = inputs, lacking, keeps_fitted
+        self._batch: Batch
+        self._first = self._count = 0
+        self._given: tuple[Tensor, Tensor, Tensor]
+        self._now: list[_Rows]
+        self._sent: list[list[_Rows]] = []
+        self._served: list[list[list[Served]]] = []
+        self.output_TH = torch.empty(0)
+        """What the experts gave for the batch that was run last, float32."""
         self.energy = self.lacking = 0.0
         """Squares of the targets of the tokens held back, and of what is lacking to them."""
 
-    def __len__(self) -> int:
-        return len(self._routing)
+    def expect(self, batch: Batch) -> None:
+        """Tell the coming batch."""
+        self._batch = batch
+        self._first += self._count
+        self._count = len(batch.input_ids_BL)
 
-    def add(
-        self,
-        batch: Batch,
-        given: tuple[Tensor, Tensor, Tensor],
-        target_TH: Tensor,
-        output_TH: Tensor,
-    ) -> None:
-        """Keep the next batch.
+    def outputs(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Stand in for the experts: return their outputs, (T, H); zeros for padding."""
+        self._given = (hidden_TH, index_TK, weight_TK.float())
+        self._now = self._split()
+        self.output_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        served = self._serve(self._now, [rows.of(hidden_TH) for rows in self._now], all_of=True)
+        self._served.append(served)
+        return self.output_TH.to(hidden_TH.dtype)
+
+    def add(self, lacking_TH: Tensor) -> Portion:
+        """Keep what the outputs lack to the target; return the tokens that are fitted.
 
         Parameters
         ----------
-        batch
-            Its tokens.
-        given
-            What the experts were called with.
-        target_TH, output_TH
-            What their sum should be, and what it is.
+        lacking_TH
+            Target less output, float32.
 
         Raises
         ------
         NumbersError
             More sequences overflow than may be.
         """
-        hidden_TH, index_TK, weight_TK = given
-        target_TH = target_TH.to(hidden_TH.device).float()
-        lacking_TH = target_TH - output_TH.float()
-        self._leave_out(batch, lacking_TH)
-        held_T, real_T = self._held(batch)
-        fitted_R, held_R, padding_R = (
-            torch.nonzero(which_T).squeeze(1).to(hidden_TH.device)
-            for which_T in (real_T & ~held_T, real_T & held_T, ~real_T)
+        hidden_TH, number = self._given[0], len(self._sent)
+        bad_B = self._excluded.bad_rows(
+            self._first, lacking_TH.view(*self._batch.input_ids_BL.shape, -1)
         )
-        row_T, number = torch.cat([fitted_R, held_R, padding_R]), len(self._routing)
-        self.energy += target_TH[held_R].square().sum(dtype=torch.float64).item()
-        self.lacking += lacking_TH[held_R].square().sum(dtype=torch.float64).item()
-        self._inputs.put(number, hidden_TH.index_select(0, row_T))
-        self._lacking.put(number, lacking_TH.index_select(0, row_T))
-        self._routing.append(
-            _Routing(
-                index_TK=index_TK.index_select(0, row_T),
-                weight_TK=weight_TK.index_select(0, row_T).float(),
-                fitted=len(fitted_R),
-                tokens=len(fitted_R) + len(held_R),
-            )
-        )
-
-    def _leave_out(self, batch: Batch, lacking_TH: Tensor) -> None:
-        """Exclude the sequences of the next batch that overflow in the compressed layer."""
-        lacking_BLH = lacking_TH.view(*batch.input_ids_BL.shape, -1)
-        bad_B = self._excluded.bad_rows(self._first, lacking_BLH)
         if bad_B is not None:
             self._excluded.note(self._layer, self._first, bad_B)
+            self._now = self._split()
+            states = [rows.of(hidden_TH) for rows in self._now]
+            self._served[number] = self._serve(self._now, states)
+        fitted, held = self._now
+        held_RH = lacking_TH.index_select(0, held.row_R)
+        self.lacking += held_RH.square().sum(dtype=torch.float64).item()
+        target_RH = held_RH + self.output_TH.index_select(0, held.row_R)
+        self.energy += target_RH.square().sum(dtype=torch.float64).item()
+        fitted_RH = lacking_TH.index_select(0, fitted.row_R)
+        kept_RH = torch.cat([held_RH, fitted_RH]) if self._keeps_fitted else held_RH
+        self._lacking.put(number, kept_RH.to(hidden_TH.dtype))
+        portion = Portion(
+            served=self._served[number][0],
+            tokens=len(fitted.row_R),
+            lacking=lambda: fitted_RH,
+        )
+        if self._inputs is not None:
+            self._inputs.put(number, hidden_TH)
+            self._served[number] = [[], []]
+        self._sent.append(self._now)
+        return portion
 
-    def _held(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return which tokens of the next batch are held back, and which count at all."""
-        sequences, length = batch.input_ids_BL.shape
-        rows = slice(self._first, self._first + sequences)
-        kept_B = self._excluded.kept(self._first, sequences)
-        self._first += sequences
-        held_T = self._held_S[rows].repeat_interleave(length)
-        real_T = torch.ones_like(held_T)
-        if self._mask_SL is not None:
-            real_T = self._mask_SL[rows].reshape(-1).bool()
-        if kept_B is not None:
-            real_T = real_T & kept_B.repeat_interleave(length)
-        return held_T, real_T
-
-    def fitted(self) -> Iterator["Portion"]:
+    def fitted(self) -> Iterator[Portion]:
         """Yield, batch by batch, the tokens that the solution sees."""
-        for number, routing in enumerate(self._routing):
-            yield self._portion(number, slice(0, routing.fitted))
+        for number, (fitted, held) in enumerate(self._sent):
+            first = len(held.row_R)
+            yield self._portion(number, 0, slice(first, first + len(fitted.row_R)))
 
-    def held(self) -> Iterator["Portion"]:
+    def held(self) -> Iterator[Portion]:
         """Yield, batch by batch, the tokens that are held back."""
-        for number, routing in enumerate(self._routing):
-            yield self._portion(number, slice(routing.fitted, routing.tokens))
+        for number, (_, held) in enumerate(self._sent):
+            yield self._portion(number, 1, slice(0, len(held.row_R)))
 
-    def _portion(self, number: int, rows: slice) -> "Portion":
-        routing, device = self._routing[number], self.experts.weights.device
-        index_TK = routing.index_TK[rows]
-        served = self._served.get((number, rows.start))
-        if served is None:
-            hidden_TH = self._inputs.get(number)[rows].to(device)
-            served = self._serve(hidden_TH, index_TK, routing.weight_TK[rows])
-            if self._keeps_activations:
-                self._served[number, rows.start] = served
+    def _portion(self, number: int, which: int, lacking: slice) -> Portion:
+        device, rows = self.experts.weights.device, self._sent[number][which]
+        served = self._served[number][which]
+        if self._inputs is not None:
+            (served,) = self._serve([rows], [rows.of(self._inputs.get(number).to(device))])
         return Portion(
             served=served,
-            tokens=len(index_TK),
-            lacking=lambda: self._lacking.get(number)[rows].to(device),
+            tokens=len(rows.row_R),
+            lacking=lambda: self._lacking.get(number)[lacking].to(device).float(),
         )
 
-    def _serve(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> list[Served]:
-        """Return the activations of each expert that may be changed, and has tokens."""
-        top_k, weight_S, served = index_TK.shape[1], weight_TK.reshape(-1), []
-        for expert, slot_R in self.experts.dispatch(index_TK, self.experts.count):
-            if expert in self._place:
-                token_R = slot_R // top_k
-                inner_RI = self.experts.activations(expert, hidden_TH, token_R)
-                inner_RI[: len(token_R)] *= weight_S[slot_R, None].to(inner_RI.dtype)
-                served.append(Served(self._place[expert], token_R, inner_RI))
+    def _split(self) -> list[_Rows]:
+        """Return the tokens of the batch that are fitted, and those held back."""
+        sequences, length = self._batch.input_ids_BL.shape
+        batch = slice(self._first, self._first + sequences)
+        kept_B = self._excluded.kept(self._first, sequences)
+        held_T = self._held_S[batch].repeat_interleave(length)
+        real_T = torch.ones_like(held_T)
+        if self._mask_SL is not None:
+            real_T = self._mask_SL[batch].reshape(-1).bool()
+        if kept_B is not None:
+            real_T = real_T & kept_B.repeat_interleave(length)
+        hidden_TH, index_TK, weight_TK = self._given
+
+        def rows(which_T: Tensor) -> _Rows:
+            row_R = torch.nonzero(which_T).squeeze(1).to(hidden_TH.device)
+            index_RK, weight_RK = (
+                each.index_select(0, row_R) for each in (index_TK, weight_TK)
+            )
+            return _Rows(row_R=row_R, index_RK=index_RK, weight_RK=weight_RK)
+
+        return [rows(real_T & ~held_T), rows(real_T & held_T)]
+
+    def _serve(
+        self, sent: Sequence[_Rows], states: Sequence[Tensor], *, all_of: bool = False
+    ) -> list[list[Served]]:
+        """Return for each of some rows the activations of each expert that may be changed.
+
+        With `all_of`, the outputs of all experts are added up in `output_TH` on the way.
+        """
+        experts, served = self.experts, [list[Served]() for _ in sent]
+        slots = [dict(experts.dispatch(rows.index_RK, experts.count)) for rows in sent]
+        for expert in range(experts.count) if all_of else self.changing:
+            if not any(expert in each for each in slots):
+                continue
+            loaded, place = experts.weights.load(expert), self._place.get(expert)
+            for rows, hidden_RH, each, found in zip(sent, states, slots, served, strict=True):
+                if expert not in each:
+                    continue
+                token_R = each[expert] // rows.index_RK.shape[1]
+                inner_RI = experts.activations(loaded, hidden_RH, token_R)
+                gate_R1 = rows.weight_RK.reshape(-1)[each[expert], None]
+                inner_RI[: len(token_R)] *= gate_R1.to(inner_RI.dtype)
+                if all_of:
+                    self._put_out(loaded, rows.row_R[token_R], inner_RI, gate_R1)
+                if place is not None:
+                    found.append(Served(place, token_R, inner_RI))
         return served
 
+    def _put_out(
+        self, loaded: Loaded, row_R: Tensor, inner_RI: Tensor, gate_R1: Tensor
+    ) -> None:
+        """Add what an expert gives, for activations times their gates, to the outputs."""
+        for rows, part_RI in zip(row_R.split(MAX_ROWS), inner_RI.split(MAX_ROWS), strict=False):
+            output_RH = functional.linear(part_RI, loaded.down_HI)[: len(rows)]
+            self.output_TH.index_add_(0, rows, output_RH.float())
+        if loaded.down_bias_H is not None:
+            self.output_TH.index_add_(0, row_R, gate_R1 * loaded.down_bias_H.float())
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Portion:
-    """Some tokens of a batch, as their experts see them."""
 
-    served: list[Served]
-    """The tokens of each expert that may be changed."""
+class _Passes:
+    """Products with the equations' matrix, each in a pass over the tokens that are fitted."""
 
-    tokens: int
-    """How many there are, T."""
+    def __init__(self, tokens: RoutedTokens) -> None:
+        self._tokens = tokens
 
-    lacking: Callable[[], Tensor]
-    """Reads what the output lacks to the target, (T, H) float32."""
+    def product(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        total_EIH = torch.zeros_like(change_EIH)
+        for portion in self._tokens.fitted():
+            predicted_TH = predict(portion.served, change_EIH, portion.tokens)
+            project(portion.served, predicted_TH, total_EIH)
+            yield
+        return total_EIH
+
+    def power(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        power_H = change_EIH.new_zeros(change_EIH.shape[2], dtype=torch.float64)
+        for portion in self._tokens.fitted():
+            predicted_TH = predict(portion.served, change_EIH, portion.tokens)
+            power_H += predicted_TH.square_().sum(dim=0, dtype=torch.float64)
+            yield
+        return power_H
+
+
+class _Gathered:
+    """The same from the products of activations, gathered on the way."""
+
+    def __init__(self, matrix: NormalMatrix) -> None:
+        self.matrix = matrix
+
+    def product(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        yield
+        return self.matrix(change_EIH)
+
+    def power(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        yield
+        return (change_EIH * self.matrix(change_EIH)).sum(dim=(0, 1), dtype=torch.float64)
 
 
 class LayerRefit:
-    """The refit of one layer: `steps` makes it, then the results can be asked for.
+    """The refit of one layer: `add` every batch, then `steps` makes it.
 
     The penalty is the one whose first direction leaves least on the held-back tokens, so
     trying several costs no pass over the others.
@@ -242,7 +324,7 @@ class LayerRefit:
     Parameters
     ----------
     tokens
-        All batches were added.
+        Batches are added to both.
     method
         Penalties and iterations.
     solver
@@ -256,10 +338,20 @@ class LayerRefit:
     ) -> None:
         self._tokens, self._method, self._solver = tokens, method, solver
         self._results = results
-        self._weights = tokens.experts.weights
-        self._stored = DTYPES[self._weights.stack.dtype]
-        self._matrix: NormalMatrix | None = None
-        self._sums: NormalSums | None = None
+        self._weights = weights = tokens.experts.weights
+        self._stored = DTYPES[weights.stack.dtype]
+        count, inner = len(tokens.changing), weights.stack.inner
+        self._columns = self._cut()
+        self._sums = NormalSums(
+            count,
+            inner,
+            self._columns[0].stop,
+            blocks=solver.preconditioner == "blocks",
+            device=weights.device,
+        )
+        self._operator: _Passes | _Gathered = _Passes(tokens)
+        if solver.gathered:
+            self._operator = _Gathered(NormalMatrix(count, inner, device=weights.device))
         self._tried: dict[float, float] = {}
         self._misfit = Misfit()
         self._objectives = torch.zeros(method.refit_iterations + 1, dtype=torch.float64)
@@ -285,8 +377,7 @@ class LayerRefit:
     def passes(self) -> int:
         """How often `steps` goes through the batches, at most."""
         iterations = 0 if self._solver.gathered else self._method.refit_iterations
-        trials = len(self._method.refit_lambda)
-        return trials + self._solver.column_blocks * (2 + iterations)
+        return self._solver.column_blocks * (2 + iterations)
 
     def down(self, place: int) -> Tensor:
         """Return the new down projection (H, I) of a refitted expert, as it is stored."""
@@ -294,18 +385,25 @@ class LayerRefit:
         parts = range(self._solver.column_blocks)
         return torch.cat([self._results.get(part * count + place) for part in parts])
 
+    def add(self, portion: Portion) -> None:
+        """Sum over the tokens of a batch that are fitted."""
+        self._sums.add(portion.served, portion.lacking()[:, self._columns[0]])
+        if isinstance(self._operator, _Gathered):
+            self._operator.matrix.add(portion.served, portion.tokens)
+
     def steps(self) -> Iterator[None]:
         """Solve; yield after each batch of each pass."""
-        for part, columns in enumerate(self._columns()):
-            sums = yield from self._gather(columns)
+        for part, columns in enumerate(self._columns):
             if part == 0:
-                yield from self._choose(sums, columns)
+                yield from self._choose(columns)
+            else:
+                yield from self._turn_to(columns)
             penalty = select(self._tried)
             if penalty is None:
                 return
             found = yield from solve(
-                sums,
-                self._pass if self._matrix is None else self._product,
+                self._sums,
+                self._operator,
                 penalty=penalty,
                 iterations=self._method.refit_iterations,
                 preconditioner=self._solver.preconditioner,
@@ -315,59 +413,30 @@ class LayerRefit:
             for place in range(count):
                 down_HI = self._round(place, found.change_EIH[place], columns)
                 self._results.put(part * count + place, down_HI)
-            yield from self._judge(self._misfit, found.change_EIH, columns)
+            yield from self._judge({self._misfit: found.change_EIH}, columns)
 
-    def _columns(self) -> list[slice]:
+    def _cut(self) -> list[slice]:
         hidden, parts = self._weights.stack.hidden, self._solver.column_blocks
         # rounded up, so that the first is the largest
         bounds = [-(-hidden * part // parts) for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
-    def _gather(self, columns: slice) -> Generator[None, None, NormalSums]:
-        """Sum over the fitted tokens; what all columns share is summed for the first only."""
-        count, inner = len(self._tokens.changing), self._weights.stack.inner
-        width, device = columns.stop - columns.start, self._weights.device
-        first = self._sums is None
-        if self._sums is None:
-            blocks = self._solver.preconditioner == "blocks"
-            self._sums = NormalSums(count, inner, width, blocks=blocks, device=device)
-            if self._solver.gathered:
-                self._matrix = NormalMatrix(count, inner, device=device)
-        else:
-            self._sums.turn_to(width)
+    def _turn_to(self, columns: slice) -> Iterator[None]:
+        """Sum what other columns do not share, in a pass."""
+        self._sums.turn_to(columns.stop - columns.start)
         for portion in self._tokens.fitted():
-            lacking_TH = portion.lacking()[:, columns]
-            if first:
-                self._sums.add(portion.served, lacking_TH)
-                if self._matrix is not None:
-                    self._matrix.add(portion.served, portion.tokens)
-            else:
-                self._sums.add_target(portion.served, lacking_TH)
+            self._sums.add_target(portion.served, portion.lacking()[:, columns])
             yield
-        return self._sums
 
-    def _pass(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
-        """Return the products of all activations with a change, in a pass over the tokens."""
-        total_EIH = torch.zeros_like(change_EIH)
-        for portion in self._tokens.fitted():
-            predicted_TH = predict(portion.served, change_EIH, portion.tokens)
-            project(portion.served, predicted_TH, total_EIH)
-            yield
-        return total_EIH
-
-    def _product(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
-        """Return the same from the products that were gathered."""
-        assert self._matrix is not None
-        yield
-        return self._matrix(change_EIH)
-
-    def _choose(self, sums: NormalSums, columns: slice) -> Iterator[None]:
+    def _choose(self, columns: slice) -> Iterator[None]:
         """Try the first direction of each penalty, at its best length."""
-        for penalty in self._method.refit_lambda:
-            direction_EIH = first_direction(sums, penalty, self._solver.preconditioner)
-            misfit = Misfit()
-            yield from self._judge(misfit, direction_EIH, columns)
-            self._tried[penalty] = misfit.best_share
+        misfits = {penalty: Misfit() for penalty in self._method.refit_lambda}
+        directions = {
+            misfit: first_direction(self._sums, penalty, self._solver.preconditioner)
+            for penalty, misfit in misfits.items()
+        }
+        yield from self._judge(directions, columns)
+        self._tried = {penalty: misfit.best_share for penalty, misfit in misfits.items()}
 
     def _note(self, found: Refit) -> None:
         """Add up the objective of all columns, iteration by iteration."""
@@ -384,10 +453,11 @@ class LayerRefit:
         change_IH.copy_((new_HI.float() - old_HI).T)
         return new_HI
 
-    def _judge(self, misfit: Misfit, change_EIH: Tensor, columns: slice) -> Iterator[None]:
-        """Measure what a change leaves of the error on the tokens that are held back."""
+    def _judge(self, changes: Mapping[Misfit, Tensor], columns: slice) -> Iterator[None]:
+        """Measure what changes leave of the error on the tokens that are held back."""
         for portion in self._tokens.held():
             lacking_TH = portion.lacking()[:, columns]
-            predicted_TH = predict(portion.served, change_EIH, portion.tokens)
-            misfit.add(lacking_TH, predicted_TH)
+            for misfit, change_EIH in changes.items():
+                predicted_TH = predict(portion.served, change_EIH, portion.tokens)
+                misfit.add(lacking_TH, predicted_TH)
             yield

@@ -129,9 +129,10 @@ class RefitJob:
                 self._tokens.attention_mask_SL,
                 self._excluded,
                 self._index,
-                self._store("inputs", len(batches)),
-                self._store("lacking", len(batches)),
-                keeps_activations=plan.memory.get(ACTIVATIONS, 0) > 0,
+                None if plan.memory.get(ACTIVATIONS) else self._store("inputs", len(batches)),
+                # of a batch it is asked for no more once it is known what lacks to it
+                self._wanted,
+                keeps_fitted=plan.solver.column_blocks > 1,
             )
             count = plan.solver.column_blocks * len(changing)
             results = self._store("results", count)
@@ -139,7 +140,7 @@ class RefitJob:
             total, done = len(batches) * (1 + refit.passes), 0
             mixers = self._model.mixers(self._index)
             with nullcontext() if playback is None else playback.through(mixers):
-                for _ in self._route(tokens, batches, entering):
+                for _ in self._route(tokens, refit, batches, entering):
                     done += 1
                     yield done, total
             try:
@@ -185,21 +186,24 @@ class RefitJob:
         return content
 
     def _route(
-        self, tokens: RoutedTokens, batches: Batches, entering: HiddenStates | None
+        self,
+        tokens: RoutedTokens,
+        refit: LayerRefit,
+        batches: Batches,
+        entering: HiddenStates | None,
     ) -> Iterator[None]:
-        """Run the compressed layer as far as its experts, and keep what they are given."""
-        heard: list[tuple[Any, Tensor]] = []
-        handle = tokens.experts.register_forward_hook(
-            lambda _module, args, output_TH: heard.append((args, output_TH))
-        )
+        """Run the compressed layer as far as its experts, and take what they lack."""
+        # on the instance: the module keeps its hooks
+        tokens.experts.forward = tokens.outputs  # type: ignore[method-assign]
         try:
             for number, batch, hidden_BLH in with_states(batches, entering):
-                self._model.observe_layer(self._index, batch, hidden_BLH, sums=True)
-                given, output_TH = heard.pop()
-                tokens.add(batch, given, self._wanted.get(number), output_TH)
+                tokens.expect(batch)
+                self._model.observe_layer(self._index, batch, hidden_BLH)
+                wanted_TH = self._wanted.get(number).to(tokens.output_TH.device).float()
+                refit.add(tokens.add(wanted_TH - tokens.output_TH))
                 yield
         finally:
-            handle.remove()
+            del tokens.experts.forward
 
     def _store(self, name: str, numbers: int) -> Kept:
         """Return a store, in memory if the plan has room for it, until `open` ends."""

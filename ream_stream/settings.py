@@ -89,6 +89,10 @@ class Settings:
     max_shard_bytes: int = 5_000_000_000
     """Size of a shard, unless one tensor alone is larger."""
 
+    def refits(self, num_experts: int) -> bool:
+        """Tell whether experts are refitted: where all of them stay nothing is lacking."""
+        return self.method.refit != "none" and self.experts < num_experts
+
     def fields(self) -> dict[str, Any]:
         """Return a flat mapping for fingerprints and the manifest."""
         values = asdict(self)

@@ -127,7 +127,7 @@ class _Layer:
         if merges:
             phases |= self._compared(self.stack, experts)
             phases["write"] += Work(merged_numbers=self._merged() * self._numbers(self.stack))
-        if plan.settings.method.refit != "none":
+        if plan.refits:
             phases["refit"] = self._refitted(self.stack)
         if sequential:
             passes = len(cut_experts(plan.settings.experts, plan.expert_blocks))
@@ -140,8 +140,11 @@ class _Layer:
 
     def _records(self, passes: int) -> bool:
         """Tell whether attention's outputs serve a later pass."""
-        refits = self.plan.settings.method.refit != "none"
-        return passes > 1 or refits or (self.plan.settings.sequential and not self.is_last)
+        return (
+            passes > 1
+            or self.plan.refits
+            or (self.plan.settings.sequential and not self.is_last)
+        )
 
     def _passed_again(self, passes: int) -> Work:
         """Return what passes beyond the first take beside experts: states and attention."""
@@ -197,14 +200,16 @@ class _Layer:
         plan, method, solver = self.plan, self.plan.settings.method, self.plan.solver
         slots, trials = self.tokens * plan.top_k, len(method.refit_lambda)
         matrix, experts = stack.hidden * stack.inner, plan.settings.experts
-        iterations = method.refit_iterations
+        iterations, blocks = method.refit_iterations, solver.column_blocks
         passes = 0 if solver.gathered else iterations
-        judged = HELD_BACK_SHARE * (trials / solver.column_blocks + 1)
-        again = solver.column_blocks * (1 + passes + HELD_BACK_SHARE) + HELD_BACK_SHARE * trials
-        activated = 1 if plan.memory.get(ACTIVATIONS) else again
-        products = 2 * matrix * (1 + 2 * passes + judged)
-        solved = (trials + 1 + iterations) * experts * 4 * stack.inner * matrix
-        factors = (trials + 1) * experts * 2 * stack.inner**3
+        # the first pass makes activations in any case; the last iteration is half of one
+        again = HELD_BACK_SHARE + blocks * (passes + HELD_BACK_SHARE) + blocks - 1
+        if plan.memory.get(ACTIVATIONS):
+            again = 0.0
+        judged = HELD_BACK_SHARE * (trials / blocks + 1)
+        products = 2 * matrix * (1 + max(0, 2 * passes - 1) + judged)
+        solved = (trials + iterations) * experts * 4 * stack.inner * matrix
+        factors = (trials + blocks) * experts * 2 * stack.inner**3
         wide = slots * 2 * stack.inner**2 + solved + factors
         if solver.gathered:
             width = experts * stack.inner
@@ -212,13 +217,15 @@ class _Layer:
             wide += iterations * 2 * width**2 * stack.hidden
         run = Work(
             written_bytes=self.output_bytes,
-            expert_flop=int(slots * (6 * matrix + 4 * matrix * activated)),
+            expert_flop=int(slots * (6 * matrix + 4 * matrix * again)),
             product_flop=int(slots * products),
             float32_flop=wide,
         )
         kept = plan.scratch.get(KEPT, 0)
-        stores = Work(read_bytes=int(kept * again), written_bytes=kept)
-        return run + stores + self._passed_again(1) + self._again(self.output_bytes)
+        stores = Work(read_bytes=int(kept * (1 + again)), written_bytes=kept)
+        expert_bytes = self.output_bytes - self.dense_bytes
+        read = self.dense_bytes + int(expert_bytes * self._readings(1) * (1 + again))
+        return run + stores + self._passed_again(1) + self._again(read)
 
     def _merges(self) -> bool:
         settings = self.plan.settings

@@ -12,14 +12,27 @@ from ream_stream.method.preconditioning import PRECONDITIONERS
 from ream_stream.method.refit import ConjugateGradients, Misfit, select
 
 
+class Passing:
+    """An operator from a plain function."""
+
+    def __init__(self, apply):
+        self.apply = apply
+        self.called = []
+
+    def product(self, change_EIH):
+        yield
+        self.called.append("product")
+        return self.apply(change_EIH)
+
+    def power(self, change_EIH):
+        yield
+        self.called.append("power")
+        return (change_EIH * self.apply(change_EIH)).sum(dim=(0, 1), dtype=torch.float64)
+
+
 def solve(sums, apply, **options):
     """Solve with passes that are plain functions."""
-
-    def passing(change_EIH):
-        yield
-        return apply(change_EIH)
-
-    return result_of(refit.solve(sums, passing, **options))
+    return result_of(refit.solve(sums, Passing(apply), **options))
 
 
 def result_of(steps):
@@ -223,6 +236,23 @@ def test_an_expert_without_tokens_is_left_alone(preconditioner):
     )
     assert not found.change_EIH[1].any()
     assert distance(found.change_EIH, problem.dense(1e-2)) < 1e-5
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_the_last_iteration_asks_for_a_power_alone(iterations):
+    problem, operator = Problem(0), Passing(Problem(0).apply())
+    found = result_of(
+        refit.solve(problem.sums(), operator, penalty=1e-2, iterations=iterations)
+    )
+    assert operator.called == ["product"] * (iterations - 1) + ["power"]
+    whole = Problem(0).sums()
+    penalty_E = whole.penalties(1e-2)
+    helper, energy = PRECONDITIONERS["blocks"](whole, penalty_E), whole.energy.item()
+    solver = ConjugateGradients(whole.target_EIH, penalty_E, helper, energy)
+    for _ in range(iterations):
+        solver.advance(problem.apply()(solver.direction_EIH))
+    assert found.objectives == pytest.approx(solver.objectives, rel=1e-6)
+    torch.testing.assert_close(found.change_EIH, solver.change_EIH, rtol=1e-4, atol=1e-6)
 
 
 def test_fewer_tokens_than_neurons_need_a_penalty():

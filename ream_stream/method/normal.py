@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+WIDENED_ROWS = 1024
+"""Rows of activations that are in float32 at once."""
+
 
 class Served(NamedTuple):
     """The tokens of a batch, padding left out, that one expert serves."""
@@ -92,11 +95,12 @@ class NormalSums:
     def add(self, batch: Sequence[Served], residual_TH: Tensor) -> None:
         """Add a batch; `residual_TH` is what its tokens' outputs lack to their targets."""
         for expert, token_R, inner_RI in batch:
-            wide_RI = inner_RI.float()
             self.count_E[expert] += len(token_R)
-            self.diagonal_EI[expert] += wide_RI.square().sum(dim=0, dtype=torch.float64)
-            if self.gram_EII is not None:
-                self.gram_EII[expert].addmm_(wide_RI.T, wide_RI)
+            for some_RI in inner_RI.split(WIDENED_ROWS):
+                wide_RI = some_RI.float()
+                if self.gram_EII is not None:
+                    self.gram_EII[expert].addmm_(wide_RI.T, wide_RI)
+                self.diagonal_EI[expert] += wide_RI.square().sum(dim=0, dtype=torch.float64)
         self.add_target(batch, residual_TH)
 
     def add_target(self, batch: Sequence[Served], residual_TH: Tensor) -> None:

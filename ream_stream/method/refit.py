@@ -14,19 +14,20 @@ not the step sizes: they are problems of their own, so any set of columns can be
 solved alone, with the same result, where not all fit in memory.
 
 Cost: each iteration is one pass over the tokens, 2 I H operations a token and
-expert for a D, 2 I H for a^T of it, and 4 I H for the activations unless they were
-kept: 8 I H, where the layer itself takes 6 I H. The sums are one more pass (with
-2 I I for A_e). Held are 4 x E I H numbers (change, residual, direction and product)
-and E I I for the preconditioner; no array grows with the tokens. Where its (E I)^2
-numbers fit, `normal.NormalMatrix` takes the place of all passes but one.
+expert for a D, 2 I H for a^T of it, which the last does without, and 4 I H for the
+activations unless they were kept; the layer itself takes 6 I H. The sums are one more
+pass (with 2 I I for A_e). Held are 4 x E I H numbers (change, residual, direction and
+product) and E I I for the preconditioner; no array grows with the tokens. Where its
+(E I)^2 numbers fit, `normal.NormalMatrix` takes the place of all passes but one.
 
 Letters in shapes: T tokens of a batch, E experts, H hidden (or some of its
 columns), I inner.
 """
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,12 +35,21 @@ from torch import Tensor
 from .normal import NormalSums
 from .preconditioning import PRECONDITIONERS, Preconditioner
 
-Apply = Callable[[Tensor], Generator[None, None, Tensor]]
-"""From D (E, I, H), the products sum over x of a_e^T (sum over f of a_f D_f).
 
-A generator, as all here that pass over tokens: it yields after each batch, so that who
-runs it can tell how far it is, or stop.
-"""
+class Operator(Protocol):
+    """What the matrix of the equations, without the penalties, makes of a D (E, I, H).
+
+    Generators, as all here that pass over tokens: they yield after each batch, so that
+    who runs them can tell how far they are, or stop.
+    """
+
+    def product(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        """Return sum over x of a_e^T (sum over f of a_f D_f), (E, I, H)."""
+        ...
+
+    def power(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        """Return sum over x of (sum over f of a_f D_f)^2, (H,) float64; half the work."""
+        ...
 
 
 class ConjugateGradients:
@@ -49,11 +59,11 @@ class ConjugateGradients:
 
         solver = ConjugateGradients(sums.target_EIH, penalty_E, preconditioner, energy)
         while not solver.finished:
-            solver.advance((yield from apply(solver.direction_EIH)))
+            solver.advance((yield from operator.product(solver.direction_EIH)))
 
     Vectors are float32, inner products and step sizes float64. The objective
-    falls by construction of the step sizes; nothing else is assumed of `apply`
-    than that it is linear, symmetric and not negative.
+    falls by construction of the step sizes; nothing else is assumed of the
+    operator than that it is linear, symmetric and not negative.
 
     Parameters
     ----------
@@ -103,23 +113,43 @@ class ConjugateGradients:
         Parameters
         ----------
         product_EIH
-            What `Apply` gives for the direction; overwritten.
+            What `Operator.product` gives for the direction; overwritten.
         """
         curvature_H = torch.zeros_like(self._size_H)
         for expert, penalty in enumerate(self._penalty_E):
             direction_IH, product_IH = self.direction_EIH[expert], product_EIH[expert]
             product_IH.add_(direction_IH, alpha=penalty)
             curvature_H += _dot(direction_IH, product_IH)
+        step_H = self._move(curvature_H)
+        for expert in range(len(self._penalty_E)):
+            self._residual_EIH[expert].addcmul_(product_EIH[expert], step_H, value=-1)
+        self._turn(product_EIH)
+
+    def arrive(self, power_H: Tensor) -> None:
+        """Go along the direction for the last time.
+
+        Parameters
+        ----------
+        power_H
+            What `Operator.power` gives for the direction.
+        """
+        curvature_H = power_H.clone()
+        for expert, penalty in enumerate(self._penalty_E):
+            direction_IH = self.direction_EIH[expert]
+            curvature_H += penalty * _dot(direction_IH, direction_IH)
+        self._move(curvature_H)
+
+    def _move(self, curvature_H: Tensor) -> Tensor:
+        """Go to the lowest point along the direction; return how far in each column."""
         # a column without curvature or without residual has arrived
         moves_H = (curvature_H > 0) & (self._size_H > 0)
         step_H = torch.where(moves_H, self._size_H / curvature_H, 0)
         self.objectives.append(self.objectives[-1] - (step_H * self._size_H).sum().item())
-        step32_H = step_H.float()
-        for expert in range(len(self._penalty_E)):
-            self.change_EIH[expert].addcmul_(self.direction_EIH[expert], step32_H)
-            self._residual_EIH[expert].addcmul_(product_EIH[expert], step32_H, value=-1)
         self._size_H = torch.where(moves_H, self._size_H, 0)
-        self._turn(product_EIH)
+        step_H = step_H.float()
+        for expert in range(len(self._penalty_E)):
+            self.change_EIH[expert].addcmul_(self.direction_EIH[expert], step_H)
+        return step_H
 
     def _turn(self, scratch_EIH: Tensor) -> None:
         """Choose the next direction, conjugate to all before; `scratch_EIH` is overwritten."""
@@ -155,21 +185,21 @@ class Refit:
 
 def solve(
     sums: NormalSums,
-    apply: Apply,
+    operator: Operator,
     *,
     penalty: float,
     iterations: int = 3,
     tolerance: float = 0.0,
     preconditioner: str = "blocks",
 ) -> Generator[None, None, Refit]:
-    """Solve for one penalty; ``sums.target_EIH`` is left as it is.
+    """Solve for one penalty; ``sums.target_EIH`` is overwritten.
 
     Parameters
     ----------
     sums
-        Over all tokens that `apply` runs over.
-    apply
-        One pass over the tokens.
+        Over all tokens that `operator` runs over.
+    operator
+        Gives products, each in a pass over the tokens.
     penalty
         lambda, in shares of the mean diagonal of A_e.
     iterations
@@ -187,16 +217,19 @@ def solve(
     """
     penalty_E = sums.penalties(penalty)
     solver = ConjugateGradients(
-        sums.target_EIH.clone(),
+        sums.target_EIH,
         penalty_E,
         PRECONDITIONERS[preconditioner](sums, penalty_E),
         sums.energy.item(),
     )
     objectives = solver.objectives
-    for _ in range(iterations):
+    for left in reversed(range(iterations)):
         if solver.finished:
             break
-        solver.advance((yield from apply(solver.direction_EIH)))
+        if left:
+            solver.advance((yield from operator.product(solver.direction_EIH)))
+        else:
+            solver.arrive((yield from operator.power(solver.direction_EIH)))
         if objectives[-2] - objectives[-1] < tolerance * objectives[0]:
             break
     return Refit(
