@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["check", "observe", "compare", "align", "refit", "write", "propagate", "score"]
+Phase = Literal[
+    "check", "observe", "compare", "align", "follow", "refit", "write", "propagate", "score"
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

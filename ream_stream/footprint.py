@@ -29,6 +29,12 @@ from .model import Batch, StreamedModel
 from .playback import main_output
 from .skeleton import get_tensor, path_of, put_tensor
 
+_RESHAPES = {
+    *("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "transpose", "alias"),
+    *("clone", "detach", "_to_copy"),
+}
+"""Operations of aten that leave numbers as they are, but for rounding."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
@@ -85,6 +91,47 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= nbytes
 
 
+class Additions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows a tensor as long as it is only reshaped, converted, or added to others."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.other: str | None = None
+        """The first operation that did something else with it."""
+        # held, so that no other tensor gets the place of one of them
+        self._known: list[Tensor] = []
+
+    def follow(self, tensor: Tensor) -> None:
+        """Follow a tensor from here on."""
+        self._known.append(tensor)
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Tell whether it is a followed tensor, or one that such a tensor was added to."""
+        return any(tensor is known for known in self._known)
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: Any = (),  # noqa: ANN401
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        output = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(output) if _is_tensor(leaf)]
+        used = [leaf for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)]
+        followed = sum(map(self.knows, used))
+        if followed and made:
+            name = func.overloadpacket.__name__  # type: ignore[attr-defined]
+            adds = name in {"add", "add_"} and followed == 1 and len(args) == 2 and not kwargs
+            # a factor of the config, which is 1 in most checkpoints
+            same = name == "mul" and not _is_tensor(args[1]) and args[1] == 1
+            if name in _RESHAPES or adds or same:
+                self._known += made
+            else:
+                self.other = self.other or name
+        return output
+
+
 class _NoData:
     """Stands in for a checkpoint's mapped tensors: the shapes of its headers, no data."""
 
@@ -139,36 +186,64 @@ class Footprints:
             kinds.setdefault((tuple(names), tuple(shapes), layer.stack is None), layer.index)
         return list(kinds.values())
 
+    def beyond_adding(self, index: int) -> str | None:
+        """Tell what layer `index` does with its experts' outputs but to add them once.
+
+        Returns
+        -------
+        str or None
+            An operation, such as a norm's; None if what leaves the layer is the outputs and
+            something that does not depend on them.
+        """
+        with self._opened(index, 1, 2) as (experts, batch, hidden_BLH), Additions() as added:
+            assert experts is not None
+            handle = experts.register_forward_hook(
+                lambda _m, _args, output: added.follow(output)
+            )
+            try:
+                leaving_BLH = self.model.run_layer(index, batch, hidden_BLH)
+            finally:
+                handle.remove()
+            return added.other or (None if added.knows(leaving_BLH) else "nothing")
+
     def of(self, index: int, sequences: int, length: int, *, padded: bool = True) -> Footprint:
         """Return what running layer `index` on a batch takes.
 
         With padding a mask is made, which is as large as a head's attention weights.
         """
-        model, dtype = self.model, self.model.dtype
+        model = self.model
         with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            torch.no_grad(),
             nullcontext() if padded else _without_masks(),
+            self._opened(index, sequences, length) as (experts, batch, hidden_BLH),
         ):
+            if experts is None:
+                run = _peak(lambda: model.run_layer(index, batch, hidden_BLH))
+                return Footprint(observe=0, run=run, outputs=0)
+            with _returned(model.mixers(index)) as returned:
+                run = _peak(lambda: model.run_layer(index, batch, hidden_BLH))
+            experts.listener = _statistics(experts)
+            observe = _peak(lambda: model.observe_layer(index, batch, hidden_BLH))
+            return Footprint(observe=observe, run=run, outputs=sum(returned))
+
+    @contextmanager
+    def _opened(
+        self, index: int, sequences: int, length: int
+    ) -> Iterator[tuple[StreamedExperts | None, Batch, Tensor]]:
+        """Open a layer without data; give its experts, a batch and what enters the layer."""
+        model, dtype = self.model, self.model.dtype
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             table_VH = torch.empty(self._shape_VH, dtype=dtype)
             put_tensor(model.model, self._embedding + ".weight", table_VH)
             if model.final_norm is not None:
                 weight_H = torch.empty(self._shape_VH[1], dtype=dtype)
                 put_tensor(model.final_norm, "weight", weight_H)
             ids_BL = torch.zeros(sequences, length, dtype=torch.int64)
-            batch = Batch(input_ids_BL=ids_BL, attention_mask_BL=None)
             hidden_BLH = torch.empty(sequences, length, self._shape_VH[1], dtype=dtype)
             with model.open_layer(index) as experts:
                 if experts is not None:
                     experts.dispatch = _all_to_one
-                if experts is None:
-                    run = _peak(lambda: model.run_layer(index, batch, hidden_BLH))
-                    return Footprint(observe=0, run=run, outputs=0)
-                with _returned(model.mixers(index)) as returned:
-                    run = _peak(lambda: model.run_layer(index, batch, hidden_BLH))
-                experts.listener = _statistics(experts)
-                observe = _peak(lambda: model.observe_layer(index, batch, hidden_BLH))
-                return Footprint(observe=observe, run=run, outputs=sum(returned))
+                batch = Batch(input_ids_BL=ids_BL, attention_mask_BL=None)
+                yield experts, batch, hidden_BLH
 
 
 def _peak(work: Callable[[], object]) -> int:

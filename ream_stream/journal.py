@@ -33,8 +33,8 @@ from .events import Refitted
 FORMAT = 2
 
 _OURS = re.compile(
-    r"(journal\.json|tokens\.safetensors|log(\.1)?\.jsonl|hidden-\d{5}|statistics-\d{5}\.safetensors"
-    r"|streamed|scratch-[a-z0-9-]+)"
+    r"(journal\.json|tokens\.safetensors|log(\.1)?\.jsonl|(hidden|original)-\d{5}"
+    r"|statistics-\d{5}\.safetensors|streamed|scratch-[a-z0-9-]+)"
     rf"(?P<partial>{re.escape(durable.PARTIAL)})?"
 )
 """What a run writes in its work folder, the lock aside."""
@@ -64,6 +64,10 @@ class LayerRecord:
 
     groups: tuple[tuple[int, ...], ...] | None
     """Source experts of each new expert, centroid first; None for a dense layer."""
+
+    original: str | None = None
+    """Name of the store of what enters the next layer in the original model; None if it is
+    not carried, or after the last."""
 
     refitted: Refitted | None = None
     """What refitting came to; None if it was not asked for, or the layer is dense."""
@@ -135,6 +139,10 @@ class Workspace:
         """Return the folder of the states that enter layer `boundary`."""
         return self.work / f"hidden-{boundary:05d}"
 
+    def original(self, boundary: int) -> Path:
+        """Return the folder of the states that enter layer `boundary` in the original model."""
+        return self.work / f"original-{boundary:05d}"
+
     def statistics(self, layer: int) -> Path:
         """Return the file of one layer's sums."""
         return self.work / f"statistics-{layer:05d}.safetensors"
@@ -186,8 +194,8 @@ class Workspace:
         named = {self.journal.name, self.tokens.name, self.log.name, self.older_log.name}
         named.add(self.streamed.name)
         named |= {record.statistics.name for record in journal.layers if record.statistics}
-        if journal.layers and journal.layers[-1].hidden:
-            named.add(journal.layers[-1].hidden)
+        for record in journal.layers[-1:]:
+            named |= {name for name in (record.hidden, record.original) if name}
         for path in self.work.iterdir():
             if _OURS.fullmatch(path.name) and path.name not in named:
                 durable.remove(path)
@@ -338,6 +346,7 @@ def _record(value: Mapping[str, Any]) -> LayerRecord:
         index=value["index"],
         shards=tuple(Written(**shard) for shard in value["shards"]),
         hidden=value["hidden"],
+        original=value.get("original"),
         statistics=Written(**statistics) if statistics else None,
         saliency=None if saliency is None else tuple(saliency),
         domain_saliency={k: tuple(v) for k, v in value.get("domain_saliency", {}).items()},

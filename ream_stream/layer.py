@@ -34,7 +34,7 @@ from .observe import Observer, TokenSample, mean_outputs
 from .plan import LayerPlan, Plan
 from .playback import Playback
 from .refitting import RefitJob
-from .stream import Batches
+from .stream import Batches, with_states
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,14 +87,26 @@ class Context:
 
     def hidden_reader(self, boundary: int) -> HiddenStates | None:
         """Open the states that enter a layer; None for the first, which takes embeddings."""
-        if boundary == 0:
-            return None
-        path, plan = self.workspace.hidden(boundary), self.plan
-        return HiddenStates(path, plan.hidden_shape, plan.dtype, self.batch_sequences)
+        return self._reader(self.workspace.hidden(boundary)) if boundary else None
+
+    def original_reader(self, boundary: int) -> HiddenStates | None:
+        """Open the same of the original model."""
+        return self._reader(self.workspace.original(boundary)) if boundary else None
 
     def hidden_writer(self, boundary: int) -> CheckedWriter:
         """Begin the states that enter a layer."""
-        path, plan, batch = self.workspace.hidden(boundary), self.plan, self.batch_sequences
+        return self._writer(self.workspace.hidden(boundary), boundary)
+
+    def original_writer(self, boundary: int) -> CheckedWriter:
+        """Begin the same of the original model."""
+        return self._writer(self.workspace.original(boundary), boundary)
+
+    def _reader(self, path: Path) -> HiddenStates:
+        plan = self.plan
+        return HiddenStates(path, plan.hidden_shape, plan.dtype, self.batch_sequences)
+
+    def _writer(self, path: Path, boundary: int) -> CheckedWriter:
+        plan, batch = self.plan, self.batch_sequences
         writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch)
         return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 
@@ -143,6 +155,9 @@ class LayerJob:
             yield from self._copy()
             if not self.is_last:
                 yield from self._propagate(self.context.source)
+            if not self.is_last and self.plan.follows:
+                with self.context.source.open_layer(self.index):
+                    yield from self._follow(None)
             return
         with nullcontext() if self._refit is None else self._refit.open():
             yield from self._compress()
@@ -178,6 +193,8 @@ class LayerJob:
                 nullcontext() if refit is None else refit.hearing(experts),
             ):
                 yield from self._observe(observer, experts)
+            if refit is not None and self.plan.follows:
+                yield from self._follow(refit)
             observer.finish(self.index)
             mean_EH = None
             if observer.sample is not None:
@@ -243,8 +260,10 @@ class LayerJob:
         plan, sequential = self.plan, self.plan.settings.sequential
         again = self._refit is not None or (sequential and not self.is_last)
         if (again or self.context.expert_blocks > 1) and plan.keeps(OUTPUTS):
+            # of this object it must not know: in a cycle, all that a layer held would stay
+            stores, context = self._stores, self.context
             self._playback = Playback(
-                lambda name: self._stores.enter_context(self.context.keeping(OUTPUTS, name))
+                lambda name: stores.enter_context(context.keeping(OUTPUTS, name))
             )
         writer = None
         if not sequential and not self.is_last:
@@ -256,6 +275,22 @@ class LayerJob:
 
         with self.context.timed("observe"):
             yield from self._run("observe", self.context.source, experts, writer, expect)
+
+    def _follow(self, refit: RefitJob | None) -> Iterator[Step]:
+        """Run the open source layer on the original model's own states."""
+        context, index = self.context, self.index
+        batches, entering = context.batches, context.original_reader(index)
+        writer = None if self.is_last else context.original_writer(index + 1)
+        with context.timed("follow"):
+            for number, batch, hidden_BLH in with_states(batches, entering):
+                leaving_BLH = context.source.run_layer(index, batch, hidden_BLH)
+                if refit is not None:
+                    refit.want(number, leaving_BLH)
+                if writer is not None:
+                    writer.write(number, leaving_BLH)
+                yield self._step("follow", number + 1, len(batches))
+            if writer is not None:
+                writer.publish()
 
     def _run(
         self,
@@ -280,7 +315,7 @@ class LayerJob:
                 blocks=context.expert_blocks,
                 playback=self._playback,
                 sums=sums,
-                hears_sums=self._refit is not None,
+                hears_sums=self._refit is not None and not self.plan.follows,
             )
             total = len(passes) * len(batches)
             run = passes.run(batches, self._hidden, expect=expect, only_listening=not writer)

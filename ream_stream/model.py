@@ -337,6 +337,7 @@ class StreamedModel:
         except _StopForwardError:
             pass
         finally:
+            experts.only_listening = False
             handle.remove()
 
     def logits(

@@ -226,6 +226,9 @@ def _layer(
         index=index,
         shards=tuple(job.shards),
         hidden=None if job.is_last else context.workspace.hidden(index + 1).name,
+        original=context.workspace.original(index + 1).name
+        if plan.follows and not job.is_last
+        else None,
         statistics=job.statistics,
         saliency=decision.saliency if decision else None,
         domain_saliency=decision.domain_saliency if decision else {},
@@ -236,6 +239,8 @@ def _layer(
     journal.layers.append(record)
     save(context.workspace, journal)
     durable.remove(context.workspace.hidden(index))
+    if plan.follows:
+        durable.remove(context.workspace.original(index))
     groups = decision.groups if decision else ()
     yield LayerDone(
         layer=index,

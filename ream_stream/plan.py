@@ -117,6 +117,11 @@ class Plan:
         return self.settings.refits(self.num_experts)
 
     @property
+    def follows(self) -> bool:
+        """Whether the original model's own states are carried beside the others."""
+        return self.settings.follows(self.num_experts)
+
+    @property
     def num_batches(self) -> int:
         """Batches of the calibration set."""
         return -(-self.sequences // self.batch_sequences)
@@ -139,6 +144,11 @@ class Plan:
         return tokens * self.hidden_size * self.dtype.itemsize
 
     @property
+    def boundary_bytes(self) -> int:
+        """Bytes of all hidden states at one boundary, the original model's too if carried."""
+        return self.hidden_bytes * (2 if self.follows else 1)
+
+    @property
     def source_bytes(self) -> int:
         """Bytes of the source's tensors."""
         return sum(entry.nbytes for entry in self.source.entries.values())
@@ -155,7 +165,7 @@ class Plan:
         return {
             "shards": self.output_bytes,
             "other files": sum(path.stat().st_size for path in self.source.other_files()),
-            "hidden states": 2 * self.hidden_bytes,
+            "hidden states": 2 * self.boundary_bytes,
             "layer before its refit": self.staged_bytes,
             "streamed shards": self.supply.peak_bytes,
             **self.scratch,

@@ -18,7 +18,7 @@ from .checkpoint.source import Checkpoint
 from .checkpoint.stacks import ExpertStack
 from .durable import free_bytes, same_disk
 from .errors import OverBudgetError, UnsupportedModelError
-from .families import family_of
+from .families import family_of, text_config
 from .footprint import Footprints
 from .journal import Journal, Workspace
 from .memory import anonymous_bytes, available_bytes
@@ -98,7 +98,7 @@ def make_plan(
         raise UnsupportedModelError("layers have different numbers of experts")
     routing_groups = family.groups(model.text_config)
     groups_per_token = int(getattr(model.text_config, "topk_group", None) or routing_groups)
-    check_refit(settings.method)
+    check_refit(settings)
     check_counts(settings, num_experts, model.top_k, routing_groups, groups_per_token)
     decoded = decoded_matrices(model) if settings.dtype == "bfloat16" else {}
     layers, outside = lay_out(model, family, num_experts, settings, decoded)
@@ -112,7 +112,10 @@ def make_plan(
         top_k=model.top_k,
         padded=padded,
     )
-    parts = Parts(Footprints(model), settings, size, on_device=vram is not None)
+    footprints = Footprints(model)
+    if settings.follows(num_experts):
+        _check_adds(footprints, source)
+    parts = Parts(footprints, settings, size, on_device=vram is not None)
     plan = Plan(
         settings=settings,
         source=source,
@@ -195,14 +198,14 @@ def _scratch_room(
 def _left_to_write(plan: Plan, output: Path, journal: Journal | None) -> tuple[int, int]:
     """Return the bytes still to be written in the output, and in the work folder at most."""
     shards = plan.output_bytes
-    work = 2 * plan.hidden_bytes + plan.staged_bytes + sum(plan.scratch.values())
+    work = 2 * plan.boundary_bytes + plan.staged_bytes + sum(plan.scratch.values())
     work += plan.supply.peak_bytes
     others = plan.source.other_files()
     if journal is not None:
         shards -= sum(shard.size for shard in journal.shards())
         left = len(plan.layers) - len(journal.layers)
         # one boundary is there already; after the last layer there is none
-        work -= plan.hidden_bytes if left and journal.layers else 0 if left else work
+        work -= plan.boundary_bytes if left and journal.layers else 0 if left else work
         others = [
             p for p in others if not (output / p.relative_to(plan.source.folder)).exists()
         ]
@@ -261,6 +264,20 @@ def _check_all_owned(source: Checkpoint, model: StreamedModel) -> None:
         f"{why_unknown(mtp, source.config)}: they cannot be compressed with the others; "
         "--mtp drop leaves such layers out"
     )
+
+
+def _check_adds(footprints: Footprints, source: Checkpoint) -> None:
+    """Refuse layers whose output does not change by as much as that of their experts."""
+    for index in footprints.kinds():
+        if footprints.model.layers[index].stack is None:
+            continue
+        other = footprints.beyond_adding(index)
+        if other is not None:
+            raise UnsupportedModelError(
+                f"--refit-target trajectory: layer {index} of "
+                f"{text_config(source.config).get('model_type')} does not simply add what its "
+                f"experts give, it is put through {other}; use --refit-target layer"
+            )
 
 
 def _check_refit(settings: Settings, stacks: Iterable[ExpertStack]) -> None:

@@ -270,7 +270,8 @@ class RoutedTokens:
         self, loaded: Loaded, row_R: Tensor, inner_RI: Tensor, gate_R1: Tensor
     ) -> None:
         """Add what an expert gives, for activations times their gates, to the outputs."""
-        for rows, part_RI in zip(row_R.split(MAX_ROWS), inner_RI.split(MAX_ROWS), strict=False):
+        parts = zip(torch.split(row_R, MAX_ROWS), torch.split(inner_RI, MAX_ROWS), strict=False)
+        for rows, part_RI in parts:
             output_RH = functional.linear(part_RI, loaded.down_HI)[: len(rows)]
             self.output_TH.index_add_(0, rows, output_RH.float())
         if loaded.down_bias_H is not None:

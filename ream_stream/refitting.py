@@ -76,12 +76,20 @@ class RefitJob:
         durable.make_directory(self.folder)
         with self._stack:
             yield
+        # activations and sums are large, and the layer is run once more
+        self._refit = None
         durable.remove(self.folder)
 
     @contextmanager
     def hearing(self, experts: nn.Module) -> Iterator[None]:
-        """Keep what the source's experts give for each batch that runs in the block."""
+        """Keep what the source's experts give for each batch that runs in the block.
+
+        Nothing, if it is not their outputs that are wanted.
+        """
         self._wanted = self._store("wanted", self._plan.num_batches)
+        if self._plan.follows:
+            yield
+            return
         number = 0
 
         def keep(_module: nn.Module, _args: Any, output_TH: Tensor) -> None:  # noqa: ANN401
@@ -94,6 +102,10 @@ class RefitJob:
             yield
         finally:
             handle.remove()
+
+    def want(self, number: int, leaving_BLH: Tensor) -> None:
+        """Keep what leaves the layer in the original model, for one batch."""
+        self._wanted.put(number, leaving_BLH)
 
     def steps(
         self,
@@ -192,15 +204,20 @@ class RefitJob:
         batches: Batches,
         entering: HiddenStates | None,
     ) -> Iterator[None]:
-        """Run the compressed layer as far as its experts, and take what they lack."""
+        """Run the compressed layer, as far as its target, and take what it lacks."""
         # on the instance: the module keeps its hooks
         tokens.experts.forward = tokens.outputs  # type: ignore[method-assign]
         try:
             for number, batch, hidden_BLH in with_states(batches, entering):
                 tokens.expect(batch)
-                self._model.observe_layer(self._index, batch, hidden_BLH)
-                wanted_TH = self._wanted.get(number).to(tokens.output_TH.device).float()
-                refit.add(tokens.add(wanted_TH - tokens.output_TH))
+                if self._plan.follows:
+                    leaving_BLH = self._model.run_layer(self._index, batch, hidden_BLH)
+                    found_TH = leaving_BLH.flatten(0, 1).float()
+                else:
+                    self._model.observe_layer(self._index, batch, hidden_BLH)
+                    found_TH = tokens.output_TH
+                wanted_TH = self._wanted.get(number).to(found_TH.device).view_as(found_TH)
+                refit.add(tokens.add(wanted_TH.float() - found_TH))
                 yield
         finally:
             del tokens.experts.forward

@@ -8,7 +8,7 @@ from .errors import UsageError
 
 REFITS = ("none", "down")
 REFIT_EXPERTS = ("all", "changed")
-REFIT_TARGETS = ("layer",)
+REFIT_TARGETS = ("layer", "trajectory")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,8 @@ class Method:
     """One of `REFIT_EXPERTS`: ``changed`` leaves experts that were not merged as they are."""
 
     refit_target: str = "layer"
-    """One of `REFIT_TARGETS`: ``layer`` is what the original layer gives on the same inputs."""
+    """One of `REFIT_TARGETS`: ``layer`` is what the original layer gives on the same inputs,
+    ``trajectory`` what leaves it in the original model."""
 
     refit_iterations: int = 3
     """Iterations of conjugate gradients at most."""
@@ -92,6 +93,10 @@ class Settings:
     def refits(self, num_experts: int) -> bool:
         """Tell whether experts are refitted: where all of them stay nothing is lacking."""
         return self.method.refit != "none" and self.experts < num_experts
+
+    def follows(self, num_experts: int) -> bool:
+        """Tell whether the original model's own states are carried beside the others."""
+        return self.refits(num_experts) and self.method.refit_target == "trajectory"
 
     def fields(self) -> dict[str, Any]:
         """Return a flat mapping for fingerprints and the manifest."""
@@ -157,7 +162,7 @@ def check_counts(
             )
 
 
-def check_refit(method: Method) -> None:
+def check_refit(settings: Settings) -> None:
     """Refuse a refit that cannot be solved, or has nothing to change.
 
     Raises
@@ -165,6 +170,7 @@ def check_refit(method: Method) -> None:
     UsageError
         One sentence about the option that does not work.
     """
+    method = settings.method
     if method.refit == "none":
         return
     penalties = method.refit_lambda
@@ -177,4 +183,9 @@ def check_refit(method: Method) -> None:
     if method.refit_experts == "changed" and method.grouping == "none":
         raise UsageError(
             "--refit-experts changed: pruning changes no expert, so there is none to refit"
+        )
+    if method.refit_target == "trajectory" and not settings.sequential:
+        raise UsageError(
+            "--refit-target trajectory: with --no-sequential each layer is given the original "
+            "model's states, so there is no other trajectory; use --refit-target layer"
         )

@@ -17,7 +17,10 @@ from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
 from .refit_budget import ACTIVATIONS, HELD_BACK_SHARE, KEPT
 
-PHASES = ("check", "observe", "compare", "align", "refit", "write", "propagate", "finish")
+PHASES = (
+    *("check", "observe", "follow", "compare", "align"),
+    *("refit", "write", "propagate", "finish"),
+)
 """In the order in which they first occur; a layer has all but the last."""
 
 
@@ -101,7 +104,7 @@ class _Layer:
         self.bytes = sum(entries[name].nbytes for name in layer.keys.names)
         self.output_bytes = sum(shard.nbytes for shard in layer.shards)
         self.entering = plan.hidden_bytes if layer.keys.index else 0
-        held = self.bytes + self.output_bytes + 2 * plan.hidden_bytes
+        held = self.bytes + self.output_bytes + 2 * plan.boundary_bytes
         self.fits = held <= cache_bytes
 
     def phases(self) -> dict[str, Work]:
@@ -109,7 +112,9 @@ class _Layer:
         check = Work(read_bytes=self.bytes)
         if self.stack is None:
             write = self._again(self.bytes) + Work(written_bytes=self.output_bytes)
-            return {"check": check, "write": write, **self._propagated(self.bytes, passes=1)}
+            phases = {"check": check, "write": write}
+            phases |= self._propagated(self.bytes, passes=1)
+            return phases | self._followed()
         plan, experts = self.plan, self.bytes - self.dense_bytes
         sequential, merges = plan.settings.sequential, self._merges()
         passes = len(cut_experts(plan.num_experts, plan.expert_blocks))
@@ -129,6 +134,7 @@ class _Layer:
             phases["write"] += Work(merged_numbers=self._merged() * self._numbers(self.stack))
         if plan.refits:
             phases["refit"] = self._refitted(self.stack)
+        phases |= self._followed()
         if sequential:
             passes = len(cut_experts(plan.settings.experts, plan.expert_blocks))
             phases |= self._propagated(self.output_bytes, passes=passes)
@@ -176,6 +182,20 @@ class _Layer:
         run += self._passed_again(passes) + self._summed(passes)
         return {"propagate": run + self._again(nbytes + experts * (self._readings(passes) - 1))}
 
+    def _followed(self) -> dict[str, Work]:
+        """Return the run of the source layer in the original model."""
+        plan, readings = self.plan, self._readings(1)
+        if not plan.follows or (self.is_last and self.stack is None):
+            return {}
+        experts = self.bytes - self.dense_bytes if self.stack else 0
+        work = self._again(self.bytes + experts * (readings - 1)) + Work(
+            read_bytes=self.entering,
+            written_bytes=0 if self.is_last else plan.hidden_bytes,
+            expert_flop=self._expert_flop(self.stack) if self.stack else 0,
+            product_flop=self._dense_flop(),
+        )
+        return {"follow": work}
+
     def _compared(self, stack: ExpertStack, expert_bytes: int) -> dict[str, Work]:
         method, matrix = self.plan.settings.method, stack.hidden * stack.inner
         sample = min(method.similarity_tokens or self.tokens, self.tokens)
@@ -215,6 +235,8 @@ class _Layer:
             width = experts * stack.inner
             wide += slots * (plan.top_k + 1) * stack.inner**2
             wide += iterations * 2 * width**2 * stack.hidden
+        if plan.follows:  # the compressed layer is run to its end
+            products += (self._dense_flop() - self._dense_flop(before_experts=True)) / slots
         run = Work(
             written_bytes=self.output_bytes,
             expert_flop=int(slots * (6 * matrix + 4 * matrix * again)),

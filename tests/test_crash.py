@@ -52,6 +52,10 @@ VARIANTS = {
     "prune": Settings(experts=3, method=Method(grouping="none")),
     "refit": Settings(experts=3, method=Method(group_size=2, refit="down")),
     "mtp": Settings(experts=3, method=Method(group_size=2)),
+    "refit-trajectory": Settings(
+        experts=3,
+        method=Method(grouping="none", refit="down", refit_target="trajectory"),
+    ),
 }
 
 
@@ -163,7 +167,7 @@ class Runs:
                     self.plan, self.tokens, workspace, device=torch.device("cpu"), threads=1
                 ):
                     if isinstance(event, LayerDone):
-                        for path in workspace.work.glob("hidden-*"):
+                        for path in workspace.work.glob("*-0000?"):
                             boundaries[path.name] = digests(path)
             return boundaries
 
@@ -192,8 +196,8 @@ def committed(workspace):
     saved = journal.load(workspace)
     paths = [workspace.output / shard.name for shard in saved.shards()]
     paths += [workspace.work / r.statistics.name for r in saved.layers if r.statistics]
-    if saved.layers and saved.layers[-1].hidden:
-        paths.append(workspace.work / saved.layers[-1].hidden)
+    for record in saved.layers[-1:]:
+        paths += [workspace.work / name for name in (record.hidden, record.original) if name]
     return [str(path) for path in paths]
 
 
@@ -225,7 +229,7 @@ def check_what_is_left(output, control):
             assert digest == control.output[name], f"{name} is under its final name, not whole"
     for path in committed(workspace):
         name = Path(path).name
-        if name.startswith("hidden-"):
+        if name.startswith(("hidden-", "original-")):
             assert digests(Path(path)) == control.boundaries[name]
         else:
             relative = str(Path(path).relative_to(output))
@@ -263,7 +267,8 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bytes(name, finished):
         first = next(n for n, s in enumerate(control.ending.steps) if last in s.path)
         points = [kill for kill in points if kill.step >= first]
     # all of them for one variant; the others take the same steps with other numbers
-    for kill in points[:: {"ream": 1, "mtp": 25}.get(name, 9)]:
+    every = {"ream": 1, "mtp": 25, "refit-trajectory": 23}
+    for kill in points[:: every.get(name, 9)]:
         runs.check_killed_and_resumed(control, kill)
 
 

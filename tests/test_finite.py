@@ -130,18 +130,22 @@ def test_a_sequence_that_overflows_counts_no_more_and_the_others_as_if_it_were_n
 
 @pytest.mark.parametrize("held", [False, True], ids=["fitted", "held back"])
 @pytest.mark.parametrize(
-    ("experts", "sequential"), [(tiny.EXPERTS, True), (6, False)], ids=["source", "compressed"]
+    ("experts", "sequential", "target"),
+    [(tiny.EXPERTS, True, "layer"), (6, False, "layer"), (tiny.EXPERTS, True, "trajectory")],
+    ids=["source", "compressed", "trajectory"],
 )
 def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
-    checkpoints, tmp_path, monkeypatch, sequential, experts, held
+    checkpoints, tmp_path, monkeypatch, sequential, experts, target, held
 ):
     tokens, source = some_tokens(SEQUENCES, 12), checkpoints("olmoe", torch.float32)
     wanted = {"sequential": sequential, "refit": "down", "grouping": "none"}
+    wanted["refit_target"] = target
     held_S = held_back(tokens, 0)
     bad = int((held_S == held).nonzero()[-1])
+    plan = in_threes(source, tokens, **wanted)
     with monkeypatch.context() as patch:
         Overflowing(patch, [(0, bad)], tokens, experts=experts)
-        done = tiny.run_plan(in_threes(source, tokens, **wanted), tokens, tmp_path / "out")
+        done = tiny.run_plan(plan, tokens, tmp_path / "out")
     rest = torch.arange(SEQUENCES) != bad
     fewer = from_tensors({"input_ids": tokens.input_ids_SL[rest]}, description="fewer")
     monkeypatch.setattr(refitting, "held_back", lambda *_: held_S[rest])

@@ -66,6 +66,24 @@ class Really:
                 )
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_a_layer_that_simply_adds_what_its_experts_give_is_told_by_its_operations(
+    family, checkpoints
+):
+    checkpoint = open_checkpoint(checkpoints(family, torch.float32))
+    told = Footprints(StreamedModel(checkpoint, torch.float32, CPU))
+    really = Really(checkpoint, torch.float32, padded=False)
+    model = really.model
+    for index in [i for i in told.kinds() if told.model.layers[i].stack]:
+        more = torch.ones(1)
+        with model.open_outside(), model.open_layer(index) as experts:
+            leaving = model.run_layer(index, really.batch, really.hidden_BLH)
+            experts.register_forward_hook(lambda _m, _args, output: output + more)  # noqa: B023
+            other = model.run_layer(index, really.batch, really.hidden_BLH)
+        adds = torch.allclose(other - leaving, more, atol=1e-4)
+        assert (told.beyond_adding(index) is None) == adds, told.beyond_adding(index)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next", "glm4_moe"])
 def test_a_footprint_is_what_a_padded_batch_takes(family, dtype, checkpoints):

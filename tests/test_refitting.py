@@ -11,8 +11,9 @@ from tiny import run, settings, some_tokens
 from transformers import AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import from_tensors
-from ream_stream.errors import UsageError
+from ream_stream.errors import UnsupportedModelError, UsageError
 from ream_stream.events import LayerDone, Step
+from ream_stream.playback import main_output
 from ream_stream.refit_budget import KEPT, Solver
 from ream_stream.refit_passes import held_back
 
@@ -124,6 +125,68 @@ def test_every_layer_is_refitted_as_dense_least_squares_would(
             left = (lacking_TH[held_T] - predicted_TH).square().sum()
             assert found.left == pytest.approx((left / energy).item(), rel=1e-3)
             assert (change_EIH - wanted_EIH).norm() < 1e-5 * wanted_EIH.norm() + 1e-6
+
+
+@torch.no_grad()
+def leaving(model, index, tokens):
+    """Return what leaves a layer, (T, H)."""
+    seen = []
+    handle = model.model.layers[index].register_forward_hook(
+        lambda _m, _args, output: seen.append(main_output(output))
+    )
+    model(input_ids=tokens.input_ids_SL, attention_mask=tokens.attention_mask_SL)
+    handle.remove()
+    return seen[0].flatten(0, 1).double()
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_a_trajectory_is_refitted_to_what_leaves_each_layer_of_the_original(
+    checkpoints, tmp_path, tokens, name
+):
+    source = checkpoints(name, torch.float32)
+    wanted = refitted(refit_iterations=50, refit_target="trajectory")
+    done = run(source, tmp_path / "out", wanted, tokens)
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    before, after = load(source).eval(), load(done.output).eval()
+    held_T = held_back(tokens, 0).repeat_interleave(24)
+    groups = {layer["index"]: layer["groups"] for layer in done.manifest["layers"]}
+    assert any(found.penalty for found in outcomes(done).values())
+    for index, found in outcomes(done).items():
+        old_EHI = downs(before, index)[1][[group[0] for group in groups[index]]]
+        module, given, _ = called(after, index, tokens)
+        change_EIH = (downs(after, index)[1] - old_EHI).transpose(1, 2)
+        matrix_TEI = design(module, *given)
+        made_TH = torch.einsum("tei,eih->th", matrix_TEI, change_EIH)
+        lacking_TH = leaving(before, index, tokens) - leaving(after, index, tokens) + made_TH
+        target_TH = lacking_TH + torch.einsum("tei,ehi->th", matrix_TEI, old_EHI)
+        energy = lacking_TH[held_T].square().sum()
+        share = energy / target_TH[held_T].square().sum()
+        assert found.lacking == pytest.approx(share.item(), rel=1e-3)
+        if found.penalty is not None:
+            expected = least_squares(matrix_TEI[~held_T], lacking_TH[~held_T], found.penalty)
+            assert (change_EIH - expected).norm() < 1e-4 * expected.norm() + 1e-6
+            left = (lacking_TH - made_TH)[held_T].square().sum() / energy
+            assert found.left == pytest.approx(left.item(), rel=1e-3)
+    assert not list((done.output / ".ream-stream").glob("original*"))
+
+
+def test_a_trajectory_takes_twice_the_disk_for_states(source, tokens):
+    one, two = (
+        tiny.plan_for(source, tokens, refitted(refit_target=target))
+        for target in ("layer", "trajectory")
+    )
+    assert two.disk["hidden states"] == 2 * one.disk["hidden states"]
+    assert two.disk_bytes == one.disk_bytes + one.disk["hidden states"]
+
+
+def test_a_layer_that_puts_its_experts_outputs_through_a_norm_has_no_trajectory(
+    checkpoints, tokens
+):
+    wanted = refitted(refit_target="trajectory")
+    source = checkpoints("gemma4_text", torch.float32)
+    with pytest.raises(UnsupportedModelError, match="layer 0 of gemma4_text does not simply"):
+        tiny.plan_for(source, tokens, wanted)
+    tiny.plan_for(source, tokens, refitted())
 
 
 def test_only_down_projections_change(source, tmp_path, tokens):
@@ -279,6 +342,7 @@ def test_one_sequence_cannot_be_judged_by_another(source, tmp_path):
         ({"refit_lambda": (1.0, 1.0)}, "twice"),
         ({"refit_iterations": 0}, "at least 1"),
         ({"refit_experts": "changed"}, "no expert"),
+        ({"refit_target": "trajectory", "sequential": False}, "no other trajectory"),
     ],
 )
 def test_what_cannot_be_refitted_is_refused(source, tokens, wanted, message):

@@ -140,4 +140,14 @@ def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
         shard.nbytes for layer in plan.moe_layers for shard in layer.shards
     )
     plain = tiny.plan_for(source, tokens, tiny.settings(6, grouping="none"))
-    assert work_of(plain, cache_bytes=1 << 30)["refit"] == Work()
+    counted = work_of(plain, cache_bytes=1 << 30)
+    assert counted["refit"] == counted["follow"] == Work()
+
+
+def test_following_the_original_is_a_run_of_every_layer_more(checkpoints):
+    source, tokens = checkpoints("qwen3_moe"), tiny.some_tokens(20, 12)
+    wanted = tiny.settings(6, grouping="none", refit="down", refit_target="trajectory")
+    plan = tiny.plan_for(source, tokens, wanted)
+    counted = work_of(plan, cache_bytes=1 << 30)
+    assert counted["follow"].expert_flop == counted["observe"].expert_flop
+    assert counted["follow"].written_bytes == (len(plan.layers) - 1) * plan.hidden_bytes

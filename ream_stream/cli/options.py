@@ -419,7 +419,9 @@ def refit_options() -> list[Callable[[F], F]]:
             type=click.Choice(REFIT_TARGETS),
             default="layer",
             show_default=True,
-            help="layer: what the original layer gives on the same inputs.",
+            help="layer: what the original layer gives on the same inputs. trajectory: what it "
+            "gives in the original model, which corrects earlier layers too; hidden states "
+            "take twice the disk.",
         ),
         option(
             method,

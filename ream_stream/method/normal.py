@@ -96,7 +96,7 @@ class NormalSums:
         """Add a batch; `residual_TH` is what its tokens' outputs lack to their targets."""
         for expert, token_R, inner_RI in batch:
             self.count_E[expert] += len(token_R)
-            for some_RI in inner_RI.split(WIDENED_ROWS):
+            for some_RI in torch.split(inner_RI, WIDENED_ROWS):
                 wide_RI = some_RI.float()
                 if self.gram_EII is not None:
                     self.gram_EII[expert].addmm_(wide_RI.T, wide_RI)
