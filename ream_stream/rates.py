@@ -41,6 +41,7 @@ _FEWEST_EXPERTS = 4
 _BLOCK = 4 << 20
 _MATCHED = 256
 _MATCHING_EXPONENT = 2.5
+_CODED_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +72,12 @@ class Rates:
     digest: float
     """Bytes of shards digested. Writing itself is taken to be as fast as reading."""
 
+    decode: float | None = None
+    """Numbers of quantized matrices decoded; None if there are none."""
+
+    encode: float | None = None
+    """Numbers encoded in the format of the output; None if it has none."""
+
     def seconds(self, work: Work) -> float:
         """Return about how long some work takes."""
         return (
@@ -81,6 +88,8 @@ class Rates:
             + work.float32_flop / self.float32
             + work.matchings / self.matching
             + work.merged_numbers / self.merge
+            + (work.decoded_numbers / self.decode if self.decode else 0)
+            + (work.encoded_numbers / self.encode if self.encode else 0)
         )
 
 
@@ -127,6 +136,7 @@ def measure(plan: Plan, device: torch.device, threads: int, limit: float) -> Rat
     stored = torch.ones(1 << 20).to(DTYPES[stack.dtype])
     added = torch.zeros(1 << 20)
     data = bytes(1 << 20)
+    decode, encode = _coding(plan, device, limit / 2)
     rates = Rates(
         expert=expert,
         product=product,
@@ -136,6 +146,8 @@ def measure(plan: Plan, device: torch.device, threads: int, limit: float) -> Rat
         read=read or ASSUMED_READ,
         read_measured=read is not None,
         digest=_rate(lambda: hashlib.sha256(data), 1 << 20, limit / 4),
+        decode=decode,
+        encode=encode,
     )
     trim()
     return rates
@@ -200,6 +212,29 @@ def _products(
         inner = 4 * stack.hidden * stack.inner * len(many_RH)
         many = _rate(lambda: experts.inner(many_RH, loaded)[0, 0].item(), inner, limit)
     return run, many
+
+
+def _coding(
+    plan: Plan, device: torch.device, limit: float
+) -> tuple[float | None, float | None]:
+    """Return the rates of decoding on the device and of encoding on the processor."""
+    layers = [layer.keys for layer in plan.layers]
+    stored = [s for keys in layers for s in keys.quantized.values()]
+    stored += [m.stored for keys in layers if keys.stack for m in keys.stack.matrices]
+    coded = next((each for each in reversed(stored) if each.codec.scheme != "plain"), None)
+    if coded is None:
+        return None, None
+    rows, cols = min(coded.rows, _CODED_ROWS), coded.cols
+    drawn_RC = torch.randn(rows, cols, generator=generator(0, 0, "rates"))
+    parts = {suffix: part.to(device) for suffix, part in coded.codec.encode(drawn_RC).items()}
+    decode = _rate(
+        lambda: coded.codec.decode(parts, rows, cols, plan.dtype)[0, 0].item(),
+        rows * cols,
+        limit,
+    )
+    if plan.settings.dtype == "bfloat16":
+        return decode, None
+    return decode, _rate(lambda: coded.codec.encode(drawn_RC), rows * cols, limit)
 
 
 def _gate(gate_up_R2I: Tensor) -> Tensor:

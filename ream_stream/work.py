@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from .allotment import OUTPUTS, SUMS
 from .blocks import cut_experts
 from .checkpoint.stacks import ExpertStack
+from .coding import coding_of, merged_experts
 from .families import text_config
 from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
@@ -52,6 +53,12 @@ class Work:
     merged_numbers: int = 0
     """Numbers of the experts that go into merges."""
 
+    decoded_numbers: int = 0
+    """Numbers of quantized matrices that are decoded."""
+
+    encoded_numbers: int = 0
+    """Numbers of merged experts that are encoded."""
+
     @property
     def flop(self) -> int:
         """All products."""
@@ -84,6 +91,8 @@ def work_of(plan: Plan, *, cache_bytes: int, committed: int = 0) -> dict[str, Wo
     for layer in plan.layers[committed:]:
         for phase, work in _Layer(plan, layer, cache_bytes).phases().items():
             phases[phase] += work
+        for phase, (decoded, encoded) in coding_of(plan, layer).items():
+            phases[phase] += Work(decoded_numbers=decoded, encoded_numbers=encoded)
     outside = sum(tensor.nbytes for shard in plan.outside for tensor in shard.tensors)
     if not committed:
         phases["check"] += Work(read_bytes=outside)
@@ -131,7 +140,9 @@ class _Layer:
         phases["write"] += Work(written_bytes=self.output_bytes)
         if merges:
             phases |= self._compared(self.stack, experts)
-            phases["write"] += Work(merged_numbers=self._merged() * self._numbers(self.stack))
+            phases["write"] += Work(
+                merged_numbers=merged_experts(self.plan) * self._numbers(self.stack)
+            )
         if plan.refits:
             phases["refit"] = self._refitted(self.stack)
         phases |= self._followed()
@@ -200,7 +211,7 @@ class _Layer:
         method, matrix = self.plan.settings.method, stack.hidden * stack.inner
         sample = min(method.similarity_tokens or self.tokens, self.tokens)
         count = self.plan.num_experts
-        pairs, merged = count - self.plan.settings.experts, self._merged()
+        pairs, merged = count - self.plan.settings.experts, merged_experts(self.plan)
         compare = Work(product_flop=count * sample * 4 * matrix)
         alignment, align = ALIGNMENTS[method.alignment], Work()
         if alignment.activations:
@@ -252,11 +263,6 @@ class _Layer:
     def _merges(self) -> bool:
         settings = self.plan.settings
         return settings.method.grouping != "none" and settings.experts < self.plan.num_experts
-
-    def _merged(self) -> int:
-        """Return the experts in groups of two or more, if groups are small."""
-        dropped = self.plan.num_experts - self.plan.settings.experts
-        return min(self.plan.num_experts, 2 * dropped)
 
     def _numbers(self, stack: ExpertStack) -> int:
         return 3 * stack.hidden * stack.inner

@@ -4,10 +4,11 @@ import itertools
 from dataclasses import fields, replace
 
 import pytest
+import quantized
 import tiny
 import torch
 
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint.source import MappedTensors, open_checkpoint
 from ream_stream.planning import make_plan
 from ream_stream.rates import UNCOUNTED, Rates, forecast
 from ream_stream.work import PHASES, Work, total, work_of
@@ -111,6 +112,45 @@ def test_times_of_phases_follow_from_rates(plan_of):
     assert rates.seconds(Work(expert_flop=100, product_flop=200)) == 2.0 * UNCOUNTED
     assert rates.seconds(Work(float32_flop=100)) == 2.0
     assert rates.seconds(Work(matchings=2, merged_numbers=10)) == 3.0
+
+
+@pytest.mark.parametrize("dtype_out", ["source", "bfloat16"])
+def test_numbers_decoded_are_those_that_a_run_decodes(tmp_path, monkeypatch, dtype_out):
+    coded, _ = quantized.write(tmp_path, "deepseek_v3-fp8", torch.bfloat16)
+    decode, counted = MappedTensors.matrix, []
+
+    def counting(tensors, stored, *rest):
+        if stored.codec.scheme != "plain":
+            counted.append(stored.rows * stored.cols)
+        return decode(tensors, stored, *rest)
+
+    tokens = tiny.some_tokens(16, 12)  # so many that every expert is sent some
+    plan = tiny.plan_for(coded, tokens, tiny.settings(grouping="none", dtype_out=dtype_out))
+    monkeypatch.setattr(MappedTensors, "matrix", counting)
+    tiny.run_plan(plan, tokens, tmp_path / "out")
+    assert plan.num_batches == 1
+    assert total(work_of(plan, cache_bytes=PLENTY).values()).decoded_numbers == sum(counted)
+
+
+def test_merged_experts_are_encoded_and_stacks_once_for_codes_and_once_for_scales(tmp_path):
+    coded, _ = quantized.write(tmp_path, "gpt_oss-mxfp4", torch.bfloat16)
+    plan = tiny.plan_for(coded, tiny.some_tokens(), tiny.settings(6, alignment="weights"))
+    work = work_of(replace(plan, batch_sequences=1), cache_bytes=PLENTY)
+    expert = 3 * 32 * 32
+    numbers = {
+        name: (each.decoded_numbers, each.encoded_numbers) for name, each in work.items()
+    }
+    # three layers, four batches; two of eight experts join two others
+    assert numbers["observe"] == (3 * expert * 8 * 4, 0)
+    assert numbers["compare"] == (3 * expert * 8, 0)
+    assert numbers["align"] == (3 * expert * 4, 0)
+    assert numbers["write"] == (3 * expert * 4 * 2, 3 * expert * 2 * 2)
+    assert numbers["propagate"] == (2 * expert * 6 * 4, 0)
+    known = forecast(plan, torch.device("cpu"), 1)
+    assert known.rates.decode
+    assert known.rates.encode
+    faster = replace(known.rates, decode=2 * known.rates.decode, encode=None)
+    assert faster.seconds(work["write"]) < known.rates.seconds(work["write"])
 
 
 def test_a_forecast_measures_the_machine_in_every_dtype(plan_of):

@@ -152,6 +152,8 @@ def forecast_facts(forecast: Forecast) -> dict[str, Any]:
             "cached_bytes": work.cached_bytes,
             "written_bytes": work.written_bytes,
             "flop": work.flop,
+            "decoded_numbers": work.decoded_numbers,
+            "encoded_numbers": work.encoded_numbers,
             "seconds": time,
         }
 
@@ -249,6 +251,7 @@ def _forecast(forecast: Forecast | None) -> list[tuple[str, str]]:
         ),
         ("writes", format_size(work.written_bytes)),
         ("products", f"{work.flop:.2g} operations"),
+        *_coded(forecast),
         ("time", f"about {format_seconds(sum(seconds.values()))} ({phases(long)})"),
         (
             "  from",
@@ -257,6 +260,17 @@ def _forecast(forecast: Forecast | None) -> list[tuple[str, str]]:
             "to be as fast)",
         ),
     ]
+
+
+def _coded(forecast: Forecast) -> list[tuple[str, str]]:
+    """Return a row if quantized matrices are decoded."""
+    work, rates = forecast.total, forecast.rates
+    if not rates.decode:
+        return []
+    text = f"{work.decoded_numbers:.2g} numbers at {rates.decode / 1e9:.2f} G/s"
+    if rates.encode:
+        text += f"; encodes {work.encoded_numbers:.2g} at {rates.encode / 1e9:.2f} G/s"
+    return [("decodes", text)]
 
 
 def _headers_only(job: Job) -> list[tuple[str, str]]:
