@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import WeightConverter
 
 from .checkpoint.quantized import tensors_of
 from .checks import Check, Subject
@@ -35,7 +36,7 @@ def _places(subject: Subject) -> Iterator[str]:
     for place, target, _, converter in places(whole, origin):
         name = origin[place]
         if target in state:
-            reached.add(target)
+            reached |= set(_parts(target, converter))
             if converter is None and not name.startswith(experts):
                 shape = shape_of(name, model.quantized, entries)
                 expected = tuple(get_tensor(whole, target).shape)
@@ -46,6 +47,14 @@ def _places(subject: Subject) -> Iterator[str]:
     for target in sorted(set(state) - reached):
         if not _any(whole._keys_to_ignore_on_load_missing, target):
             yield f"no tensor is loaded into {target} of {kind}"
+
+
+def _parts(target: str, converter: WeightConverter | None) -> Iterator[str]:
+    """Yield all that is made of a tensor whose first part is loaded into `target`."""
+    first, *others = converter.target_patterns if converter else [target]
+    yield target
+    for other in others:
+        yield target.replace(first, other, 1)
 
 
 def _floats(model: StreamedModel) -> list[str]:

@@ -45,7 +45,7 @@ def merged(pair, tmp_path_factory):
 
 
 def good(output, source):
-    findings = [*verify(output), *against(output, source)]
+    findings = [*verify(output, load=True, run=True), *against(output, source)]
     assert [finding.message for finding in findings if not finding.ok] == []
 
 

@@ -143,7 +143,7 @@ def test_the_text_decoder_of_a_wrapper_has_the_bits_of_the_whole(wrapper, name):
 def test_a_wrapper_is_compressed_and_all_but_its_decoder_copied(wrapper, tmp_path, name):
     source = wrapper(name)
     done = run(source, tmp_path / "out", settings(6))
-    findings = [*verify(done.output), *against(done.output, source)]
+    findings = [*verify(done.output, load=True, run=True), *against(done.output, source)]
     assert [finding.message for finding in findings if not finding.ok] == []
     assert groups_by_layer(done)
     want, have = tiny.load_tensors(source), tiny.load_tensors(done.output)
