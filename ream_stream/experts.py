@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .checkpoint.stacks import ExpertStack, Tensors
+from .scaled_inputs import EXPERTS
 
 ROW_MULTIPLE = 64
 """Rows of a bf16 product on the CPU are rounded up to a multiple of this.
@@ -88,6 +89,8 @@ class Form:
     @classmethod
     def of(cls, module: nn.Module) -> "Form":
         """Return the form of an experts module."""
+        if type(module).__name__ == EXPERTS:  # which has no such flags
+            return cls(is_transposed=True)
         return cls(
             is_gated=bool(getattr(module, "has_gate", True)),
             is_interleaved=not getattr(module, "is_concatenated", True),
@@ -199,7 +202,7 @@ class StreamedExperts(nn.Module):
         # float32 products on the CPU are of another library, which compiles nothing
         self._rounds_up = weights.device.type == "cpu" and weights.dtype != torch.float32
         form = weights.form
-        self._activate: Any = original._apply_gate if form.is_gated else original.act_fn
+        self._activate: Any = _activation(original, form)
 
     def inner(self, hidden_RH: Tensor, loaded: Loaded) -> Tensor:
         """Return act(gate) * up, (R, I): what the down projection is applied to."""
@@ -313,6 +316,21 @@ class _Sums:
 
     def total(self) -> Tensor:
         return self._sum_TH
+
+
+def _activation(original: Any, form: Form) -> Callable[[Tensor], Tensor]:  # noqa: ANN401
+    """Return what a family makes of the first product, (R, 2I) or (R, I): (R, I)."""
+    own = getattr(original, "_apply_gate", None)
+
+    def activate(product: Tensor) -> Tensor:
+        if form.is_gated and own is None:
+            gate_RI, up_RI = product.chunk(2, dim=-1)
+            gated_RI: Tensor = original.act_fn(gate_RI) * up_RI
+            return gated_RI
+        inner_RI: Tensor = own(product) if own and form.is_gated else original.act_fn(product)
+        return inner_RI
+
+    return activate
 
 
 def _round_up(token_R: Tensor) -> Tensor:

@@ -64,6 +64,9 @@ class Family:
     gives_scores: bool = False
     """Whether the router's first output is the scores, not the logits."""
 
+    scales_inputs: bool = False
+    """Whether the router scales what goes into experts; its second output is the logits."""
+
     groups: Callable[[Any], int] = _groups
     """Groups of experts the router selects in, from the transformers config."""
 
@@ -104,6 +107,9 @@ FAMILIES: Mapping[str, Family] = {
         routers=("router.proj.weight", "router.per_expert_scale"),
         score=lambda scores_TE: scores_TE.float(),
         gives_scores=True,
+    ),
+    "llama4_text": Family(
+        count_keys=_LOCAL, routers=("router.weight",), score=_sigmoid, scales_inputs=True
     ),
     "deepseek_v2": Family(count_keys=_ROUTED, groups=_deepseek_v2_groups),
     "deepseek_v3": _deepseek(),
@@ -152,9 +158,8 @@ REFUSED: Mapping[str, str] = {
     "inkling2_text": "it stores gate and up rows in turn, in tensors of its own names",
     "jetmoe": "its attention has experts too",
     "kolibri1": "its router's bias is outside the block of experts",
-    "llama4": "its router scales the experts' inputs",
-    "llama4_text": "its router scales the experts' inputs",
-    "longcat_flash": "it has experts without weights",
+    "longcat_flash": "the class of transformers has projections for its experts without "
+    "weights, so that no published checkpoint fits it",
     "minimax_m3_vl_text": "no published layout was seen",
     "qwen4_exp": "no published layout was seen",
     "step3": "transformers has no class for it",

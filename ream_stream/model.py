@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from .errors import DamagedError, UnsupportedModelError
 from .experts import ExpertWeights, Form, StreamedExperts
 from .memory import bound_kernel_caches, trim
 from .mtp import find_mtp, find_wiring
+from .scaled_inputs import route_scaled
 from .skeleton import (
     build_skeleton,
     embed_rows,
@@ -152,6 +153,7 @@ class StreamedModel:
         self._feed: Tensor | None = None
         self._only_feed = False
         for index, module in enumerate(self._decoder):
+            route_scaled(module)
             module.forward = self._relay(index, module.forward)
         entries = checkpoint.entries
         self.quantized = find_quantized(entries, checkpoint.quantization)
@@ -389,7 +391,11 @@ class StreamedModel:
         return next(module for module in modules if isinstance(module, StreamedExperts))
 
     def _forward(self, batch: Batch, **options: Any) -> Any:  # noqa: ANN401
-        mask = batch.attention_mask_BL
+        mask, whole = batch.attention_mask_BL, cast(Any, self.model)
+        embedding = whole.get_input_embeddings()
+        if embedding.weight.is_meta:  # Llama 4 moves ids to where the table is
+            rows = torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
+            embedding.weight = nn.Parameter(rows, requires_grad=False)
         with torch.no_grad():
             return self.model(
                 input_ids=batch.input_ids_BL.to(self.device),

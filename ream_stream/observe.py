@@ -181,7 +181,7 @@ class Observer:
         """Attach to the router and the experts for the length of the block."""
 
         def keep_logits(_module: nn.Module, _args: Any, output: Any) -> None:  # noqa: ANN401
-            self._logits_TE = output[0]
+            self._logits_TE = output[1 if self._family.scales_inputs else 0]
 
         handle = router.register_forward_hook(keep_logits)
         experts.listener = self._take
@@ -234,7 +234,8 @@ class Observer:
             keep_T = self._keep_T.to(index_TK.device)
             index_TK, weight_TK, norm_TK = index_TK[keep_T], weight_TK[keep_T], norm_TK[keep_T]
             logits_TE, score_TE = logits_TE[keep_T], score_TE[keep_T]
-        scored_TK = score_TE.gather(1, index_TK)
+        # where the score is in the input already, it does not count once more
+        scored_TK = weight_TK if self._family.scales_inputs else score_TE.gather(1, index_TK)
         self.sums.update(index_TK, weight_TK, scored_TK, norm_TK, self._keep_T)
         if self.gram is not None:
             # of probabilities the logarithm; tiny ones round to zero

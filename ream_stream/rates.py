@@ -185,7 +185,7 @@ def _products(
     held = numbers * DTYPES[stack.dtype].itemsize
     count = min(plan.num_experts, max(_FEWEST_EXPERTS, _SAMPLED_BYTES // held))
     tensors: Any = _Filled(stack, count)
-    original: Any = SimpleNamespace(_apply_gate=_gate, act_fn=functional.silu)
+    original: Any = SimpleNamespace(act_fn=functional.silu)
     form = Form(is_gated=stack.is_gated, has_bias=stack.has_bias)
     experts = StreamedExperts(original, ExpertWeights(tensors, stack, plan.dtype, device, form))
     experts.listener = lambda _routed: None
@@ -235,11 +235,6 @@ def _coding(
     if plan.settings.dtype == "bfloat16":
         return decode, None
     return decode, _rate(lambda: coded.codec.encode(drawn_RC), rows * cols, limit)
-
-
-def _gate(gate_up_R2I: Tensor) -> Tensor:
-    gate_RI, up_RI = gate_up_R2I.chunk(2, dim=-1)
-    return functional.silu(gate_RI) * up_RI
 
 
 def _rate(work: Callable[[], object], amount: float, limit: float) -> float:

@@ -114,9 +114,12 @@ def experts_inputs(folder, tokens):
     seen = {}
     for index, layer in enumerate(model.model.layers):
         for path, module in layer.named_modules():
-            if path.endswith("experts") and getattr(module, "has_gate", None) is not None:
+            is_llama4 = type(module).__name__ == "Llama4TextExperts"
+            if path.endswith("experts") and (is_llama4 or hasattr(module, "has_gate")):
                 module.register_forward_hook(
-                    lambda module, args, _, index=index: seen.update({index: (module, *args)})
+                    lambda module, args, _, index=index: seen.update(
+                        {index: (module, *tiny.routed_to(args))}
+                    )
                 )
     # a cache of linear attention alone cannot tell its length
     model(
@@ -130,6 +133,9 @@ def experts_inputs(folder, tokens):
 @torch.no_grad()
 def output_in_transformers(module, expert, x_RH):
     """One expert's outputs, in float64, from the flags and parameters of its module."""
+    if not hasattr(module, "has_gate"):
+        gate, up = (x_RH @ module.gate_up_proj[expert].double()).chunk(2, dim=1)
+        return (module.act_fn(gate) * up) @ module.down_proj[expert].double()
 
     def product(x, name):
         weight = getattr(module, name)[expert].double()
@@ -156,14 +162,15 @@ def test_the_output_loads_and_computes_what_the_streamed_passes_did(ream, name, 
     full = forward_in_transformers(done.output, run_in, inputs)
     # what the run itself propagated through the layers it had just written
     assert sorted(done.hidden) == list(range(len(full[0].hidden) - 1))
+    same = tiny.same_in(name, run_in)
     for layer, hidden_SLH in done.hidden.items():
-        assert torch.equal(hidden_SLH, full[0].hidden[layer]), layer
+        assert (torch.equal if name == "jamba" else same)(hidden_SLH, full[0].hidden[layer])
     streamed = forward_streamed(done.output, run_in, inputs)
     for ours, theirs in zip(streamed, full, strict=True):
         if name == "jamba":  # last bits depend on where in memory a matrix of mamba is
             torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
         else:
-            assert torch.equal(ours.logits, theirs.logits)
+            assert same(ours.logits, theirs.logits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -266,8 +273,9 @@ def test_without_sequential_every_layer_sees_the_source(pruned, checkpoints, nam
     inputs = [(done.tokens.input_ids_SL, done.tokens.attention_mask_SL)]
     [full] = forward_in_transformers(checkpoints(name), torch.float32, inputs)
     assert sorted(done.hidden) == list(range(len(full.hidden) - 1))
+    same = torch.equal if name == "jamba" else tiny.same_in(name, torch.float32)
     for layer, hidden_SLH in done.hidden.items():
-        assert torch.equal(hidden_SLH, full.hidden[layer]), layer
+        assert same(hidden_SLH, full.hidden[layer]), layer
 
 
 def test_with_sequential_later_layers_see_what_earlier_ones_became(ream, checkpoints, tmp_path):
@@ -315,8 +323,9 @@ def test_a_whole_run_agrees_with_plain_loops_over_the_equations(checkpoints, tmp
 def test_padding_changes_nothing(ream, checkpoints, tmp_path, name):
     if name in {"minimax", "deepseek_v32", "glm_moe_dsa", "axk2"}:
         pytest.skip("its attention does not leave out padding in transformers either")
-    # hunyuan normalizes after the rotary embedding: positions are not relative there
-    starts = [0, 0, 0, 0] if name == "hunyuan_v1_moe" else [0, 5, 2, 0]
+    # hunyuan normalizes after the rotary embedding, and llama 4 cuts text into chunks:
+    # positions are not relative there
+    starts = [0, 0, 0, 0] if name in {"hunyuan_v1_moe", "llama4_text"} else [0, 5, 2, 0]
     ids_SL = some_tokens().input_ids_SL
     wide_SL = torch.full((4, 17), 5)
     mask_SL = torch.zeros_like(wide_SL)

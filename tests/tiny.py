@@ -7,8 +7,9 @@ or taken twice is seen. Three experts a token: sums of two do not depend on thei
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,22 @@ TINY: Mapping[str, Tiny] = {
         },
         count_key="num_experts",
         routers=("router.proj.weight", "router.per_expert_scale"),
+    ),
+    "llama4_text": Tiny(
+        config={
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 16,
+            "intermediate_size_mlp": 24,
+            "moe_layers": [0, 2],
+            "attention_chunk_size": 5,
+            "no_rope_layers": [1, 0, 1],
+            "floor_scale": 4,
+        },
+        count_key="num_local_experts",
+        routers=("feed_forward.router.weight",),
+        dense=(1,),
+        top_k=1,
     ),
     "phimoe": Tiny(
         config={"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
@@ -655,6 +672,28 @@ class Forward:
 
 Inputs = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
 """Ids and mask of each batch."""
+
+
+def same_in(name: str, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    """Return how a family's states are compared: as bits, but for two in float32.
+
+    On a batch of one row, last bits of jamba's layers change from process to process. Llama 4
+    runs each expert on all tokens in transformers, and products of more rows have others.
+    """
+    wavers = name in {"jamba", "llama4", "llama4_text"} and dtype == torch.float32
+    return partial(torch.allclose, rtol=1e-4, atol=1e-4) if wavers else torch.equal
+
+
+def routed_to(args: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return inputs, experts and coefficients of what an experts module was called with.
+
+    That of Llama 4 gets each token for every expert, times 0 but for the one it is sent to.
+    """
+    if len(args) == 3:
+        return args
+    each_ETH = args[0].view(EXPERTS, -1, args[0].shape[-1])
+    index_T1 = each_ETH.abs().sum(-1).argmax(0)[:, None]
+    return each_ETH.sum(0), index_T1, torch.ones_like(index_T1, dtype=each_ETH.dtype)
 
 
 @torch.no_grad()
