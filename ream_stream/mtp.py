@@ -14,7 +14,7 @@ Letters in shapes: B sequences of a batch, L tokens of a sequence, H hidden.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Wiring:
     """Patterns in names, and what they become in the model; ``LAYER`` is the layer's path."""
 
     layer_type: str | None = None
-    """Its entry in ``layer_types``; None if that is the last layer's."""
+    """Its entry in ``layer_types``, if the config has no other; None for the last layer's."""
 
     def place(self, name: str, layer: str) -> str:
         """Return the name of one of its tensors as if it were of decoder layer `layer`."""
@@ -78,6 +78,7 @@ WIRINGS: Mapping[str, Wiring] = {
     "glm_moe_dsa": _BEHIND,
     "qwen3_next": _BESIDE,
     "qwen3_5_moe_text": _BESIDE,
+    "mellum": replace(_BESIDE, layer_type="sliding_attention"),
 }
 """By model type, of a wrapper that of its text decoder."""
 
@@ -155,8 +156,8 @@ def why_unknown(prefixes: Iterable[str], config: Mapping[str, Any]) -> str | Non
 def lengthen(config: Any, wiring: Wiring) -> None:  # noqa: ANN401
     """Change the config of a text decoder to that of one with such a layer behind the last."""
     if getattr(config, "layer_types", None):
-        last = wiring.layer_type or config.layer_types[-1]
-        config.layer_types = [*config.layer_types, last]
+        told = getattr(config, "mtp_layer_types", None) or [wiring.layer_type]
+        config.layer_types = [*config.layer_types, told[0] or config.layer_types[-1]]
     for key, entry in _LISTS.items():
         if getattr(config, key, None):
             setattr(config, key, [*getattr(config, key), entry])

@@ -20,6 +20,8 @@ from test_wrappers import write as write_wrapper
 from tiny import CPU, forward_streamed, run, settings, some_tokens
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
 
 from ream_stream.against import against
 from ream_stream.calibration.tokens import followed, from_tensors
@@ -106,8 +108,9 @@ def block_alone(folder, into, last):
     config |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "mlp_only_layers": []}
     one = {"mlp_layer_types": ["sparse"], "indexer_types": ["full"]}
     if "layer_types" in config:
-        dsa = config["layer_types"][-1] == "indexed_attention"
-        one["layer_types"] = ["indexed_attention" if dsa else "full_attention"]
+        kinds = {"deepseek_v32": "indexed_attention", "glm_moe_dsa": "indexed_attention"}
+        kinds["mellum"] = "sliding_attention"
+        one["layer_types"] = [kinds.get(config["model_type"], "full_attention")]
     config |= {key: value for key, value in one.items() if key in config}
     (into / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return into
@@ -126,6 +129,7 @@ def published(folder, name, tokens, tmp_path):
     """Compute the layer as the published code does, in plain torch around transformers."""
     tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
     last, qwen = config["num_hidden_layers"], name.startswith("qwen")
+    beside = name in tiny.BESIDE
     ids_BL, mask_BL = tokens.input_ids_SL, tokens.attention_mask_SL
     trunk = load(decoder_alone(folder, tmp_path / "decoder"))
     hidden_BLH = trunk.model(ids_BL, mask_BL, use_cache=False).last_hidden_state
@@ -137,10 +141,10 @@ def published(folder, name, tokens, tmp_path):
         scale = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).rsqrt()
         return x * scale * weight_H
 
-    start = "mtp." if qwen else f"model.layers.{last}."
+    start = "mtp." if beside else f"model.layers.{last}."
     names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc")
     enorm, hnorm, projection = (
-        f"{start}{part}.weight" for part in (names if qwen else ("enorm", "hnorm", "eh_proj"))
+        f"{start}{part}.weight" for part in (names if beside else ("enorm", "hnorm", "eh_proj"))
     )
     both = torch.cat([norm(embedded_BLH, enorm), norm(hidden_BLH, hnorm)], dim=-1)
     entering_BLH = both @ tensors[projection].float().T
@@ -199,6 +203,31 @@ def test_it_is_given_what_the_published_forward_gives_it(source, tmp_path, name,
     torch.testing.assert_close(
         leaving_BLH[counts_BL], want.leaving_BLH[counts_BL], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+@torch.no_grad()
+def test_what_leaves_it_is_what_transformers_drafts_from(source, tmp_path, name):
+    """Of these families transformers has the layer itself, for drafts of one sequence."""
+    folder, tokens = source(name), some_tokens(1)
+    main = load(decoder_alone(folder, tmp_path / "decoder"))
+    last = main.config.num_hidden_layers
+    # by this it finds the layer's tensors: published models have 61 or 92 there
+    main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{last}.*"]
+    main.config.name_or_path, main.config.num_mtp_layers = str(folder), 1
+    theirs = MtpModel.from_pretrained(main).eval()
+    ids_BL = tokens.input_ids_SL
+    hidden_BLH = main(ids_BL, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    want_BLH = theirs.forward_layer(
+        0,
+        hidden_BLH[:, :-1],
+        torch.arange(1, ids_BL.shape[1])[None],
+        MtpCache(config=main.config.get_mtp_config()),
+        input_ids=ids_BL[:, 1:],
+    )
+    _, leaving_BLH = streamed(folder, tokens)
+    have_BLH = theirs.layers[0].post_norm(leaving_BLH[:, :-1])
+    torch.testing.assert_close(have_BLH, want_BLH, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -410,7 +410,7 @@ def _also(config: Mapping[str, Any], **fields: Any) -> Tiny:
 TINY = {
     **TINY,
     "flex_olmo": _also(_QWEN),
-    "mellum": _also({"num_local_experts": EXPERTS, **_MOE}),
+    "mellum": _also({"num_local_experts": EXPERTS, "sliding_window": 5, **_MOE}),
     "granitemoeshared": _also(
         {**TINY["granitemoe"].config, "shared_intermediate_size": 16},
         routers=TINY["granitemoe"].routers,
@@ -538,10 +538,15 @@ MTP = {
     "glm4_moe": 1,
     "glm4_moe_lite": 1,
     "glm_moe_dsa": 1,
+    "mellum": 1,
     "qwen3_next": 3,
     "qwen3_5_moe_text": 1,
 }
 """Families whose multi-token-prediction layer is known, and a layer that has its shapes."""
+
+
+BESIDE = ("mellum", "qwen3_next", "qwen3_5_moe_text")
+"""Those that have it under a prefix of its own."""
 
 
 def mtp_families() -> list[Any]:
@@ -558,15 +563,17 @@ def add_mtp(folder: Path, name: str, *, path: str = "model.layers") -> set[str]:
     block = {k.removeprefix(like): t for k, t in tensors.items() if k.startswith(like)}
     width, vocabulary = text["hidden_size"], text["vocab_size"]
     head = {"shared_head.head.weight": (vocabulary, width)}
-    if name.startswith("qwen"):
-        inner, outer, count_key = "mtp.layers.0.", "mtp.", "mtp_num_hidden_layers"
+    count_key = (
+        "mtp_num_hidden_layers" if name.startswith("qwen") else "num_nextn_predict_layers"
+    )
+    if name in BESIDE:
+        inner, outer = "mtp.layers.0.", "mtp."
         # published so: stacked in the decoder, one by one here
         block, head = unfused(block), {}
         parts = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
     else:
         inner = outer = f"{path}.{text['num_hidden_layers']}."
-        count_key, parts = "num_nextn_predict_layers", ("enorm", "hnorm", "eh_proj", "norm")
-        parts = (*parts[:3], "shared_head.norm")
+        parts = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
     shapes = {f"{part}.weight": (width,) for part in parts}
     shapes[f"{parts[2]}.weight"] = (width, 2 * width)
     draw = torch.Generator().manual_seed(5)
