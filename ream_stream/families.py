@@ -163,8 +163,9 @@ REFUSED: Mapping[str, str] = {
     "minimax_m3_vl_text": "no published layout was seen",
     "qwen4_exp": "no published layout was seen",
     "step3": "transformers has no class for it",
-    "step3p5": "transformers has its decoder in a wrapper alone, which was not tried",
-    "step3p7": "transformers has its decoder in a wrapper alone, which was not tried",
+    "step3p5": "transformers has its decoder in a wrapper alone, whose experts it adds up in a "
+    "way of its own",
+    "step3p7": "transformers adds up its experts in a way of its own",
     "switch_transformers": "it is an encoder and a decoder",
     "nllb-moe": "it is an encoder and a decoder",
 }
