@@ -141,7 +141,8 @@ def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None
         found |= dict.fromkeys(new.slots())
         if [m.stored.codec for m in old.matrices] == [m.stored.codec for m in new.matrices]:
             found |= _of_experts(groups, new, old)
-        if groups.refitted and subject.manifest.fingerprint["refit_experts"] == "all":
+        refitted = groups.refit is not None and groups.refit.penalty is not None
+        if refitted and subject.manifest.fingerprint["refit_experts"] == "all":
             downs = {n for n, m in enumerate(new.matrices) if m.parts == ("down",)}
             slots = new.slots().items()
             found |= dict.fromkeys(name for name, slot in slots if slot.matrix in downs)

@@ -24,6 +24,20 @@ _BY_SALIENCY = frozenset({"ream", "mc-smoe", "none"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RefitOutcome:
+    """What refitting a layer came to; see `events.Refitted`."""
+
+    penalty: float | None
+    """The one that was chosen; None if the layer was left as it was."""
+
+    lacking: float
+    """Squared error of the routed outputs before, as a share of the outputs' own squares."""
+
+    left: float
+    """What is left of that error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerGroups:
     """One MoE layer."""
 
@@ -39,8 +53,8 @@ class LayerGroups:
     groups: tuple[tuple[int, ...], ...]
     """Source experts of each new expert, centroid first."""
 
-    refitted: bool
-    """Whether down projections were refitted, and it helped."""
+    refit: RefitOutcome | None
+    """What refitting its down projections came to, if that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +184,17 @@ def _layer(value: Mapping[str, Any]) -> LayerGroups:
         saliency=_numbers(value["saliency"]),
         domains={str(k): _numbers(v) for k, v in value.get("domains", {}).items()},
         groups=tuple(tuple(_count(expert) for expert in group) for group in value["groups"]),
-        refitted=(value.get("refitted") or {}).get("penalty") is not None,
+        refit=_refit(value.get("refitted")),
+    )
+
+
+def _refit(value: Mapping[str, Any] | None) -> RefitOutcome | None:
+    if value is None:
+        return None
+    lacking, left = _numbers([value["lacking"], value["left"]])
+    penalty = value["penalty"]
+    return RefitOutcome(
+        penalty=None if penalty is None else float(penalty), lacking=lacking, left=left
     )
 
 

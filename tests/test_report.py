@@ -9,6 +9,8 @@ import zlib
 from html.parser import HTMLParser
 
 import pytest
+import tiny
+import torch
 
 from ream_stream.__main__ import main
 from ream_stream.cli.figures import heat_map
@@ -131,6 +133,18 @@ def test_the_page_tells_what_is_known(made, page):
     # names are text, whatever is in them
     assert "<b>" in text
     assert "&lt;b&gt;" in page
+
+
+def test_the_page_tells_what_refitting_came_to(checkpoints, tmp_path):
+    source = checkpoints("qwen3_moe", torch.float32)
+    wanted = tiny.settings(grouping="none", refit="down")
+    done = tiny.run(source, tmp_path / "out", wanted, tiny.some_tokens(20, 24))
+    assert main(["report", str(done.output), "--html", str(tmp_path / "report.html")]) == 0
+    text = " ".join(read((tmp_path / "report.html").read_text(encoding="utf-8")).text)
+    for layer in done.manifest["layers"]:
+        assert layer["refitted"]["penalty"] is not None
+        assert f"{layer['refitted']['lacking']:.2%}" in text
+        assert f"{layer['refitted']['left']:.0%}" in text
 
 
 def test_the_numbers_are_those_of_the_output_and_its_log(made, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def _layer(
         ),
         "domains": {name: list(values) for name, values in layer.domains.items()},
         "domain_correlation": _domain_correlations(layer),
+        "refit": None if layer.refit is None else asdict(layer.refit),
         "seconds": done.get("seconds"),
         "peak_anonymous_bytes": done.get("peak_anonymous_bytes"),
         **_statistics(workspace.statistics(layer.index)),

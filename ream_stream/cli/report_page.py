@@ -171,7 +171,9 @@ def _phases(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layers(facts: Mapping[str, Any]) -> dict[str, Any]:
     pairs = list(facts["layers"][0]["domain_correlation"]) if facts["layers"] else []
-    heads = ["layer", "merged", "largest group", "saliency kept", "alignment gain", *pairs]
+    refits = any(layer["refit"] for layer in facts["layers"])
+    heads = ["layer", "merged", "largest group", "saliency kept", "alignment gain"]
+    heads += [*(["lacking", "left by refit"] if refits else []), *pairs]
     rows = []
     for layer in facts["layers"]:
         groups = layer["groups"]
@@ -182,6 +184,7 @@ def _layers(facts: Mapping[str, Any]) -> dict[str, Any]:
                 str(max(map(len, groups))),
                 f"{layer['kept_share']:.1%}",
                 _gain(layer["aligned"]),
+                *(_refit(layer["refit"]) if refits else []),
                 *(
                     _UNKNOWN if value is None else f"{value:+.2f}"
                     for value in layer["domain_correlation"].values()
@@ -191,6 +194,12 @@ def _layers(facts: Mapping[str, Any]) -> dict[str, Any]:
     caption = (
         "Merged: new experts made of several. Alignment gain: how much smaller the mean cost "
         "of a pair of neurons is once they are lined up."
+        + (
+            " Lacking: squared error of the experts' sum before the refit, as a share of its "
+            "own squares, on sequences that were held back; then what the refit left of it."
+            if refits
+            else ""
+        )
         + (" Last: rank correlation of the saliencies of two domains." if pairs else "")
     )
     return {"heads": heads, "rows": rows, "caption": caption}
@@ -218,6 +227,13 @@ def _detail(layer: Mapping[str, Any]) -> dict[str, Any]:
         "groups": [f"{group[0]} took in {', '.join(map(str, group[1:]))}" for group in merged],
         "dropped": ", ".join(map(str, layer["dropped"])),
     }
+
+
+def _refit(outcome: Mapping[str, Any] | None) -> list[str]:
+    if outcome is None:
+        return [_UNKNOWN, _UNKNOWN]
+    left = "left as it was" if outcome["penalty"] is None else f"{outcome['left']:.0%}"
+    return [f"{outcome['lacking']:.2%}", left]
 
 
 def _gain(aligned: Sequence[Mapping[str, float]]) -> str:
