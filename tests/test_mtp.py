@@ -33,6 +33,7 @@ from ream_stream.mtp import WIRINGS, find_mtp, without_mtp
 from ream_stream.verify import verify
 
 FAMILIES = tiny.mtp_families()
+SLOW = pytest.mark.slow
 KEEP = 6
 
 
@@ -333,10 +334,11 @@ def test_one_beside_a_wrapped_decoder_is_compressed_with_it(tmp_path):
     assert numbers == {str(number) for number in range(KEEP)}
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
-def test_it_is_refitted_on_the_tokens_that_have_a_next_one(source, tmp_path, name):
+@pytest.mark.parametrize("target", ["layer", pytest.param("trajectory", marks=SLOW)])
+@pytest.mark.parametrize("name", ["deepseek_v3", pytest.param("qwen3_next", marks=SLOW)])
+def test_it_is_refitted_on_the_tokens_that_have_a_next_one(source, tmp_path, name, target):
     """What a last token is joined with, a first one or padding, does not matter then."""
-    wanted = settings(KEEP, grouping="none", refit="down")
+    wanted = settings(KEEP, grouping="none", refit="down", refit_target=target)
     tokens = some_tokens(6, 24)
     wide = {
         "input_ids": functional.pad(tokens.input_ids_SL, (0, 5), value=7),
