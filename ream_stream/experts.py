@@ -36,6 +36,10 @@ count that: with a bound it is a small part of a large batch. More rows are no f
 """
 
 
+WITHOUT_FLAGS = frozenset({EXPERTS, "Step3p7Experts"})
+"""Classes of experts that run in code of their own, not in transformers' grouped product."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routed:
     """What the experts of one layer saw and did for one batch."""
@@ -86,11 +90,15 @@ class Form:
     has_bias: bool = False
     """Whether both products are followed by biases."""
 
+    adds_in_turn: bool = False
+    """Whether experts' outputs are added up one after the other, in the model's dtype."""
+
     @classmethod
     def of(cls, module: nn.Module) -> "Form":
         """Return the form of an experts module."""
-        if type(module).__name__ == EXPERTS:  # which has no such flags
-            return cls(is_transposed=True)
+        name = type(module).__name__
+        if name in WITHOUT_FLAGS:
+            return cls(is_transposed=name == EXPERTS, adds_in_turn=name != EXPERTS)
         return cls(
             is_gated=bool(getattr(module, "has_gate", True)),
             is_interleaved=not getattr(module, "is_concatenated", True),
@@ -244,17 +252,21 @@ class StreamedExperts(nn.Module):
         """Return what outputs of experts go into; None if only listening."""
         if self.only_listening:
             return None
-        if self.part is None:
+        if self.part is not None:
+            return _Sums(hidden_TH, weight_TK.shape[1], self.part)
+        if not self.weights.form.adds_in_turn:
             return _Slots(hidden_TH, weight_TK)
-        return _Sums(hidden_TH, weight_TK.shape[1], self.part)
+        part = Part(experts=range(self.count), sum_TH=torch.zeros_like(hidden_TH))
+        return _Sums(hidden_TH, weight_TK.shape[1], part)
 
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, (T, H); zeros if only listening.
 
         The order of all operations is that of transformers' grouped product:
         each weighted output goes to the slot it was routed through, and the
-        slots of a token are summed at once. Only where experts are run in blocks
-        are they added up expert after expert, which may change the last bits.
+        slots of a token are summed at once. Where experts are run in blocks they
+        are added up expert after expert, which may change the last bits; so they
+        are where the family's own code does that.
         """
         tokens, top_k = index_TK.shape
         part, weight_S = self.part or Part(experts=range(self.count)), weight_TK.reshape(-1)
@@ -303,7 +315,7 @@ class _Slots:
 
 
 class _Sums:
-    """Weighted outputs of block after block, added up in float32."""
+    """Weighted outputs of expert after expert, added up in float32 unless a sum is given."""
 
     def __init__(self, hidden_TH: Tensor, top_k: int, part: Part) -> None:
         if part.sum_TH is None:
@@ -312,7 +324,8 @@ class _Sums:
 
     def add(self, slot_R: Tensor, weighted_RH: Tensor) -> None:
         # no token is in it twice, so the order of additions is that of the experts
-        self._sum_TH.index_add_(0, slot_R // self._top_k, weighted_RH.float())
+        weighted_RH = weighted_RH.to(self._sum_TH.dtype)
+        self._sum_TH.index_add_(0, slot_R // self._top_k, weighted_RH)
 
     def total(self) -> Tensor:
         return self._sum_TH

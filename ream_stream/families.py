@@ -141,6 +141,10 @@ FAMILIES: Mapping[str, Family] = {
     "minimax_m2": _deepseek(
         count_keys=_LOCAL, routers=("gate.weight", "e_score_correction_bias")
     ),
+    "step3p5": _deepseek(
+        count_keys=("moe_num_experts", "n_routed_experts"),
+        routers=("gate.weight", "router_bias"),
+    ),
     "flint": _deepseek(count_keys=_EXPERTS, routers=_GATE),
 }
 """By model type; each has a tiny checkpoint in tests/tiny.py."""
@@ -163,9 +167,6 @@ REFUSED: Mapping[str, str] = {
     "minimax_m3_vl_text": "no published layout was seen",
     "qwen4_exp": "no published layout was seen",
     "step3": "transformers has no class for it",
-    "step3p5": "transformers has its decoder in a wrapper alone, whose experts it adds up in a "
-    "way of its own",
-    "step3p7": "transformers adds up its experts in a way of its own",
     "switch_transformers": "it is an encoder and a decoder",
     "nllb-moe": "it is an encoder and a decoder",
 }

@@ -24,9 +24,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.monkey_patching import patch_output_recorders
 
 from .errors import UnsupportedModelError
-from .experts import StreamedExperts
+from .experts import WITHOUT_FLAGS, StreamedExperts
 from .mtp import NextToken, Wiring, lengthen
-from .scaled_inputs import EXPERTS
 
 HEAD_BYTES = 64_000_000
 """Rows of the output matrix are used in pieces of about this size."""
@@ -249,7 +248,7 @@ def find_fused_experts(layer: nn.Module) -> tuple[str, nn.Module]:
             return path, module
         down = getattr(module, "down_proj", None)
         if isinstance(down, nn.Parameter) and down.dim() == 3:
-            known = type(module).__name__ == EXPERTS
+            known = type(module).__name__ in WITHOUT_FLAGS
             if not known and getattr(module, "has_post_expert_norm", True):
                 raise UnsupportedModelError(
                     f"{type(module).__name__} does not run experts as transformers' own "

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ream_stream.against import against
+from ream_stream.errors import UnsupportedModelError
+from ream_stream.skeleton import build_skeleton
 from ream_stream.verify import verify
 
 TEXT = {
@@ -39,6 +41,15 @@ WRAPPERS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "kimi_k25": {"model_type": "deepseek_v3", **tiny.TINY["deepseek_v3"].config},
+    "step3p7": {
+        "n_routed_experts": 8,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "share_expert_dim": 16,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "swiglu_limits": [0.0, 0.0, 0.5],
+        "moe_router_scaling_factor": 2.0,
+    },
     "glm4v_moe": {
         **tiny._FIRST_DENSE,
         "n_group": 1,
@@ -66,7 +77,12 @@ NAMES = [
     name if name == "qwen3_vl_moe" else pytest.param(name, marks=pytest.mark.slow)
     for name in sorted(WRAPPERS)
 ]
-COUNT = {"qwen3_5_moe": "num_experts", "qwen3_vl_moe": "num_experts", "gemma4": "num_experts"}
+COUNT = {
+    "qwen3_5_moe": "num_experts",
+    "qwen3_vl_moe": "num_experts",
+    "gemma4": "num_experts",
+    "step3p7": "moe_num_experts",
+}
 
 
 def write(folder, name):
@@ -108,8 +124,9 @@ def write(folder, name):
     tiny.save_tensors(folder, tensors)
     values = tiny.read_config(folder)
     text = values["text_config"]
-    if name in COUNT and "num_local_experts" in text:
-        text[COUNT[name]] = text.pop("num_local_experts")
+    for key in ("num_local_experts", "n_routed_experts"):
+        if name in COUNT and key in text:
+            text[COUNT[name]] = text.pop(key)
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     return folder
 
@@ -155,7 +172,8 @@ def test_a_wrapper_is_compressed_and_all_but_its_decoder_copied(wrapper, tmp_pat
     assert [finding.message for finding in findings if not finding.ok] == []
     assert groups_by_layer(done)
     want, have = tiny.load_tensors(source), tiny.load_tensors(done.output)
-    rest = [key for key in want if ".layers." not in key or "language_model" not in key]
+    decoder = "model.layers." if name == "step3p7" else "language_model"
+    rest = [key for key in want if ".layers." not in key or decoder not in key]
     assert {"mtp.norm.weight"} <= set(rest)
     assert all(same_bits(have[key], want[key]) for key in rest)
     before, after = tiny.read_config(source), tiny.read_config(done.output)
@@ -168,3 +186,8 @@ def test_a_wrapper_is_compressed_and_all_but_its_decoder_copied(wrapper, tmp_pat
     want = logits_in_transformers(done.output, torch.float32, ids_BL, None)
     ours = forward_streamed(done.output, torch.float32, [(ids_BL, None)])[0].logits
     assert tiny.same_in(name, torch.float32)(ours, want)
+
+
+def test_a_decoder_that_transformers_has_in_a_wrapper_alone_is_refused_without_it():
+    with pytest.raises(UnsupportedModelError, match="of no model that gives logits"):
+        build_skeleton({"model_type": "step3p5"}, torch.bfloat16, torch.device("cpu"))
