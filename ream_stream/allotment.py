@@ -123,11 +123,11 @@ def _with_batch(
     parts: Parts, limits: Limits, batch: int, solver: Solver, sequences: int
 ) -> Allotment:
     memory = parts.host(batch, solver, steady=limits.steady)
-    _check(memory, limits.ram, "ram", limits.batch_sequences)
+    _check(memory, limits, "ram", refits=parts.refits)
     batches, device = -(-sequences // batch), {}
     if limits.vram is not None:
         device = parts.device(batch, solver, 0)
-        _check(device, limits.vram, "vram", limits.batch_sequences)
+        _check(device, limits, "vram", refits=parts.refits)
     wanted = limits.expert_blocks or _blocks(parts, limits, batches, memory, device)
     for blocks in dict.fromkeys((wanted, 1)):
         places = _Places(limits, dict(memory), {}, batch / sequences)
@@ -227,9 +227,10 @@ def _placed(parts: Parts, places: _Places, blocks: int) -> bool:
     return blocks == 1 or places.place(SUMS, parts.sum_bytes, or_disk=True)
 
 
-def _check(parts: Mapping[str, int], limit: int, option: str, begun: int | None) -> None:
+def _check(parts: Mapping[str, int], limits: Limits, option: str, *, refits: bool) -> None:
     """Refuse parts that are more than a budget."""
-    needed = sum(parts.values())
+    needed, begun = sum(parts.values()), limits.batch_sequences
+    limit = limits.ram if option == "ram" else limits.vram or 0
     if needed <= limit:
         return
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
@@ -246,5 +247,5 @@ def _check(parts: Mapping[str, int], limit: int, option: str, begun: int | None)
         f"the run needs {format_size(needed)} of {memory} with one sequence at a time, the "
         f"budget is {format_size(limit)}; the largest parts are {told}. Give --{option} "
         f"{needed} or more, or shorter sequences (--sequence-length), or fewer "
-        "--similarity-tokens"
+        f"--similarity-tokens{', or --refit none' if refits else ''}"
     )

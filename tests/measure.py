@@ -1,6 +1,6 @@
 """Compresses a checkpoint in a process of its own and tells how much memory that took.
 
-Usage: python measure.py SOURCE OUTPUT DTYPE [--room BYTES] [--leak]
+Usage: python measure.py SOURCE OUTPUT DTYPE [--room BYTES] [--refit TARGET] [--leak]
 
 With --room the budget is what the interpreter takes and so much more, as if --ram had been
 given; without, it is large, and batches are kept small.
@@ -64,11 +64,17 @@ def leak_experts():
     ExpertWeights.load = keep
 
 
-def make_plan(source, sequences, dtype, room):
+def make_plan(source, sequences, dtype, room, refit):
     checkpoint = open_checkpoint(Path(source))
     settings = Settings(
         experts=checkpoint.config["num_experts"] * 3 // 4,
-        method=Method(group_size=4, similarity_tokens=512, alignment_tokens=256),
+        method=Method(
+            group_size=4,
+            similarity_tokens=512,
+            alignment_tokens=256,
+            refit="down" if refit else "none",
+            refit_target=refit or "layer",
+        ),
         compute_dtype=dtype,
     )
     if room is None:
@@ -86,7 +92,9 @@ def main(options):
     if options.leak:
         leak_experts()
     sequences = SEQUENCES if options.room is None else ROOMY_SEQUENCES
-    planned, ram = make_plan(options.source, sequences, options.dtype, options.room)
+    planned, ram = make_plan(
+        options.source, sequences, options.dtype, options.room, options.refit
+    )
     base = rss_anon()
     ids_SL = torch.arange(sequences * LENGTH).view(sequences, LENGTH) * 7 % 64
     tokens = from_tensors({"input_ids": ids_SL}, description="counted")
@@ -115,6 +123,7 @@ def main(options):
         "ram": ram,
         "batch": planned.batch_sequences,
         "steady": planned.steady,
+        "solver": str(planned.solver),
     }
     print(json.dumps(told))
 
@@ -125,6 +134,7 @@ def parse():
     parser.add_argument("output")
     parser.add_argument("dtype")
     parser.add_argument("--room", type=int)
+    parser.add_argument("--refit")
     parser.add_argument("--leak", action="store_true")
     return parser.parse_args()
 

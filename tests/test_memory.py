@@ -171,6 +171,13 @@ def test_memory_stays_within_the_plan(layers, experts, dtype, measured):
     assert told["planned"] - told["base"] < 4 * (told["peak"] - told["base"]), told
 
 
+@pytest.mark.slow
+def test_memory_stays_within_the_plan_of_a_refit(measured):
+    told = measured(4, "bfloat16", "--refit", "layer")
+    assert told["parts"]["activations for the refit"] > 0
+    assert told["peak"] <= told["planned"], told
+
+
 def with_budgets(measured, layers=4, experts=8):
     """Runs in float32 throughout, with a budget so many bytes above what Python takes."""
     return [

@@ -11,8 +11,10 @@ from tiny import run, settings, some_tokens
 from transformers import AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import from_tensors
-from ream_stream.errors import UnsupportedModelError, UsageError
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.errors import OverBudgetError, UnsupportedModelError, UsageError
 from ream_stream.events import LayerDone, Step
+from ream_stream.planning import make_plan
 from ream_stream.playback import main_output
 from ream_stream.refit_budget import KEPT, Solver
 from ream_stream.refit_passes import held_back
@@ -168,6 +170,13 @@ def test_a_trajectory_is_refitted_to_what_leaves_each_layer_of_the_original(
             left = (lacking_TH - made_TH)[held_T].square().sum() / energy
             assert found.left == pytest.approx(left.item(), rel=1e-3)
     assert not list((done.output / ".ream-stream").glob("original*"))
+
+
+def test_a_budget_too_small_for_a_refit_is_refused_with_what_else_would_do(source, tokens):
+    with pytest.raises(OverBudgetError, match=r"Give --ram \d+ or more, .* or --refit none"):
+        make_plan(open_checkpoint(source), refitted(), 20, 24, ram=1000)
+    with pytest.raises(OverBudgetError, match=r"--similarity-tokens$"):
+        make_plan(open_checkpoint(source), pruned(), 20, 24, ram=1000)
 
 
 def test_a_trajectory_takes_twice_the_disk_for_states(source, tokens):
