@@ -183,7 +183,9 @@ def test_a_config_that_contradicts_the_tensors(copy, tmp_path, change, words):
 def test_a_config_with_fewer_layers_than_the_file_is_not_taken_for_its_model(copy, tmp_path):
     source = copy()
     edit_json(source / "config.json", lambda c: c.update(num_hidden_layers=2))
-    refused(source, UnsupportedModelError, "experts of a multi-token-prediction layer", tmp_path)
+    refused(
+        source, UnsupportedModelError, "experts of a multi-token-prediction layer", tmp_path
+    )
 
 
 # Headers
