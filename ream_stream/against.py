@@ -162,9 +162,9 @@ def _same(name: str) -> _Origin:
 
 def _decoded(name: str, stored: Stored) -> _Origin:
     def pieces(ours: MappedTensors, theirs: MappedTensors) -> Iterator[tuple[Tensor, Tensor]]:
-        have, cpu = ours[name], torch.device("cpu")
+        have = ours[name]
         for index in [None] if stored.count is None else range(stored.count):
-            want = theirs.matrix(stored, index, have.dtype, cpu)
+            want = theirs.matrix(stored, index, have.dtype)
             yield have if index is None else have[index], want
 
     return _Origin(name=name, pieces=pieces)

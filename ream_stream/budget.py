@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .checkpoint.header import DTYPES
 from .checkpoint.stacks import ExpertStack
+from .device import Lanes
 from .footprint import Footprints
 from .memory import anonymous_bytes
 from .method.alignment import ALIGNMENTS
@@ -35,6 +36,9 @@ SMALL_BLOCKS = 24_000_000
 Measured on the 106M-parameter benchmark, whose blocks are of that size: 9 MB beyond the
 rest of the plan with two threads, none with one.
 """
+
+ON_THE_WAY = "experts on their way"
+"""Name of a part: what `device.Lanes` needs in page-locked memory, and on the device."""
 
 ALLOCATOR_SHARE = 0.2
 """What a device's allocator is left for fragments, as a share of what comes and goes.
@@ -114,16 +118,17 @@ class Parts:
         """Return the parts of host memory with so many sequences in a batch."""
         phases = _compared_work(self._footprints, self._settings, self._size)
         held = _held(self._footprints, self._settings, self._size)
+        fixed = _fixed(self._footprints, self._size)
         if self._on_device:
             # states on their way between the device and a store
             moving = 3 * batch * self._size.length * self._stack.hidden * 4
             phases |= {"observe": moving, "propagate": moving}
             held = {}
+            fixed[ON_THE_WAY] = Lanes.host_bytes(Lanes.room(self._stack.sizes))
         else:
             phases |= _layer_work(self._footprints, self._settings, self._size, batch, solver)
         phase, held_then, working = _largest(phases, held)
         heap = SMALL_BLOCKS if steady else int(HEAP_SHARE * working)
-        fixed = _fixed(self._footprints, self._size)
         return {**fixed, **held_then, f"work: {phase}": working, "kept by the heap": heap}
 
     def device(self, batch: int, solver: Solver, resident: int) -> dict[str, int]:
@@ -142,6 +147,7 @@ class Parts:
         return {
             "dense weights of a layer": max(numbers) * model.dtype.itemsize,
             "buffers of one expert": self.expert_bytes,
+            ON_THE_WAY: self.expert_bytes + Lanes.room(self._stack.sizes),
             "experts kept": resident * self.expert_bytes,
             **held_then,
             f"work: {phase}": working,

@@ -21,8 +21,6 @@ from .finite import is_finite
 from .method.expert import reorder_part
 from .method.merging import weighted_sum
 
-CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unchanged:
@@ -50,9 +48,9 @@ class Unchanged:
 
 def _decode(tensors: Tensors, stored: Stored) -> Content:
     if stored.count is None:
-        return tensors.matrix(stored, None, torch.bfloat16, CPU)
+        return tensors.matrix(stored, None, torch.bfloat16)
     indices = range(stored.count)
-    return (tensors.matrix(stored, index, torch.bfloat16, CPU) for index in indices)
+    return (tensors.matrix(stored, index, torch.bfloat16) for index in indices)
 
 
 def layer_content(
@@ -154,7 +152,7 @@ class _Merged:
 
         def members() -> Iterator[list[Tensor]]:
             for expert in self._decision.groups[number]:
-                parts = source.read(self._tensors, expert, torch.float32, CPU)
+                parts = source.read(self._tensors, expert, torch.float32)
                 order_I = self._orders.get(expert)
                 yield [
                     part if order_I is None else reorder_part(name, part, order_I)

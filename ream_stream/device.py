@@ -1,9 +1,13 @@
 """The machine's processors: the only module that speaks of CUDA."""
 
 import platform
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import UsageError
 
@@ -57,6 +61,90 @@ def peak_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return int(torch.cuda.max_memory_reserved(device))  # noqa: TID251
+
+
+class Lanes:
+    """Brings tensors to a device beside what it computes, two loads in turn.
+
+    The processor is far ahead of a GPU that it gives work to: while products of one load
+    wait for the GPU, the next load is read into page-locked memory and copied by a stream
+    of its own. A load lasts until the one after the next begins.
+
+    Parameters
+    ----------
+    device
+        Where to.
+    nbytes
+        Of a load at most, each tensor rounded up to `ALIGNMENT`.
+    """
+
+    COUNT = 2
+    ALIGNMENT = 256
+    """Of a tensor in page-locked memory: enough for any dtype and for whole cache lines."""
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        # torch.cpu has the same names, and does everything at once
+        self._module: Any = torch.get_device_module(device)
+        self._device = device
+        self._stream = self._module.Stream(device)
+        locked = device.type == "cuda"
+        self._locked = [
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=locked) for _ in range(self.COUNT)
+        ]
+        self._copied = [self._module.Event() for _ in range(self.COUNT)]
+        self._free = [self._module.Event() for _ in range(self.COUNT)]
+        self._turn = 0
+        for event in self._free:
+            event.record(self._module.current_stream(device))
+
+    @contextmanager
+    def load(self, *, fresh: bool) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
+        """Begin a load; what the device is given in the block it does beside other work.
+
+        Parameters
+        ----------
+        fresh
+            Whether it goes into memory that was just allocated, which work before may
+            still use, and not into what this lane had the last time.
+
+        Yields
+        ------
+        tuple
+            The lane, 0 or 1, and a function that brings a tensor of the host to the device.
+        """
+        self._turn = lane = (self._turn + 1) % self.COUNT
+        products = self._module.current_stream(self._device)
+        # of the other lane all products are queued by now, of this one they were a load ago
+        self._free[1 - lane].record(products)
+        self._copied[lane].synchronize()
+        taken = 0
+
+        def send(tensor: Tensor) -> Tensor:
+            nonlocal taken
+            start, taken = taken, taken + _round_up(tensor.nbytes, self.ALIGNMENT)
+            locked = self._locked[lane][start : start + tensor.nbytes].view(tensor.dtype)
+            locked = locked.view(tensor.shape).copy_(tensor)
+            return locked.to(self._device, non_blocking=True)
+
+        with self._module.stream(self._stream):
+            self._stream.wait_event(self._free[1 - lane if fresh else lane])
+            yield lane, send
+            self._copied[lane].record(self._stream)
+        products.wait_event(self._copied[lane])
+
+    @classmethod
+    def room(cls, tensors: Iterable[int]) -> int:
+        """Return the bytes of a load of tensors of so many bytes."""
+        return sum(_round_up(nbytes, cls.ALIGNMENT) for nbytes in tensors)
+
+    @classmethod
+    def host_bytes(cls, nbytes: int) -> int:
+        """Return what loads of so many bytes take of the host: torch locks powers of two."""
+        return cls.COUNT * (1 << (nbytes - 1).bit_length())
+
+
+def _round_up(nbytes: int, multiple: int) -> int:
+    return -(-nbytes // multiple) * multiple
 
 
 def has_bf16_products(device: torch.device) -> bool:

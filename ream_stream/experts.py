@@ -10,6 +10,7 @@ expert, S = T * K slots, H hidden, I inner.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checkpoint.stacks import ExpertStack, Tensors
+from .checkpoint.stacks import ExpertStack, Send, Tensors, stay
+from .device import Lanes
 from .scaled_inputs import EXPERTS
 
 ROW_MULTIPLE = 64
@@ -127,6 +129,18 @@ class ExpertWeights:
     """Weights of single experts in the dtype and on the device they are run in.
 
     Buffers are reused: what `load` returned is overwritten by the next `load`.
+
+    Parameters
+    ----------
+    tensors, stack
+        Where they are.
+    dtype, device
+        What they are run in.
+    form
+        What the family's module makes of them.
+    beside
+        Whether the next expert is loaded beside the products of the last; by default on
+        devices that compute on their own.
     """
 
     def __init__(
@@ -136,6 +150,8 @@ class ExpertWeights:
         dtype: torch.dtype,
         device: torch.device,
         form: Form | None = None,
+        *,
+        beside: bool | None = None,
     ) -> None:
         self.stack = stack
         self.dtype, self.device = dtype, device
@@ -143,7 +159,9 @@ class ExpertWeights:
         self.form = form or Form()
         self.resident = 0
         self._kept: dict[int, Loaded] = {}
-        self._shared = self._buffers()
+        beside = device.type != "cpu" if beside is None else beside
+        self._shared = [self._buffers() for _ in range(Lanes.COUNT if beside else 1)]
+        self._lanes = Lanes(device, Lanes.room(stack.sizes)) if beside else None
 
     def _buffers(self) -> tuple[Loaded, dict[str, Tensor]]:
         """Return room for the weights of one expert, whole and by part."""
@@ -174,6 +192,12 @@ class ExpertWeights:
             parts["down_bias"] = loaded.down_bias_H
         return loaded, parts
 
+    def _loading(self, *, fresh: bool) -> AbstractContextManager[tuple[int, Send]]:
+        """Return which buffers are loaded, and what brings tensors to the device."""
+        if self._lanes is None:
+            return nullcontext((0, stay))
+        return self._lanes.load(fresh=fresh)
+
     def turn_to(self, experts: range) -> None:
         """Let go of experts that were kept, but for those of a block."""
         self._kept = {e: loaded for e, loaded in self._kept.items() if e in experts}
@@ -182,16 +206,18 @@ class ExpertWeights:
         """Return the weights of an expert; the first `resident` ones of a block are kept."""
         if expert in self._kept:
             return self._kept[expert]
-        loaded, parts = self._shared
-        if len(self._kept) < self.resident:
-            loaded, parts = self._buffers()
+        keeps = len(self._kept) < self.resident
+        fresh = self._buffers() if keeps else None
+        with self._loading(fresh=keeps) as (lane, send):
+            loaded, parts = fresh or self._shared[lane]
+            for matrix in self.stack.matrices:
+                found = matrix.read(self._tensors, expert, self.dtype, send)
+                for part, value in found.items():
+                    # copied even where the dtype is right: the last bits of a product with
+                    # one row depend on the weights' alignment, accidental in a mapped file
+                    parts[part].copy_(value)
+        if keeps:
             self._kept[expert] = loaded
-        for matrix in self.stack.matrices:
-            found = matrix.read(self._tensors, expert, self.dtype, self.device)
-            for part, value in found.items():
-                # copied even where the dtype is right: the last bits of a product with one
-                # row depend on the weights' alignment, which is accidental in a mapped file
-                parts[part].copy_(value)
         if expert + 1 < self.stack.count:
             self._tensors.ahead(self.stack, expert + 1)
         return loaded

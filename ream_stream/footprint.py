@@ -23,7 +23,7 @@ from transformers import masking_utils
 from .checkpoint.formats import Plain, Stored
 from .checkpoint.header import DTYPES
 from .checkpoint.source import Checkpoint
-from .checkpoint.stacks import ExpertStack
+from .checkpoint.stacks import ExpertStack, Send, stay
 from .experts import Routed, StreamedExperts
 from .model import Batch, StreamedModel
 from .playback import main_output
@@ -146,7 +146,7 @@ class _NoData:
         """There is nothing to read."""
 
     def matrix(
-        self, stored: Stored, index: int | None, dtype: torch.dtype, device: torch.device
+        self, stored: Stored, index: int | None, dtype: torch.dtype, send: Send = stay
     ) -> Tensor:
         plain = isinstance(stored.codec, Plain)
         stack = () if index is not None or stored.count is None else (stored.count,)

@@ -559,7 +559,8 @@ class StreamedModel:
         """Return a tensor: floats as they are stored, others decoded to `dtype`."""
         if name not in self.quantized:
             return tensors[name]
-        return tensors.matrix(self.quantized[name], None, dtype, self.device)
+        stored = self.quantized[name]
+        return tensors.matrix(stored, None, dtype, lambda part: part.to(self.device))
 
     def _fill(self, keys: Mapping[str, tuple[str, ...]], tensors: Tensors) -> None:
         plan = self.model._get_dtype_plan(self.dtype)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from .checkpoint.formats import Plain, Stored
 from .checkpoint.header import DTYPES
 from .checkpoint.source import Checkpoint
-from .checkpoint.stacks import ExpertMatrix, ExpertStack
+from .checkpoint.stacks import ExpertMatrix, ExpertStack, Send, stay
 from .experts import ExpertWeights, Form, StreamedExperts, slots_by_expert
 from .memory import available_bytes, trim
 from .plan import Plan
@@ -173,8 +173,12 @@ class _Filled:
     def ahead(self, stack: ExpertStack, expert: int) -> None:
         """All of them are there."""
 
-    def matrix(self, stored: Stored, index: int | None, *_: Any) -> Tensor:  # noqa: ANN401
-        return self._matrices[stored.prefix, index]
+    def matrix(
+        self, stored: Stored, index: int | None, _dtype: torch.dtype, send: Send = stay
+    ) -> Tensor:
+        matrix_RC = self._matrices[stored.prefix, index]
+        # what is decoded takes time of its own
+        return send(matrix_RC) if isinstance(stored.codec, Plain) else matrix_RC
 
 
 def _products(

@@ -1,9 +1,11 @@
 """Choosing a device and what to compute in."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from ream_stream.device import choose_device, compute_dtype, has_bf16_products
+from ream_stream.device import Lanes, choose_device, compute_dtype, has_bf16_products
 from ream_stream.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -31,3 +33,88 @@ def test_auto_computes_in_the_checkpoint_s_dtype_only_where_that_is_fast():
     assert compute_dtype("checkpoint", torch.bfloat16, CPU) == torch.bfloat16
     assert compute_dtype("float32", torch.bfloat16, CPU) == torch.float32
     assert has_bf16_products(torch.device("cuda"))
+
+
+class Machine:
+    """Stands in for torch.cuda: remembers which work of a device must end before which."""
+
+    def __init__(self):
+        self.before = {}
+        self.ended = frozenset()  # what the host has waited for
+        machine = self
+
+        class Stream:
+            def __init__(self, _device=None):
+                self.queued = frozenset()
+
+            def wait_event(self, event):
+                self.queued |= event.work
+
+        class Event:
+            work = frozenset()
+
+            def record(self, stream):
+                self.work = stream.queued
+
+            def synchronize(self):
+                machine.ended |= self.work
+
+        self.Stream, self.Event = Stream, Event
+        self.products = self.current = Stream()
+
+    def current_stream(self, _device):
+        return self.current
+
+    @contextmanager
+    def stream(self, stream):
+        self.current = stream
+        yield
+        self.current = self.products
+
+    def do(self, name):
+        stream = self.current
+        self.before[name] = stream.queued | self.ended
+        stream.queued |= self.before[name] | {name}
+
+
+@pytest.mark.parametrize("fresh", [(), (0, 1, 2), (3,)], ids=str)
+def test_loads_run_beside_products_and_never_into_what_products_use(monkeypatch, fresh):
+    machine = Machine()
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: machine)
+    lanes, before = Lanes(CPU, Lanes.room([12, 4])), machine.before
+    for number in range(6):
+        with lanes.load(fresh=number in fresh) as (lane, send):
+            assert lane == (number + 1) % 2
+            # its page-locked memory is written at once
+            assert {f"load {n}" for n in range(number - 1)} <= machine.ended
+            assert send(torch.arange(3.0)).tolist() == [0, 1, 2]
+            assert send(torch.tensor(7)[None].int()).tolist() == [7]
+            machine.do(f"load {number}")
+        machine.do(f"products {number}")
+    for number in range(6):
+        load = before[f"load {number}"]
+        assert f"load {number}" in before[f"products {number}"]
+        assert {f"products {n}" for n in range(number - 1)} <= load
+        if number:
+            assert (f"products {number - 1}" in load) == (number in fresh)
+
+
+def test_page_locked_memory_is_counted_as_torch_takes_it():
+    assert Lanes.room([1, 256, 257]) == 256 + 256 + 512
+    assert Lanes.host_bytes(1024) == 2 * 1024
+    assert Lanes.host_bytes(1025) == 2 * 2048
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_gpu_gets_what_was_sent_while_it_computes():
+    device = torch.device("cuda")
+    lanes = Lanes(device, Lanes.room([4 << 20]))
+    buffers = [torch.empty(1 << 20, device=device) for _ in range(2)]
+    square = torch.ones(4096, 4096, device=device)
+    sums = []
+    for number in range(20):
+        with lanes.load(fresh=False) as (lane, send):
+            buffers[lane].copy_(send(torch.full((1 << 20,), float(number))))
+        square @ square
+        sums.append(buffers[lane].sum())
+    assert [float(each) for each in sums] == [number * 2.0**20 for number in range(20)]

@@ -78,9 +78,9 @@ class Pair:
         top = logits_TE.topk(self.top_k)
         return hidden_TH, top.indices, top.values.softmax(dim=1)
 
-    def ours(self, batch, listener=None, *, only_listening=False):
+    def ours(self, batch, listener=None, *, only_listening=False, beside=False):
         with self.checkpoint.open() as tensors, torch.no_grad():
-            weights = ExpertWeights(tensors, self.stack, self.dtype, CPU)
+            weights = ExpertWeights(tensors, self.stack, self.dtype, CPU, beside=beside)
             experts = StreamedExperts(self.theirs, weights)
             experts.listener, experts.only_listening = listener, only_listening
             return experts(*batch)
@@ -101,6 +101,8 @@ def test_streamed_experts_have_the_bits_of_the_grouped_product(tmp_path, sizes, 
         for weight in (weight_TK, weight_TK.to(dtype)):
             batch = hidden_TH, index_TK, weight
             assert torch.equal(pair.ours(batch), pair.whole(batch))
+            # as on a device, where the next is loaded while products of the last are made
+            assert torch.equal(pair.ours(batch, beside=True), pair.whole(batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -201,6 +203,17 @@ def test_experts_that_are_kept_are_read_once_and_give_the_same_bits(tmp_path):
         weights.turn_to(range(3, 6))
         assert weights.load(3) is kept[3]
         assert weights.load(0) is not kept[0]
+
+
+def test_an_expert_loaded_beside_another_leaves_it_as_it_is(tmp_path):
+    pair = Pair(tmp_path / "x.safetensors", (4, 2, 20, 32, 16), torch.float32)
+    with pair.checkpoint.open() as tensors:
+        weights = ExpertWeights(tensors, pair.stack, torch.float32, CPU, beside=True)
+        for expert in range(3):
+            loaded, after = weights.load(expert), weights.load(expert + 1)
+            for one, number in ((loaded, expert), (after, expert + 1)):
+                assert torch.equal(one.gate_up, pair.theirs.gate_up_proj[number])
+                assert torch.equal(one.down_HI, pair.theirs.down_proj[number])
 
 
 def test_the_next_expert_is_asked_for_byte_for_byte_and_small_ones_are_not(

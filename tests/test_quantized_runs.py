@@ -14,6 +14,7 @@ from tiny import forward_in_transformers, forward_streamed, run, settings, some_
 
 from ream_stream.against import against
 from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.experts import ExpertWeights, Form
 from ream_stream.verify import verify
 
 OFTEN = {"deepseek_v3-fp8", "gpt_oss-mxfp4", "qwen3_moe-nvfp4"}
@@ -47,6 +48,21 @@ def merged(pair, tmp_path_factory):
 def good(output, source):
     findings = [*verify(output, load=True, run=True), *against(output, source)]
     assert [finding.message for finding in findings if not finding.ok] == []
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_experts_loaded_beside_products_are_decoded_alike(pair, name):
+    checkpoint = open_checkpoint(pair(name)[0])
+    stack = next(iter(checkpoint.experts().values()))
+    form = Form(is_gated=stack.is_gated, has_bias=stack.has_bias)
+    with checkpoint.open() as tensors:
+        alone, beside = (
+            ExpertWeights(tensors, stack, torch.float32, torch.device("cpu"), form, beside=each)
+            for each in (False, True)
+        )
+        for expert in range(stack.count):
+            for want, found in zip(alone.load(expert), beside.load(expert), strict=True):
+                assert want is found is None or torch.equal(want, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

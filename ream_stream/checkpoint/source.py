@@ -21,7 +21,7 @@ from .ahead import ReadAhead
 from .formats import Plain, Stored
 from .header import Stamp, TensorEntry, read_header
 from .layouts import find_experts
-from .stacks import ExpertStack, one_of
+from .stacks import ExpertStack, Send, one_of, stay
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -72,7 +72,7 @@ class MappedTensors:
         self._ahead.ask(ranges)
 
     def matrix(
-        self, stored: Stored, index: int | None, dtype: torch.dtype, device: torch.device
+        self, stored: Stored, index: int | None, dtype: torch.dtype, send: Send = stay
     ) -> Tensor:
         """Return a matrix: floats as they are stored, others decoded.
 
@@ -82,16 +82,17 @@ class MappedTensors:
             Where it is, and its scheme.
         index
             Which one of a stack; None if it is not one of a stack.
-        dtype, device
-            Of what is decoded; floats are views of the mapped file whatever is given.
+        dtype
+            Of what is decoded.
+        send
+            Is given the tensors, views of the mapped file, and what it returns is used.
         """
         parts = {
-            suffix: self[name] if index is None else self[name][index]
+            suffix: send(self[name] if index is None else self[name][index])
             for suffix, name in stored.names().items()
         }
         if isinstance(stored.codec, Plain):
             return parts[stored.codec.suffix]
-        parts = {suffix: part.to(device) for suffix, part in parts.items()}
         return stored.codec.decode(parts, stored.rows, stored.cols, dtype)
 
 

@@ -7,7 +7,8 @@ in turn. What is stored is decoded and encoded by the codec of its scheme.
 Letters in shapes: E experts, H hidden, I inner; R rows and C columns as stored.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,7 +18,15 @@ from torch import Tensor
 from ream_stream.method.expert import Expert
 
 from .formats import Codec, Nvfp4, Part, Plain, Stored
-from .header import TensorEntry
+from .header import DTYPES, TensorEntry
+
+Send = Callable[[Tensor], Tensor]
+"""Brings a tensor as it is stored to where it is decoded or used."""
+
+
+def stay(tensor: Tensor) -> Tensor:
+    """Leave a tensor where it is; a `Send`."""
+    return tensor
 
 
 class Tensors(Protocol):
@@ -30,9 +39,9 @@ class Tensors(Protocol):
         """Prepare for an expert that is asked for soon."""
 
     def matrix(
-        self, stored: Stored, index: int | None, dtype: torch.dtype, device: torch.device
+        self, stored: Stored, index: int | None, dtype: torch.dtype, send: Send = stay
     ) -> Tensor:
-        """Return a matrix: floats as they are stored, others decoded to `dtype` on `device`."""
+        """Return a matrix: floats as they are stored, others decoded to `dtype`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +97,11 @@ class ExpertMatrix:
         return f"{self.prefix}{number}.{self.leaf}"
 
     def read(
-        self, tensors: Tensors, expert: int, dtype: torch.dtype, device: torch.device
+        self, tensors: Tensors, expert: int, dtype: torch.dtype, send: Send = stay
     ) -> dict[str, Tensor]:
         """Return the parts of one expert: views of floats as stored, or decoded to `dtype`."""
         stored = replace(self.stored, prefix=self.place(expert))
-        matrix_RC = tensors.matrix(stored, None if self.numbered else expert, dtype, device)
+        matrix_RC = tensors.matrix(stored, None if self.numbered else expert, dtype, send)
         if self.is_vector:
             matrix_RC = matrix_RC.reshape(-1)
         elif self.transposed:
@@ -213,6 +222,15 @@ class ExpertStack:
         """Whether an expert has biases."""
         return any(matrix.is_vector for matrix in self.matrices)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Return the bytes of each tensor of one expert."""
+        return [
+            math.prod(part.shape) * DTYPES[part.dtype].itemsize
+            for matrix in self.matrices
+            for part in matrix.tensors
+        ]
+
     def slots(self) -> dict[str, Slot]:
         """Return all its tensors by name."""
         slots = {}
@@ -235,7 +253,7 @@ class ExpertStack:
         parts: dict[str, Tensor] = {}
         for matrix in self.matrices:
             if not matrix.is_vector:
-                parts |= matrix.read(tensors, expert, torch.float32, torch.device("cpu"))
+                parts |= matrix.read(tensors, expert, torch.float32)
         up_IH = parts["up"]
         # an expert without a gate has a gate without columns
         return Expert(
