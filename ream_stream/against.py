@@ -21,7 +21,9 @@ from .errors import ReamStreamError
 from .families import Family
 from .finish import copied_files
 from .manifest import LayerGroups
+from .method.hashing import renumbered
 from .mtp import COUNT_KEYS
+from .output_layout import FORMAT_KEYS
 from .verify import Finding
 
 CHECK = "against"
@@ -96,7 +98,7 @@ def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], family: Family
 ) -> Iterator[str]:
     """Yield the keys that differ, but for those that a compression changes."""
-    changing = {*family.count_keys, *family.count_lists, *COUNT_KEYS, "quantization_config"}
+    changing = {*family.count_keys, *family.count_lists, *COUNT_KEYS, *FORMAT_KEYS}
     for key in sorted((old.keys() | new.keys()) - changing):
         one, other = old.get(key), new.get(key)
         if key == "text_config" and isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -147,8 +149,10 @@ def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None
             slots = new.slots().items()
             found |= dict.fromkeys(name for name, slot in slots if slot.matrix in downs)
         rows = [group[0] for group in groups.groups]
-        for suffix in subject.family.routers:
-            name = old.block + suffix
+        routers, table = subject.family.router_tensors(old.block, original.entries)
+        if table is not None:
+            found[table] = _renumbered(table, routers[0], groups.groups)
+        for name in routers:
             shape = original.entries[name].shape
             axis = shape.index(old.count)
             rest = range(old.count, shape[axis])
@@ -173,6 +177,13 @@ def _decoded(name: str, stored: Stored) -> _Origin:
 def _rows(name: str, axis: int, rows: Tensor) -> _Origin:
     def pieces(ours: MappedTensors, theirs: MappedTensors) -> Iterator[tuple[Tensor, Tensor]]:
         yield ours[name], theirs[name].index_select(axis, rows)
+
+    return _Origin(name=name, pieces=pieces)
+
+
+def _renumbered(name: str, router: str, groups: Sequence[Sequence[int]]) -> _Origin:
+    def pieces(ours: MappedTensors, theirs: MappedTensors) -> Iterator[tuple[Tensor, Tensor]]:
+        yield ours[name], renumbered(theirs[name], theirs[router], groups)
 
     return _Origin(name=name, pieces=pieces)
 

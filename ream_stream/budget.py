@@ -201,7 +201,7 @@ def _layer_work(
         footprints.of(index, batch, length, padded=size.padded) for index in footprints.kinds()
     ]
     # what a store is read into and written from is more, but then no layer runs
-    entering = batch * length * _stack(footprints).hidden * model.dtype.itemsize
+    entering = batch * length * model.hidden_size * model.dtype.itemsize
     most = max(run.run for run in runs)
     observed = max(run.observe for run in runs) if settings.sequential else most
     phases = {"observe": observed + entering, "propagate": most + entering}

@@ -189,10 +189,10 @@ def _kept(subject: Subject) -> Iterator[str]:
 def _routers(subject: Subject) -> Iterator[str]:
     entries = subject.checkpoint.entries
     for stack in subject.stacks.values():
-        for suffix in subject.family.routers:
-            entry = entries.get(stack.block + suffix)
+        for name in subject.family.router_tensors(stack.block, entries)[0]:
+            entry = entries.get(name)
             if entry is None:
-                yield f"{stack.block}{suffix} is missing"
+                yield f"{name} is missing"
             elif stack.count not in entry.shape:
                 yield (
                     f"{entry.name} has shape {entry.shape}, none of its axes is the layer's "

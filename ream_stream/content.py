@@ -19,6 +19,7 @@ from .durable import FileRange
 from .errors import NumbersError
 from .finite import is_finite
 from .method.expert import reorder_part
+from .method.hashing import renumbered
 from .method.merging import weighted_sum
 
 
@@ -59,6 +60,7 @@ def layer_content(
     source: ExpertStack,
     output: ExpertStack,
     routers: Mapping[str, int],
+    table: str | None,
     unchanged: Unchanged,
 ) -> Callable[[str], Content]:
     """Return a function that gives each tensor of a compressed layer, by output name.
@@ -89,6 +91,9 @@ def layer_content(
     def content(name: str) -> Content:
         if name in routers:
             return routed_rows(unchanged.tensors[name], routers[name], decision, count)
+        if name == table:
+            row_EH = unchanged.tensors[next(iter(routers))]
+            return renumbered(unchanged.tensors[name], row_EH, decision.groups)
         if name not in slots:
             return unchanged.content(name)
         slot = slots[name]

@@ -72,7 +72,7 @@ def plan_evaluation(
             )
         batch = -(-batch // 2)
         parts = _parts(footprints, tokens, batch)
-    width = _width(footprints[0])
+    width = footprints[0].model.hidden_size
     boundary = tokens.input_ids_SL.numel() * width * dtype.itemsize
     return EvaluationPlan(
         batch_sequences=batch, parts=parts, hidden_bytes=(len(checkpoints) + 1) * boundary
@@ -84,8 +84,8 @@ def _parts(footprints: Sequence[Footprints], tokens: Tokens, batch: int) -> dict
     length, ids = tokens.sequence_length, tokens.input_ids_SL.numel()
     runs, scores, dense = [], [], []
     for each in footprints:
-        model, width = each.model, _width(each)
-        row = length * width * model.dtype.itemsize
+        model = each.model
+        row = length * model.hidden_size * model.dtype.itemsize
         # the states that enter, and what they are read into
         runs.append(max(each.of(i, batch, length).run for i in each.kinds()) + 2 * batch * row)
         scores.append(2 * batch * row)

@@ -3,7 +3,7 @@
 A new family is one entry here and one tiny checkpoint in the tests.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,10 @@ class Family:
     routers: tuple[str, ...] = _GATE
     """Router-side tensors, as they are named inside the MoE block on disk; one axis is E."""
 
+    table: str | None = None
+    """Experts by token id, (V, K), in layers that choose by it: there in the place of the last
+    of `routers`."""
+
     score: Scores = _softmax
     """Router scores over all experts, before top-k, in float32, from the logits."""
 
@@ -69,6 +73,21 @@ class Family:
 
     groups: Callable[[Any], int] = _groups
     """Groups of experts the router selects in, from the transformers config."""
+
+    def router_tensors(self, block: str, names: Container[str]) -> tuple[list[str], str | None]:
+        """Return the router-side tensors of a layer, and its table if it chooses by one.
+
+        Parameters
+        ----------
+        block
+            Prefix of its MoE block.
+        names
+            Of all tensors of the checkpoint.
+        """
+        routers = [block + suffix for suffix in self.routers]
+        if self.table is None or (table := block + self.table) not in names:
+            return routers, None
+        return routers[:-1], table
 
 
 def _deepseek(**fields: Any) -> Family:  # noqa: ANN401
@@ -114,6 +133,9 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": Family(count_keys=_ROUTED, groups=_deepseek_v2_groups),
     "deepseek_v3": _deepseek(),
     "deepseek_v32": _deepseek(),
+    "deepseek_v4": _deepseek(
+        routers=("gate.weight", "gate.bias"), table="gate.tid2eid", score=_root_softplus
+    ),
     "kimi_k2": _deepseek(),
     "glm4_moe": _deepseek(),
     "glm4v_moe_text": _deepseek(),
@@ -155,7 +177,6 @@ REFUSED: Mapping[str, str] = {
     "beam": "no published checkpoint was seen",
     "cohere2_moe": "its router scores the chosen experts alone, by a rule of the config",
     "dbrx": "transformers runs its experts in a way of its own",
-    "deepseek_v4": "its first layers choose experts by token id",
     "ernie4_5_vl_moe": "it has two sets of experts of different widths in one layer",
     "hy_v4": "its layers pass more than hidden states on",
     "inkling_text": "its shared experts are routed too",

@@ -238,7 +238,7 @@ class Footprints:
                 weight_H = torch.empty(self._shape_VH[1], dtype=dtype)
                 put_tensor(model.final_norm, "weight", weight_H)
             ids_BL = torch.zeros(sequences, length, dtype=torch.int64)
-            hidden_BLH = torch.empty(sequences, length, self._shape_VH[1], dtype=dtype)
+            hidden_BLH = torch.empty(sequences, length, model.hidden_size, dtype=dtype)
             with model.open_layer(index) as experts:
                 if experts is not None:
                     experts.dispatch = _all_to_one

@@ -23,7 +23,7 @@ from .checkpoint.source import MappedTensors
 from .content import Unchanged, layer_content
 from .decide import Decision, alignment_orders, decide
 from .durable import FileRange, Written
-from .errors import NumbersError
+from .errors import DamagedError, NumbersError
 from .events import Phase, Refitted, Step
 from .experts import StreamedExperts
 from .finite import CheckedWriter, Excluded, is_finite, not_finite
@@ -180,6 +180,14 @@ class LayerJob:
                         f"(found at layer {self.index}): fetch the file again"
                     )
                 yield self._step("check", done, len(names))
+            table, stack = self.layer.table, self.layer.keys.stack
+            if table is not None and stack is not None:
+                lowest, highest = (int(end) for end in tensors[table].aminmax())
+                if lowest < 0 or highest >= stack.count:
+                    raise DamagedError(
+                        f"{table} in {entries[table].path} names experts {lowest} to "
+                        f"{highest}, the layer has 0 to {stack.count - 1}: fetch it again"
+                    )
 
     def _compress(self) -> Iterator[Step]:
         source, method = self.context.source, self.plan.settings.method
@@ -226,6 +234,7 @@ class LayerJob:
                 stack,
                 output,
                 self.layer.routers,
+                self.layer.table,
                 self._unchanged(tensors),
             )
             folder = self.context.workspace.output if refit is None else refit.folder

@@ -95,8 +95,7 @@ def layer_errors(
             f"{checkpoint.folder} and {original.folder} have other layers: their outputs "
             "cannot be compared"
         )
-    vocabulary, width = widths.pop()
-    check_vocabulary(tokens, vocabulary)
+    check_vocabulary(tokens, widths.pop()[0])
     batch = min(tokens.num_sequences, batch_sequences)
     told = {
         "checkpoints": [identity(checkpoint), identity(original)],
@@ -105,7 +104,7 @@ def layer_errors(
     folder = work / "layers"
     durable.make_directory(folder)
     with durable.lock(folder / "lock"):
-        shape = (tokens.num_sequences, tokens.sequence_length, width)
+        shape = (tokens.num_sequences, tokens.sequence_length, models[0].hidden_size)
         states = States(folder / "states", told, shape, dtype, batch)
         batches = Batches(tokens, batch)
         with ExitStack() as stack:

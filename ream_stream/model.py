@@ -9,6 +9,7 @@ and per-layer arguments come from the family's own code; none of it is written
 again here.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -181,9 +182,19 @@ class StreamedModel:
 
     @property
     def hidden_size(self) -> int:
-        """Width of what goes from layer to layer."""
+        """Width of what goes from layer to layer; several states of a token are one row."""
+        return math.prod(self._streams) * self._width
+
+    @property
+    def _width(self) -> int:
         embedding: Any = self.model
         return int(embedding.get_input_embeddings().weight.shape[1])
+
+    @property
+    def _streams(self) -> tuple[int, ...]:
+        """The axis of states of a token, where layers pass on several (hyper-connections)."""
+        streams = getattr(self.text_config, "hc_mult", None)
+        return () if streams is None else (int(streams),)
 
     @property
     def outside_names(self) -> list[str]:
@@ -383,6 +394,8 @@ class StreamedModel:
             child
             for child in self._decoder[index].children()
             if apart.isdisjoint(child.modules())
+            # cheap, and what it returns is several tensors
+            and not type(child).__name__.endswith("HyperConnection")
             and any(p.dim() > 1 for p in child.parameters())
         ]
 
@@ -394,7 +407,7 @@ class StreamedModel:
         mask, whole = batch.attention_mask_BL, cast(Any, self.model)
         embedding = whole.get_input_embeddings()
         if embedding.weight.is_meta:  # Llama 4 moves ids to where the table is
-            rows = torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
+            rows = torch.empty(0, self._width, dtype=self.dtype, device=self.device)
             embedding.weight = nn.Parameter(rows, requires_grad=False)
         with torch.no_grad():
             return self.model(
@@ -410,7 +423,7 @@ class StreamedModel:
             if index != self._active:
                 return (hidden_BLH, None) if self._is_tuple else hidden_BLH
             if self._feed is not None:
-                hidden_BLH = self._feed.to(self.device)
+                hidden_BLH = self._apart(self._feed)
             if self._only_feed:
                 return (hidden_BLH, None) if self._is_tuple else hidden_BLH
             output = forward(hidden_BLH, *args, **kwargs)
@@ -420,9 +433,13 @@ class StreamedModel:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} passes more than hidden states between layers"
                 )
-            raise _StopForwardError(output)
+            raise _StopForwardError(output.flatten(2))
 
         return relayed
+
+    def _apart(self, hidden_BLH: Tensor) -> Tensor:
+        """Return what the model's own layers take: with an axis of states, if it has one."""
+        return hidden_BLH.to(self.device).reshape(*hidden_BLH.shape[:2], *self._streams, -1)
 
     @torch.no_grad()
     def _with_next_tokens(self, index: int, batch: Batch, hidden_BLH: Tensor) -> Tensor:
@@ -434,10 +451,12 @@ class StreamedModel:
         model: Any = self.model
         layer: Any = self._decoder[index]
         assert self.final_norm is not None
-        normed_BLH = self.final_norm(hidden_BLH.to(self.device))
+        hidden_BLH = self._apart(hidden_BLH)
+        if layer.next_token.is_normed:
+            hidden_BLH = self.final_norm(hidden_BLH)
         next_BL = batch.input_ids_BL.to(self.device).roll(-1, dims=1)
-        joined_BLH: Tensor = layer.next_token(normed_BLH, model.get_input_embeddings()(next_BL))
-        return joined_BLH
+        joined_BLH: Tensor = layer.next_token(hidden_BLH, model.get_input_embeddings()(next_BL))
+        return joined_BLH.flatten(2)
 
     def _plan_layers(self, stacks: Iterable[ExpertStack]) -> list[LayerKeys]:
         pattern = re.compile(re.escape(self._layers_path) + r"\.(\d+)\.(.+)")

@@ -7,15 +7,21 @@ final norm gives for a token and e(t + 1) the embedding of the next, what enters
 
     W [enorm(e(t + 1)); hnorm(h(t))]
 
+Where layers pass several states of a token on, each of them enters, and what leaves the last
+layer is taken as it is::
+
+    W_e enorm(e(t + 1)) + W_h hnorm(h(t))
+
 docs/method.md has the sources.
 
-Letters in shapes: B sequences of a batch, L tokens of a sequence, H hidden.
+Letters in shapes: B sequences of a batch, L tokens of a sequence, S states of a token,
+H hidden.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +33,51 @@ _NAME = re.compile(r"(?:model\.|language_model\.)*(?:mtp[._].*|layers\.(?P<layer
 COUNT_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 """Keys of config.json for their number."""
 
-_LISTS = {"mlp_layer_types": "sparse", "indexer_types": "full"}
-"""Lists of a config with an entry a layer, and the entry of such a layer."""
+
+class NextToken(nn.Module):
+    """Joins what the decoder made of each token with the token that follows it.
+
+    Parameters
+    ----------
+    norm
+        Class of the family's norms.
+    config
+        Of the text decoder.
+    """
+
+    is_normed: ClassVar[bool] = True
+    """Whether states are those behind the decoder's final norm."""
+
+    def __init__(self, norm: type[nn.Module], config: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm = norm(width, eps=eps), norm(width, eps=eps)
+        self.eh_proj = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, hidden_BLH: Tensor, embedded_BLH: Tensor) -> Tensor:
+        """Return what enters the layer, from normed states and the next tokens' embeddings."""
+        both = [self.enorm(embedded_BLH), self.hnorm(hidden_BLH)]
+        joined_BLH: Tensor = self.eh_proj(torch.cat(both, dim=-1))
+        return joined_BLH
+
+
+class NextTokenOfStates(nn.Module):
+    """The same, of several states of a token; see `NextToken`."""
+
+    is_normed: ClassVar[bool] = False
+    """See `NextToken`."""
+
+    def __init__(self, norm: type[nn.Module], config: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm = norm(width, eps=eps), norm(width, eps=eps)
+        self.e_proj, self.h_proj = (nn.Linear(width, width, bias=False) for _ in "eh")
+
+    def forward(self, hidden_BLSH: Tensor, embedded_BLH: Tensor) -> Tensor:
+        """Return what enters the layer, (B, L, S, H)."""
+        embedded_BLH = self.e_proj(self.enorm(embedded_BLH))
+        joined_BLSH: Tensor = embedded_BLH.unsqueeze(2) + self.h_proj(self.hnorm(hidden_BLSH))
+        return joined_BLSH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +92,12 @@ class Wiring:
 
     layer_type: str | None = None
     """Its entry in ``layer_types``, if the config has no other; None for the last layer's."""
+
+    mlp_type: str = "sparse"
+    """Its entry in ``mlp_layer_types``."""
+
+    joins: Callable[[type[nn.Module], Any], nn.Module] = NextToken
+    """Makes the module that joins states and next tokens."""
 
     def place(self, name: str, layer: str) -> str:
         """Return the name of one of its tensors as if it were of decoder layer `layer`."""
@@ -69,9 +124,22 @@ _BESIDE = Wiring(
 )
 """Under a prefix of its own."""
 
+_OF_STATES = Wiring(
+    experts=r"mtp\.0\..+",
+    names=(
+        (r"^mtp\.0\.(enorm|hnorm|e_proj|h_proj)\.", r"LAYER.next_token.\1."),
+        (r"^mtp\.0\.", "LAYER."),
+    ),
+    layer_type="sliding_attention",
+    mlp_type="moe",
+    joins=NextTokenOfStates,
+)
+"""Under a numbered prefix of its own."""
+
 WIRINGS: Mapping[str, Wiring] = {
     "deepseek_v3": _BEHIND,
     "deepseek_v32": _BEHIND,
+    "deepseek_v4": _OF_STATES,
     "kimi_k2": _BEHIND,
     "glm4_moe": _BEHIND,
     "glm4_moe_lite": _BEHIND,
@@ -81,30 +149,6 @@ WIRINGS: Mapping[str, Wiring] = {
     "mellum": replace(_BESIDE, layer_type="sliding_attention"),
 }
 """By model type, of a wrapper that of its text decoder."""
-
-
-class NextToken(nn.Module):
-    """Joins what the decoder made of each token with the token that follows it.
-
-    Parameters
-    ----------
-    norm
-        Class of the family's norms.
-    config
-        Of the text decoder.
-    """
-
-    def __init__(self, norm: type[nn.Module], config: Any) -> None:  # noqa: ANN401
-        super().__init__()
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.enorm, self.hnorm = norm(width, eps=eps), norm(width, eps=eps)
-        self.eh_proj = nn.Linear(2 * width, width, bias=False)
-
-    def forward(self, hidden_BLH: Tensor, embedded_BLH: Tensor) -> Tensor:
-        """Return what enters the layer, from normed states and the next tokens' embeddings."""
-        both = [self.enorm(embedded_BLH), self.hnorm(hidden_BLH)]
-        joined_BLH: Tensor = self.eh_proj(torch.cat(both, dim=-1))
-        return joined_BLH
 
 
 def find_mtp(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
@@ -150,6 +194,9 @@ def why_unknown(prefixes: Iterable[str], config: Mapping[str, Any]) -> str | Non
         return f"model type {text['model_type']!r} has other names for them"
     if text.get("mtp_use_dedicated_embeddings"):
         return "it has embeddings of its own"
+    ratios = text.get("compress_ratios")
+    if isinstance(ratios, list) and any(ratios[text["num_hidden_layers"] :]):
+        return "compress_ratios of config.json has it look at compressed keys"
     return None
 
 
@@ -158,7 +205,7 @@ def lengthen(config: Any, wiring: Wiring) -> None:  # noqa: ANN401
     if getattr(config, "layer_types", None):
         told = getattr(config, "mtp_layer_types", None) or [wiring.layer_type]
         config.layer_types = [*config.layer_types, told[0] or config.layer_types[-1]]
-    for key, entry in _LISTS.items():
+    for key, entry in (("mlp_layer_types", wiring.mlp_type), ("indexer_types", "full")):
         if getattr(config, key, None):
             setattr(config, key, [*getattr(config, key), entry])
     config.num_hidden_layers += 1

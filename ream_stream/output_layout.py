@@ -17,6 +17,9 @@ from .mtp import without_mtp
 from .plan import LayerPlan
 from .settings import Settings
 
+FORMAT_KEYS = ("quantization_config", "expert_dtype")
+"""Keys of config.json that tell how weights are stored."""
+
 
 def lay_out(
     model: StreamedModel,
@@ -61,7 +64,13 @@ def lay_out(
     groups.append(_unchanged(model.outside_names, entries, decoded))
     shards = name_shards([cut(group, settings.max_shard_bytes) for group in groups])
     layers = tuple(
-        LayerPlan(keys=keys, shards=tuple(files), stack=stack, routers=axes)
+        LayerPlan(
+            keys=keys,
+            shards=tuple(files),
+            stack=stack,
+            routers=axes,
+            table=family.router_tensors(stack.block, entries)[1] if stack else None,
+        )
         for keys, files, stack, axes in zip(
             model.layers, shards[:-1], stacks, routers, strict=True
         )
@@ -105,9 +114,10 @@ def output_config(
                     part["quantization_config"], lambda name: name if name in known else None
                 )
     if settings.dtype == "bfloat16":
-        config.pop("quantization_config", None)
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"].pop("quantization_config", None)
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                for key in FORMAT_KEYS:
+                    part.pop(key, None)
     return config
 
 
@@ -118,8 +128,7 @@ def _routers(
     if layer.stack is None:
         return {}
     found = {}
-    for suffix in family.routers:
-        name = layer.stack.block + suffix
+    for name in family.router_tensors(layer.stack.block, entries)[0]:
         if name not in entries:
             raise DamagedError(f"layer {layer.index} has experts but no {name}")
         if num_experts not in entries[name].shape:

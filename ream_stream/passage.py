@@ -120,13 +120,13 @@ class Passage:
         self.model = StreamedModel(checkpoint, dtype, device)
         self.batches = Batches(tokens, batch)
         embedding = self.model.model.get_input_embeddings()
-        self.vocabulary, width = get_tensor(embedding, "weight").shape
+        self.vocabulary = len(get_tensor(embedding, "weight"))
         check_vocabulary(tokens, self.vocabulary)
         told = {"checkpoint": identity(checkpoint), **conditions(tokens, dtype, device, batch)}
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         self.folder = work / key[:16]
         self._told = told
-        self._shape = (tokens.num_sequences, tokens.sequence_length, width)
+        self._shape = (tokens.num_sequences, tokens.sequence_length, self.model.hidden_size)
         self._states: States | None = None
 
     def run(self) -> Iterator[tuple[int, int]]:

@@ -35,6 +35,9 @@ class LayerPlan:
     routers: Mapping[str, int]
     """Router-side tensors, with their axis of experts; empty in a dense layer."""
 
+    table: str | None = None
+    """Its table of experts by token id, if it chooses by one."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:

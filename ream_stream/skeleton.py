@@ -25,7 +25,7 @@ from transformers.monkey_patching import patch_output_recorders
 
 from .errors import UnsupportedModelError
 from .experts import WITHOUT_FLAGS, StreamedExperts
-from .mtp import NextToken, Wiring, lengthen
+from .mtp import Wiring, lengthen
 
 HEAD_BYTES = 64_000_000
 """Rows of the output matrix are used in pieces of about this size."""
@@ -104,7 +104,7 @@ def _build(
         model = kind(loaded)
         if mtp is not None:
             path, decoder = find_decoder(model)
-            decoder[-1].next_token = NextToken(type(final_norm(model, path)), text)
+            decoder[-1].next_token = mtp.joins(type(final_norm(model, path)), text)
         patch_output_recorders(model)
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")

@@ -28,6 +28,7 @@ def e2m1(code):
 
 E4M3 = np.array([e4m3(code) for code in range(256)], dtype=np.float32)
 E2M1 = np.array([e2m1(code) for code in range(16)], dtype=np.float32)
+E8M0 = np.array([2.0 ** (b - 127) for b in range(255)] + [math.nan], dtype=np.float32)
 
 
 def to_bfloat16_bits(value):
@@ -43,9 +44,11 @@ def bytes_of(tensor):
 
 
 def floats_of(tensor):
-    """A tensor as float32 numpy; float8 by definition, not by torch."""
+    """A tensor as float32 numpy; float8, and exponents, by definition and not by torch."""
     if tensor.dtype == torch.float8_e4m3fn:
         return E4M3[tensor.view(torch.uint8).numpy()]
+    if tensor.dtype in {torch.uint8, torch.float8_e8m0fnu}:
+        return E8M0[tensor.view(torch.uint8).numpy()]
     return tensor.to(torch.float32).numpy()
 
 
@@ -77,8 +80,7 @@ def groups(value, scale):
 def mxfp4(blocks, scales):
     """FP4 times powers of two; 255 means NaN."""
     rows = scales.shape[0]
-    power = np.array([2.0 ** (b - 127) for b in range(255)] + [math.nan], dtype=np.float32)
-    return groups(E2M1[nibbles(blocks.reshape(rows, -1))], power[scales.numpy()])
+    return groups(E2M1[nibbles(blocks.reshape(rows, -1))], floats_of(scales))
 
 
 def nvfp4(packed, scale, outer, *, divides):

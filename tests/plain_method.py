@@ -111,3 +111,26 @@ def neuron_order(experts, activation, centroid, member):
         for a, v in describe(centroid)
     ]
     return linear_sum_assignment(np.array(cost))[1].tolist()
+
+
+def renumber(table, rows, groups):
+    """Rename the experts of a table by token id; the order of tries is docs/method.md's."""
+    centroids = [group[0] for group in groups]
+
+    def tried(expert):
+        own = [number for number, group in enumerate(groups) if expert in group]
+        near = sorted(
+            range(len(groups)),
+            key=lambda n: (np.linalg.norm(rows[expert] - rows[centroids[n]]), n),
+        )
+        return own + [number for number in near if number not in own]
+
+    renumbered = []
+    for experts in table:
+        new = [centroids.index(e) if e in centroids else None for e in experts]
+        for rank in range(len(experts)):
+            for place, expert in enumerate(experts):
+                if new[place] is None and tried(expert)[rank] not in new:
+                    new[place] = tried(expert)[rank]
+        renumbered.append(new)
+    return renumbered

@@ -6,7 +6,7 @@ compares with come from the definitions in plain_formats, by another way than th
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class Published:
     """Decodes a matrix from its parts, with numpy."""
     dense: bool = False
     """Whether attention and shared experts are quantized too."""
+    beside: Codec | None = None
+    """How, if otherwise than experts."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json says of it beside that."""
     fuse: bool = False
     """Whether experts are stacked before."""
 
@@ -62,6 +66,13 @@ def _divided(parts: Tensors) -> Any:
 def _multiplied(parts: Tensors) -> Any:
     packed, scale = parts[".weight"], parts[".weight_scale"]
     return plain_formats.nvfp4(packed, scale, parts[".weight_scale_2"], divides=False)
+
+
+def _deepseek_v4(parts: Tensors) -> Any:
+    code, scale = parts[".weight"], parts[".scale"]
+    if code.dtype == torch.int8:
+        return plain_formats.mxfp4(code, scale)
+    return plain_formats.fp8_block(code, scale, _BLOCK)
 
 
 PUBLISHED: Mapping[str, Published] = {
@@ -108,6 +119,23 @@ PUBLISHED: Mapping[str, Published] = {
         config={"quant_method": "modelopt", "quant_algo": "NVFP4"},
         floats=_multiplied,
     ),
+    "deepseek_v4-fp4": Published(
+        family="deepseek_v4",
+        codec=Mxfp4(
+            code_suffix=".weight",
+            scale_suffix=".scale",
+            grouped=False,
+            code_dtype="I8",
+            scale_dtype="F8_E8M0",
+        ),
+        config={**_FP8, "scale_fmt": "ue8m0"},
+        told={"expert_dtype": "fp4"},
+        floats=_deepseek_v4,
+        dense=True,
+        beside=Fp8Block(
+            block=_BLOCK, scale_suffix=".scale", scale_dtype="F8_E8M0", power_of_two=True
+        ),
+    ),
     "gpt_oss-mxfp4": Published(
         family="gpt_oss",
         codec=Mxfp4(),
@@ -137,7 +165,8 @@ def write(folder: Path, name: str, dtype: torch.dtype) -> tuple[Path, Path]:
                 quantized[key + suffix] = torch.stack([parts[suffix] for parts, _ in each])
             floats[key] = torch.stack([value.T for _, value in each])
         else:
-            parts, floats[key] = _coded(published, tensor, dtype)
+            codec = published.beside if ".experts." not in key else None
+            parts, floats[key] = _coded(published, tensor, dtype, codec)
             prefix = key.removesuffix(".weight")
             quantized |= {prefix + suffix: part for suffix, part in parts.items()}
             if name == "qwen3_moe-nvfp4" and ".experts." in key:
@@ -147,7 +176,7 @@ def write(folder: Path, name: str, dtype: torch.dtype) -> tuple[Path, Path]:
     tiny.save_tensors(plain, {key: tensor.contiguous() for key, tensor in floats.items()})
     path = coded / "config.json"
     config = tiny.read_config(coded)
-    config["quantization_config"] = dict(published.config)
+    config |= {"quantization_config": dict(published.config), **published.told}
     path.write_text(json.dumps(config), encoding="utf-8")
     return coded, plain
 
@@ -155,13 +184,13 @@ def write(folder: Path, name: str, dtype: torch.dtype) -> tuple[Path, Path]:
 def _is_quantized(published: Published, key: str, tensor: torch.Tensor) -> bool:
     if ".experts." in key:
         return not key.endswith("_bias")
-    kind = ("_proj.weight", "kv_a_proj_with_mqa.weight", "w1.weight")
+    kind = ("_proj.weight", "kv_a_proj_with_mqa.weight", "w1.weight", ".attn.wo_a.weight")
     return published.dense and key.endswith(kind) and tensor.dim() == 2
 
 
 def _coded(
-    published: Published, matrix: torch.Tensor, dtype: torch.dtype
+    published: Published, matrix: torch.Tensor, dtype: torch.dtype, codec: Codec | None = None
 ) -> tuple[Tensors, torch.Tensor]:
-    parts = published.codec.encode(matrix.float().contiguous())
+    parts = (codec or published.codec).encode(matrix.float().contiguous())
     value = torch.from_numpy(published.floats(parts)).to(dtype)
     return parts, value

@@ -609,6 +609,19 @@ def test_a_router_missing(copy, tmp_path, name):
     )
 
 
+@pytest.mark.parametrize(("expert", "told"), [(tiny.EXPERTS, "0 to 8"), (-1, "-1 to 7")])
+def test_a_table_that_names_an_expert_that_is_not_there(copy, tmp_path, expert, told):
+    source = copy("deepseek_v4")
+
+    def name_it(tensors):
+        tensors["layers.0.ffn.gate.tid2eid"][40, 1] = expert
+
+    change_tensors(source, name_it)
+    words = rf"layers\.0\.ffn\.gate\.tid2eid .* names experts {told}, the layer has 0 to 7"
+    with pytest.raises(DamagedError, match=words):
+        tiny.run(source, tmp_path / "out", tiny.settings(6))
+
+
 # What was asked for
 
 

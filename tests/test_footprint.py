@@ -35,8 +35,7 @@ class Really:
         self.batch = Batch(
             input_ids_BL=tokens.input_ids_SL, attention_mask_BL=tokens.attention_mask_SL
         )
-        hidden = checkpoint.config["hidden_size"]
-        self.hidden_BLH = torch.ones(SEQUENCES, LENGTH, hidden, dtype=dtype)
+        self.hidden_BLH = torch.ones(SEQUENCES, LENGTH, self.model.hidden_size, dtype=dtype)
 
     def run(self, index):
         """Return the most bytes alive at once, to the layer's end."""
@@ -85,7 +84,9 @@ def test_a_layer_that_simply_adds_what_its_experts_give_is_told_by_its_operation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next", "glm4_moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "deepseek_v3", "deepseek_v4", "qwen3_next", "glm4_moe"]
+)
 def test_a_footprint_is_what_a_padded_batch_takes(family, dtype, checkpoints):
     checkpoint = open_checkpoint(checkpoints(family))
     told, really = (

@@ -27,8 +27,17 @@ MODELOPT = Nvfp4(
     code_suffix=".weight", outer_suffix=".weight_scale_2", outer_shape=(), divides=False
 )
 FLAT = Mxfp4(code_suffix=".weight_packed", scale_suffix=".weight_scale", grouped=False)
+DEEPSEEK = Mxfp4(
+    code_suffix=".weight",
+    scale_suffix=".scale",
+    grouped=False,
+    code_dtype="I8",
+    scale_dtype="F8_E8M0",
+)
+POWERS = Fp8Block(scale_suffix=".scale", scale_dtype="F8_E8M0", power_of_two=True)
 CODECS = {
     "fp8-block": Fp8Block(),
+    "fp8-block of powers of two": POWERS,
     "fp8-block of bfloat16 scales": Fp8Block(scale_dtype="BF16"),
     "fp8-block of odd blocks": Fp8Block(block=(48, 80), scale_suffix=".weight_scale"),
     "fp8 a row": Fp8Scaled(),
@@ -38,6 +47,7 @@ CODECS = {
     "int4 in groups of 4": Int4(group=4, scale_dtype="F32", shape_dtype="I32"),
     "mxfp4": Mxfp4(),
     "mxfp4 flat": FLAT,
+    "mxfp4 of deepseek": DEEPSEEK,
     "nvfp4": Nvfp4(),
     "nvfp4 of modelopt": MODELOPT,
 }

@@ -128,6 +128,8 @@ def load(folder):
 @torch.no_grad()
 def published(folder, name, tokens, tmp_path):
     """Compute the layer as the published code does, in plain torch around transformers."""
+    if name == "deepseek_v4":
+        return published_of_states(folder, tokens, tmp_path)
     tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
     last, qwen = config["num_hidden_layers"], name.startswith("qwen")
     beside = name in tiny.BESIDE
@@ -164,6 +166,47 @@ def published(folder, name, tokens, tmp_path):
     return Published(entering_BLH=entering_BLH, leaving_BLH=seen[1], experts=seen[0])
 
 
+def published_of_states(folder, tokens, tmp_path):
+    """The same of a family whose layers pass several states of a token on."""
+    tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
+    ids_BL, mask_BL = tokens.input_ids_SL, tokens.attention_mask_SL
+    trunk, seen = load(decoder_alone(folder, tmp_path / "decoder")), []
+    trunk.model.layers[-1].register_forward_hook(lambda _m, _a, output: seen.append(output))
+    trunk.model(ids_BL, mask_BL, use_cache=False)
+    embedded_BLH = tensors["embed.weight"][ids_BL[:, 1:]].float()
+    embedded_BLH = functional.pad(embedded_BLH, (0, 0, 0, 1))
+
+    def part(x, norm, projection):
+        scale = (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).rsqrt()
+        normed = x * scale * tensors[f"mtp.0.{norm}.weight"].float()
+        return normed @ tensors[f"mtp.0.{projection}.weight"].float().T
+
+    entering = part(embedded_BLH, "enorm", "e_proj")[:, :, None] + part(
+        seen.pop(), "hnorm", "h_proj"
+    )
+    alone = tmp_path / "block"
+    decoder_alone(folder, alone)
+    others = ("mtp.0.e", "mtp.0.hn", "mtp.0.h_", "mtp.0.norm", "layers.")
+    block = {
+        key.replace("mtp.0.", "layers.0."): tensor
+        for key, tensor in tensors.items()
+        if not key.startswith(others)
+    }
+    tiny.save_tensors(alone, block)
+    config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    config["mlp_layer_types"] = ["moe"]
+    (alone / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    block = load(alone)
+    layer = block.model.layers[0]
+    layer.register_forward_pre_hook(lambda _module, args: (entering, *args[1:]))
+    layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    layer.mlp.experts.register_forward_hook(
+        lambda module, args, _: seen.append((module, *args))
+    )
+    block.model(ids_BL, mask_BL, use_cache=False)
+    return Published(entering_BLH=entering, leaving_BLH=seen[1].flatten(2), experts=seen[0])
+
+
 @torch.no_grad()
 def streamed(folder, tokens):
     """Return what enters the layer and what leaves it, as a run has it."""
@@ -174,7 +217,8 @@ def streamed(folder, tokens):
         for index in range(model.num_layers + 1):
             with model.open_layer(index):
                 if index == model.num_layers:
-                    model._decoder[index].input_layernorm.register_forward_pre_hook(
+                    layer = model._decoder[index]
+                    getattr(layer, "attn_hc", layer.input_layernorm).register_forward_pre_hook(
                         lambda _module, args: entering.append(args[0])
                     )
                 hidden_BLH = model.run_layer(index, batch, hidden_BLH)
@@ -189,7 +233,10 @@ def good(output, source):
 def as_last(tensors, last):
     """Name tensors of a layer of its own as those of layer `last`."""
     start = f"model.layers.{last}."
-    return {key.replace("mtp.layers.0.", start): tensor for key, tensor in tensors.items()}
+    return {
+        key.replace("mtp.layers.0.", start).replace("mtp.0.", f"layers.{last}."): tensor
+        for key, tensor in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
@@ -306,9 +353,10 @@ def test_the_decoder_runs_as_if_it_were_not_there(source, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_quantized_one_keeps_its_format(tmp_path):
-    coded, _ = quantized.write(tmp_path, "deepseek_v3-fp8", torch.float32)
-    added = tiny.add_mtp(coded, "deepseek_v3")
+@pytest.mark.parametrize("name", ["deepseek_v3-fp8", "deepseek_v4-fp4"])
+def test_a_quantized_one_keeps_its_format(tmp_path, name):
+    coded, _ = quantized.write(tmp_path, name, torch.float32)
+    added = tiny.add_mtp(coded, quantized.PUBLISHED[name].family)
     done = run(coded, tmp_path / "out", settings(KEEP))
     good(done.output, coded)
     before, after = tiny.load_tensors(coded), tiny.load_tensors(done.output)
@@ -417,6 +465,14 @@ def test_what_is_not_known_is_refused_by_name(checkpoints, tmp_path, name, place
     assert not (tmp_path / "out" / "config.json").exists()
     done = run(folder, tmp_path / "dropped", settings(KEEP, mtp="drop"))
     assert not set(extra) & set(tiny.load_tensors(done.output))
+
+
+def test_compressed_keys_there_are_refused(source, tmp_path):
+    folder = shutil.copytree(source("deepseek_v4"), tmp_path / "source")
+    config = tiny.read_config(folder) | {"compress_ratios": [4, 0, 128, 4]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match=r"compress_ratios .* --mtp drop"):
+        run(folder, tmp_path / "out", settings(KEEP))
 
 
 def test_a_second_one_is_refused(source, tmp_path):

@@ -20,8 +20,14 @@ from ream_stream.refit_budget import KEPT, Solver
 from ream_stream.refit_passes import held_back
 
 KEEP = 6
-FAMILIES = ["qwen2_moe", "deepseek_v3", "mixtral"]
-"""With a gated shared expert; sigmoid, scaled, grouped and a shared expert; neither."""
+FAMILIES = [
+    "qwen2_moe",
+    "deepseek_v3",
+    "mixtral",
+    pytest.param("deepseek_v4", marks=pytest.mark.slow),
+]
+"""With a gated shared expert; sigmoid, scaled, grouped and a shared expert; neither; of another
+activation, with a table of experts and several states of a token."""
 pruned = partial(settings, KEEP, grouping="none", saliency="energy")
 refitted = partial(pruned, refit="down")
 
@@ -70,9 +76,9 @@ def design(module, hidden_TH, index_TK, weight_TK):
     wide = module.gate_up_proj.shape[1] // 2
     matrix_TEI = torch.zeros(len(hidden_TH), len(module.gate_up_proj), wide).double()
     for expert, gate_up in enumerate(module.gate_up_proj.double()):
-        gate, up = torch.nn.functional.linear(hidden_TH.double(), gate_up).chunk(2, dim=-1)
+        inner_TI = module._apply_gate(torch.nn.functional.linear(hidden_TH.double(), gate_up))
         coefficient_T = ((index_TK == expert) * weight_TK).sum(dim=1).double()
-        matrix_TEI[:, expert] = torch.nn.functional.silu(gate) * up * coefficient_T[:, None]
+        matrix_TEI[:, expert] = inner_TI * coefficient_T[:, None]
     return matrix_TEI
 
 
@@ -188,12 +194,13 @@ def test_a_trajectory_takes_twice_the_disk_for_states(source, tokens):
     assert two.disk_bytes == one.disk_bytes + one.disk["hidden states"]
 
 
-def test_a_layer_that_puts_its_experts_outputs_through_a_norm_has_no_trajectory(
-    checkpoints, tokens
+@pytest.mark.parametrize("name", ["gemma4_text", "deepseek_v4"])
+def test_a_layer_that_puts_its_experts_outputs_through_a_norm_or_factor_has_no_trajectory(
+    checkpoints, tokens, name
 ):
     wanted = refitted(refit_target="trajectory")
-    source = checkpoints("gemma4_text", torch.float32)
-    with pytest.raises(UnsupportedModelError, match="layer 0 of gemma4_text does not simply"):
+    source = checkpoints(name, torch.float32)
+    with pytest.raises(UnsupportedModelError, match=f"layer 0 of {name} does not simply"):
         tiny.plan_for(source, tokens, wanted)
     tiny.plan_for(source, tokens, refitted())
 

@@ -29,7 +29,7 @@ SIGMOID = {
     name
     for name in TINY
     if any("bias" in router for router in TINY[name].routers) and name != "gpt_oss"
-} - {"ernie4_5_moe"} | {"flint"}
+} - {"ernie4_5_moe", "deepseek_v4"} | {"flint"}
 
 
 def twisted(folder, name):
@@ -163,6 +163,8 @@ def score_of(name, logits_TE):
         return logits_TE
     if name in SIGMOID:
         return 1 / (1 + torch.exp(-logits_TE))
+    if name == "deepseek_v4":
+        return torch.logaddexp(logits_TE, torch.zeros_like(logits_TE)).sqrt()
     raised_TE = torch.exp(logits_TE - logits_TE.amax(1, keepdim=True))
     return raised_TE / raised_TE.sum(1, keepdim=True)
 

@@ -8,7 +8,7 @@ or taken twice is seen. Three experts a token: sums of two do not depend on thei
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ class Tiny:
     """Of the layers in the file."""
     fuse: bool = False
     """Whether experts are stacked by hand: transformers writes them one by one."""
+    published: Mapping[str, str] = field(default_factory=dict)
+    """Patterns in names that transformers writes, and what they are in published files."""
     bias_dtype: torch.dtype = torch.float32
     """Of a router's correction bias on disk, where the other tensors may be narrower."""
 
@@ -344,6 +346,48 @@ TINY: Mapping[str, Tiny] = {
         routers=_BIASED,
         dense=(0,),
     ),
+    "deepseek_v4": Tiny(
+        config={
+            "n_routed_experts": EXPERTS,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": TOP_K,
+            "num_key_value_heads": 1,
+            # one number under two names; its experts are published in groups of 32 columns
+            "intermediate_size": 32,
+            "moe_intermediate_size": 32,
+            # small enough to clip some
+            "swiglu_limit": 0.5,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "o_groups": 2,
+            "o_lora_rank": 8,
+            "hc_mult": 2,
+            "hc_sinkhorn_iters": 3,
+            "sliding_window": 5,
+            "layer_types": [
+                "compressed_sparse_attention",
+                "sliding_attention",
+                "heavily_compressed_attention",
+            ],
+            "compress_rates": {
+                "compressed_sparse_attention": 2,
+                "heavily_compressed_attention": 4,
+            },
+            "num_hash_layers": 1,
+            "num_nextn_predict_layers": 0,
+            **_INDEXER,
+        },
+        count_key="n_routed_experts",
+        routers=("ffn.gate.weight", "ffn.gate.bias"),
+        path="layers",
+        published={
+            r"^model\.embed_tokens\.": "embed.",
+            r"^model\.hc_head\.": "",
+            r"^hc_": "hc_head_",
+            r"^model\.": "",
+            r"\.attn\.norm\.": ".attn.kv_norm.",
+        },
+    ),
     "nemotron_h": Tiny(
         config={
             "n_routed_experts": EXPERTS,
@@ -513,6 +557,10 @@ def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if key.endswith(("inv_freq", "tokens_per_expert")):
                 continue
+            if key.endswith("tid2eid"):
+                drawn = torch.rand(len(tensor), EXPERTS, generator=generator)
+                tensor.copy_(drawn.argsort(dim=1)[:, : tensor.shape[1]])
+                continue
             noise = torch.randn(tensor.shape, generator=generator)
             if key.endswith(("e_score_correction_bias", "expert_bias")):
                 tensor.data = 0.1 * noise.to(torch.promote_types(dtype, tiny.bias_dtype))
@@ -528,13 +576,22 @@ def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
     if tiny.fuse:
         save_tensors(folder, fused(load_tensors(folder)))
+    if tiny.published:
+        save_tensors(folder, {_published(n, tiny): t for n, t in load_tensors(folder).items()})
     (folder / "tokenizer.json").write_text('{"is": "not read here"}', encoding="utf-8")
     return folder
+
+
+def _published(name: str, tiny: Tiny) -> str:
+    for pattern, replacement in tiny.published.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 MTP = {
     "deepseek_v3": 1,
     "deepseek_v32": 1,
+    "deepseek_v4": 1,
     "glm4_moe": 1,
     "glm4_moe_lite": 1,
     "glm_moe_dsa": 1,
@@ -556,8 +613,9 @@ def mtp_families() -> list[Any]:
     return [n if n in often else pytest.param(n, marks=slow) for n in sorted(MTP)]
 
 
-def add_mtp(folder: Path, name: str, *, path: str = "model.layers") -> set[str]:
+def add_mtp(folder: Path, name: str, *, path: str | None = None) -> set[str]:
     """Give a checkpoint a layer for multi-token prediction; return the names of its tensors."""
+    path = path or TINY[name].path
     tensors, config = load_tensors(folder), read_config(folder)
     text = config.get("text_config", config)
     like = f"{path}.{MTP[name]}."
@@ -572,11 +630,14 @@ def add_mtp(folder: Path, name: str, *, path: str = "model.layers") -> set[str]:
         # published so: stacked in the decoder, one by one here
         block, head = unfused(block), {}
         parts = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    elif name == "deepseek_v4":
+        inner = outer = "mtp.0."
+        parts, head = ("enorm", "hnorm", "e_proj", "norm"), {"h_proj.weight": (width, width)}
     else:
         inner = outer = f"{path}.{text['num_hidden_layers']}."
         parts = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
     shapes = {f"{part}.weight": (width,) for part in parts}
-    shapes[f"{parts[2]}.weight"] = (width, 2 * width)
+    shapes[f"{parts[2]}.weight"] = (width, width if "h_proj.weight" in head else 2 * width)
     draw = torch.Generator().manual_seed(5)
     added = {
         outer + key: (len(shape) + torch.randn(shape, generator=draw)).mul(0.3)
@@ -718,9 +779,10 @@ def forward_in_transformers(folder: Path, dtype: torch.dtype, inputs: Inputs) ->
             parameter.data = parameter.data.clone()
     hidden: list[torch.Tensor] = []
     for layer in model.model.layers:
+        # several states of a token are one row of ours
         layer.register_forward_hook(
             lambda _module, _args, output: hidden.append(
-                output[0] if isinstance(output, tuple) else output
+                (output[0] if isinstance(output, tuple) else output).flatten(2)
             )
         )
     forwards = []

@@ -7,7 +7,11 @@ from .formats import Stored, detect
 from .formats.detect import REFUSED_SUFFIXES
 from .header import TensorEntry
 
-_CODES = {".weight": ("F8_E4M3", "U8"), ".weight_packed": ("I32", "U8"), "_blocks": ("U8",)}
+_CODES = {
+    ".weight": ("F8_E4M3", "U8", "I8"),
+    ".weight_packed": ("I32", "U8"),
+    "_blocks": ("U8",),
+}
 """Suffixes of what holds the codes of a matrix, with their dtypes."""
 
 

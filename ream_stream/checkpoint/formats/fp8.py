@@ -1,10 +1,10 @@
 """FP8 e4m3: 4 bits of exponent (bias 7), 3 of mantissa, up to 448, no infinity, two NaN codes.
 
 A matrix is ``weight`` times its scales. Block scales (DeepSeek, Qwen, MiniMax:
-``weight_scale_inv``; llm-compressor: ``weight_scale``) cover blocks of the size
-that the config gives; blocks at the lower and right edge are cut. The size must
-not be inferred from shapes: 192 rows with 2 rows of scales are blocks of 128 and
-64, not of 96. Despite its name ``weight_scale_inv`` multiplies.
+``weight_scale_inv``; llm-compressor: ``weight_scale``; DeepSeek-V4: ``scale``, powers of
+two in float8) cover blocks of the size that the config gives; blocks at the lower and
+right edge are cut. The size must not be inferred from shapes: 192 rows with 2 rows of
+scales are blocks of 128 and 64, not of 96. Despite its name ``weight_scale_inv`` multiplies.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ class Fp8Block:
     """What the scales are called."""
 
     power_of_two: bool = False
-    """Scales are rounded up to powers of two (``scale_fmt: ue8m0``)."""
+    """Scales are rounded up to powers of two (``scale_fmt: ue8m0``), as e8m0 must be."""
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""

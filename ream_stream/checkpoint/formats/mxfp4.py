@@ -2,7 +2,8 @@
 
 The scale is a byte, an exponent with bias 127; 255 means NaN. gpt-oss stores
 ``*_blocks`` (rows, groups, 16) and ``*_scales``; compressed-tensors stores
-``weight_packed`` (rows, columns / 2) and ``weight_scale``. Same bytes, other shapes.
+``weight_packed`` (rows, columns / 2) and ``weight_scale``; DeepSeek-V4 ``weight`` (rows,
+columns / 2) and ``scale``, as int8 and float8. Same bytes, other shapes and dtypes.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from ream_stream.checkpoint.header import DTYPES
 
 from .nibbles import (
     E2M1,
@@ -42,13 +45,19 @@ class Mxfp4:
     grouped: bool = True
     """Codes have an axis of groups; False: their bytes are one row."""
 
+    code_dtype: str = "U8"
+    """Of the codes, as stored."""
+
+    scale_dtype: str = "U8"
+    """Of the exponents, as stored."""
+
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""
         groups = cols // _GROUP
         shape = (rows, groups, _GROUP // 2) if self.grouped else (rows, cols // 2)
         return (
-            Part(suffix=self.code_suffix, dtype="U8", shape=shape),
-            Part(suffix=self.scale_suffix, dtype="U8", shape=(rows, groups)),
+            Part(suffix=self.code_suffix, dtype=self.code_dtype, shape=shape),
+            Part(suffix=self.scale_suffix, dtype=self.scale_dtype, shape=(rows, groups)),
         )
 
     def size(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -63,8 +72,8 @@ class Mxfp4:
 
         Exact in bfloat16: a power of two times two bits of mantissa.
         """
-        byte_RB = parts[self.code_suffix].reshape(rows, cols // 2)
-        scale_RG = _power(parts[self.scale_suffix])
+        byte_RB = parts[self.code_suffix].view(torch.uint8).reshape(rows, cols // 2)
+        scale_RG = _power(parts[self.scale_suffix].view(torch.uint8))
         return decode_groups(byte_RB, _VALUES, scale_RG, cols, dtype)
 
     def encode(
@@ -84,12 +93,16 @@ class Mxfp4:
         )
 
         def choose(group_PGN: Tensor, start: int, stop: int) -> Tensor:
-            exponent_RG[start:stop] = _choose(group_PGN) if given is None else given[start:stop]
+            known = None if given is None else given[start:stop].view(torch.uint8)
+            exponent_RG[start:stop] = _choose(group_PGN) if known is None else known
             return _power(exponent_RG[start:stop])
 
         byte_RB = encode_groups(matrix_RC, _GROUP, choose, e2m1_code)
         shape = self.parts(rows, cols)[0].shape
-        return {self.code_suffix: byte_RB.view(shape), self.scale_suffix: exponent_RG}
+        return {
+            self.code_suffix: byte_RB.view(shape).view(DTYPES[self.code_dtype]),
+            self.scale_suffix: exponent_RG.view(DTYPES[self.scale_dtype]),
+        }
 
 
 def _power(exponent: Tensor) -> Tensor:

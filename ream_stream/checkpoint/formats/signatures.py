@@ -24,6 +24,9 @@ class Described(Protocol):
         """Sizes of its axes."""
 
 
+_E8M0 = "F8_E8M0"
+"""Powers of two, in the safetensors format's spelling."""
+
 _Shapes = Mapping[str, tuple[int, ...]]
 _Builder = Callable[[str, _Shapes, Mapping[str, str], Mapping[str, Any]], Codec]
 
@@ -58,7 +61,7 @@ def _fp8_block(
         block=(block[0], block[1]),
         scale_dtype=dtypes[suffix],
         scale_suffix=suffix,
-        power_of_two=settings.get("scale_fmt") == "ue8m0",
+        power_of_two=settings.get("scale_fmt") == "ue8m0" or dtypes[suffix] == _E8M0,
     )
 
 
@@ -125,8 +128,18 @@ def _nvfp4(code_suffix: str, outer_suffix: str, *, divides: bool) -> _Builder:
 
 
 def _mxfp4(code_suffix: str, scale_suffix: str, *, grouped: bool) -> _Builder:
-    codec = Mxfp4(code_suffix=code_suffix, scale_suffix=scale_suffix, grouped=grouped)
-    return lambda _prefix, _shapes, _dtypes, _settings: codec
+    def build(
+        _prefix: str, _shapes: _Shapes, dtypes: Mapping[str, str], _: Mapping[str, Any]
+    ) -> Codec:
+        return Mxfp4(
+            code_suffix=code_suffix,
+            scale_suffix=scale_suffix,
+            grouped=grouped,
+            code_dtype=dtypes[code_suffix],
+            scale_dtype=dtypes[scale_suffix],
+        )
+
+    return build
 
 
 SIGNATURES: tuple[tuple[Mapping[str, tuple[str, ...]], _Builder], ...] = (
@@ -134,6 +147,7 @@ SIGNATURES: tuple[tuple[Mapping[str, tuple[str, ...]], _Builder], ...] = (
     ({"": FLOATS}, _plain("")),
     ({".weight": ("F8_E4M3",), ".weight_scale_inv": FLOATS}, _fp8_block),
     ({".weight": ("F8_E4M3",), ".weight_scale": FLOATS}, _fp8_scaled),
+    ({".weight": ("F8_E4M3",), ".scale": (*FLOATS, _E8M0)}, _fp8_block),
     (
         {".weight_packed": ("I32",), ".weight_scale": FLOATS, ".weight_shape": ("I64", "I32")},
         _int4,
@@ -146,6 +160,7 @@ SIGNATURES: tuple[tuple[Mapping[str, tuple[str, ...]], _Builder], ...] = (
         {".weight_packed": ("U8",), ".weight_scale": ("U8",)},
         _mxfp4(".weight_packed", ".weight_scale", grouped=False),
     ),
+    ({".weight": ("I8",), ".scale": (_E8M0,)}, _mxfp4(".weight", ".scale", grouped=False)),
     (
         {
             ".weight_packed": ("U8",),
