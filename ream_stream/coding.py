@@ -46,6 +46,7 @@ def coding_of(plan: Plan, layer: LayerPlan) -> Mapping[str, Coded]:
             "compare": Coded(decoded=_numbers(source) * source.count * _merges(plan)),
             "align": Coded(decoded=_numbers(source) * _aligned(plan)),
             "write": _written(plan, source, output, dense - left),
+            "refit": _refitted(plan, output, left) if plan.refits else Coded(),
             "propagate": Coded(decoded=after * again),
         }
     return {phase: coded for phase, coded in found.items() if any(coded)}
@@ -101,3 +102,14 @@ def _written(plan: Plan, source: ExpertStack, output: ExpertStack, dense: int) -
             alone = 0 if merged == plan.num_experts else output.count - made
             decoded += numbers * (merged + alone) * times
     return Coded(decoded=decoded + dense, encoded=encoded)
+
+
+def _refitted(plan: Plan, output: ExpertStack, dense: int) -> Coded:
+    """Count passes over the layer, and what its down projections become once stored."""
+    passes = 1 + plan.refit_repeats
+    run = _numbers(output) * (_loads(plan, output.count) * passes + output.count)
+    downs = [m.stored for m in output.matrices if m.parts == ("down",) and _is_coded(m)]
+    down = output.count * sum(stored.rows * stored.cols for stored in downs)
+    # to be judged, and once for each tensor that is written
+    times = 1 + sum(len(s.codec.parts(s.rows, s.cols)) for s in downs)
+    return Coded(decoded=int(dense + run) + down, encoded=down * times)

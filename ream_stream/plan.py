@@ -14,7 +14,7 @@ from .checkpoint.source import Checkpoint
 from .checkpoint.stacks import ExpertStack
 from .families import Family
 from .model import LayerKeys
-from .refit_budget import Solver
+from .refit_budget import ACTIVATIONS, HELD_BACK_SHARE, Solver
 from .settings import Settings
 from .supply import Supply
 
@@ -118,6 +118,15 @@ class Plan:
     def refits(self) -> bool:
         """Whether the experts that stay are refitted."""
         return self.settings.refits(self.num_experts)
+
+    @property
+    def refit_repeats(self) -> float:
+        """How often a refit makes activations again, in passes over all tokens."""
+        if self.memory.get(ACTIVATIONS):
+            return 0.0
+        iterations = 0 if self.solver.gathered else self.settings.method.refit_iterations
+        blocks = self.solver.column_blocks
+        return HELD_BACK_SHARE + blocks * (iterations + HELD_BACK_SHARE) + blocks - 1
 
     @property
     def follows(self) -> bool:

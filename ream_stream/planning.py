@@ -6,7 +6,6 @@ config, so that a checkpoint which would not load is refused before the first
 layer.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import torch
 from .allotment import Limits, allot
 from .budget import Parts, Size
 from .checkpoint.source import Checkpoint
-from .checkpoint.stacks import ExpertStack
 from .durable import free_bytes, same_disk
 from .errors import OverBudgetError, UnsupportedModelError
 from .families import family_of, text_config
@@ -92,7 +90,6 @@ def make_plan(
     if not stacks:
         raise UnsupportedModelError(f"{source.folder} is a dense model: it has no experts")
     _check_all_owned(kept, model)
-    _check_refit(settings, stacks)
     num_experts = stacks[0].count
     if any(stack.count != num_experts for stack in stacks):
         raise UnsupportedModelError("layers have different numbers of experts")
@@ -277,16 +274,4 @@ def _check_adds(footprints: Footprints, source: Checkpoint) -> None:
                 f"--refit-target trajectory: layer {index} of "
                 f"{text_config(source.config).get('model_type')} does not simply add what its "
                 f"experts give, it is put through {other}; use --refit-target layer"
-            )
-
-
-def _check_refit(settings: Settings, stacks: Iterable[ExpertStack]) -> None:
-    """Refuse to refit what is quantized, unless it is written as floats."""
-    if settings.method.refit == "none" or settings.dtype == "bfloat16":
-        return
-    for stack in stacks:
-        if stack.scheme != "plain":
-            raise UnsupportedModelError(
-                f"{stack.prefix} is stored as {stack.scheme}: refitting quantized experts is "
-                "not supported; give --dtype bf16 or --refit none"
             )

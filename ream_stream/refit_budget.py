@@ -89,7 +89,8 @@ class RefitMemory:
     def kept(self, tokens: int) -> int:
         """Return what is kept of `tokens` calibration tokens, and the results."""
         hidden, inner = self.stack.hidden, self.stack.inner
-        stored = DTYPES[self.stack.dtype].itemsize
+        # codes are made of float32
+        stored = DTYPES[self.stack.dtype].itemsize if self.stack.scheme == "plain" else 4
         numbers = self.settings.experts * hidden * inner
         # what is wanted, and then what is lacking, in its place
         return tokens * hidden * self.itemsize + numbers * stored

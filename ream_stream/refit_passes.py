@@ -340,7 +340,9 @@ class LayerRefit:
         self._tokens, self._method, self._solver = tokens, method, solver
         self._results = results
         self._weights = weights = tokens.experts.weights
-        self._stored = DTYPES[weights.stack.dtype]
+        # codes are made of what is solved for, in float32
+        plain = weights.stack.scheme == "plain"
+        self._solved = DTYPES[weights.stack.dtype] if plain else torch.float32
         count, inner = len(tokens.changing), weights.stack.inner
         self._columns = self._cut()
         self._sums = NormalSums(
@@ -381,7 +383,7 @@ class LayerRefit:
         return self._solver.column_blocks * (2 + iterations)
 
     def down(self, place: int) -> Tensor:
-        """Return the new down projection (H, I) of a refitted expert, as it is stored."""
+        """Return the new down projection (H, I) of a refitted expert, to be stored."""
         count = len(self._tokens.changing)
         parts = range(self._solver.column_blocks)
         return torch.cat([self._results.get(part * count + place) for part in parts])
@@ -447,11 +449,15 @@ class LayerRefit:
         self._objectives += torch.cat([curve, curve[-1:].expand(missing)])
 
     def _round(self, place: int, change_IH: Tensor, columns: slice) -> Tensor:
-        """Return the new down projection as it is stored; the change becomes what that is."""
+        """Return the new down projection; the change becomes what is stored of it.
+
+        Scales that columns share are taken of these columns alone, which is exact unless
+        they are solved in parts.
+        """
         down_HI = self._weights.load(self._tokens.changing[place]).down_HI
         old_HI = down_HI[columns].float()
-        new_HI = (old_HI + change_IH.T).to(self._stored)
-        change_IH.copy_((new_HI.float() - old_HI).T)
+        new_HI = (old_HI + change_IH.T).to(self._solved)
+        change_IH.copy_((self._weights.stack.stored_down(new_HI) - old_HI).T)
         return new_HI
 
     def _judge(self, changes: Mapping[Misfit, Tensor], columns: slice) -> Iterator[None]:

@@ -180,8 +180,8 @@ class RefitJob:
 
         def one(name: str, slot: Slot, expert: int) -> Tensor | FileRange:
             entry, place = entries[name], self._places.get(expert)
-            if refit is not None and place is not None:
-                matrix = stack.matrices[slot.matrix]
+            matrix = stack.matrices[slot.matrix]
+            if refit is not None and place is not None and slot.part not in matrix.activation:
                 return matrix.encode(matrix.join({"down": refit.down(place)}))[slot.part.suffix]
             start, stop = (entry.start, entry.stop)
             if slot.expert is None:

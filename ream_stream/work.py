@@ -16,7 +16,7 @@ from .coding import coding_of, merged_experts
 from .families import text_config
 from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
-from .refit_budget import ACTIVATIONS, HELD_BACK_SHARE, KEPT
+from .refit_budget import HELD_BACK_SHARE, KEPT
 
 PHASES = (
     *("check", "observe", "follow", "compare", "align"),
@@ -234,9 +234,7 @@ class _Layer:
         iterations, blocks = method.refit_iterations, solver.column_blocks
         passes = 0 if solver.gathered else iterations
         # the first pass makes activations in any case; the last iteration is half of one
-        again = HELD_BACK_SHARE + blocks * (passes + HELD_BACK_SHARE) + blocks - 1
-        if plan.memory.get(ACTIVATIONS):
-            again = 0.0
+        again = plan.refit_repeats
         judged = HELD_BACK_SHARE * (trials / blocks + 1)
         products = 2 * matrix * (1 + max(0, 2 * passes - 1) + judged)
         solved = (trials + iterations) * experts * 4 * stack.inner * matrix

@@ -222,6 +222,12 @@ def test_codes_may_lie_anywhere_in_memory():
 
 
 @BY_NAME
+def test_encoding_does_not_depend_on_how_a_matrix_lies_in_memory(codec):
+    matrix_RC = codec.decode(random_parts(codec, 96, 128), 96, 128, torch.float32)
+    assert_same_parts(codec.encode(matrix_RC.T.contiguous().T), codec.encode(matrix_RC))
+
+
+@BY_NAME
 def test_results_do_not_depend_on_how_rows_are_cut_into_panels(codec, monkeypatch):
     parts = random_parts(codec, 300, 480)
     decoded = codec.decode(parts, 300, 480, torch.float32)

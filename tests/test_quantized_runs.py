@@ -10,11 +10,13 @@ import tiny
 import torch
 from quantized import PUBLISHED
 from test_pipeline import by_expert, groups_by_layer, same_bits
+from test_refitting import outcomes
 from tiny import forward_in_transformers, forward_streamed, run, settings, some_tokens
 
 from ream_stream.against import against
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.experts import ExpertWeights, Form
+from ream_stream.refit_passes import held_back
 from ream_stream.verify import verify
 
 OFTEN = {"deepseek_v3-fp8", "gpt_oss-mxfp4", "qwen3_moe-nvfp4"}
@@ -120,6 +122,34 @@ def test_keeping_all_experts_changes_no_byte(pair, tmp_path, name):
     assert have.keys() == want.keys()
     assert all(same_bits(have[key], want[key]) for key in want)
     assert tiny.read_config(done.output) == tiny.read_config(coded)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"grouping": "none", "saliency": "energy"},
+        pytest.param({"refit_experts": "changed"}, marks=pytest.mark.slow),
+    ],
+    ids=["pruned", "merged"],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_refit_is_judged_by_what_is_read_of_its_codes(pair, tmp_path, name, method):
+    coded, _ = pair(name)
+    tokens = some_tokens(20, 24)
+    plain, refit = (
+        run(coded, tmp_path / each, settings(KEEP, **{**method, "refit": each}), tokens)
+        for each in ("none", "down")
+    )
+    good(refit.output, coded)
+    first = min(refitted := outcomes(refit))
+    # the same enters the first layer with experts in all of them
+    inputs, held_S = [(tokens.input_ids_SL, None)], held_back(tokens, 0)
+    [original, before, after] = (
+        forward_streamed(folder, torch.float32, inputs)[0].hidden[first][held_S].double()
+        for folder in (coded, plain.output, refit.output)
+    )
+    lacking, left = ((each - original).square().sum().item() for each in (before, after))
+    assert refitted[first].left == pytest.approx(left / lacking, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,9 @@ import quantized
 import tiny
 import torch
 
-from ream_stream.checkpoint.source import MappedTensors, open_checkpoint
+from ream_stream.checkpoint.formats import Fp8Block
+from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.events import LayerDone
 from ream_stream.planning import make_plan
 from ream_stream.rates import UNCOUNTED, Rates, forecast
 from ream_stream.work import PHASES, Work, total, work_of
@@ -114,22 +116,36 @@ def test_times_of_phases_follow_from_rates(plan_of):
     assert rates.seconds(Work(matchings=2, merged_numbers=10)) == 3.0
 
 
-@pytest.mark.parametrize("dtype_out", ["source", "bfloat16"])
-def test_numbers_decoded_are_those_that_a_run_decodes(tmp_path, monkeypatch, dtype_out):
+@pytest.mark.parametrize(
+    ("dtype_out", "refit"), [("source", "none"), ("bfloat16", "none"), ("source", "down")]
+)
+def test_numbers_coded_are_those_that_a_run_codes(tmp_path, monkeypatch, dtype_out, refit):
     coded, _ = quantized.write(tmp_path, "deepseek_v3-fp8", torch.bfloat16)
-    decode, counted = MappedTensors.matrix, []
+    counted = {"decode": 0, "encode": 0}
 
-    def counting(tensors, stored, *rest):
-        if stored.codec.scheme != "plain":
-            counted.append(stored.rows * stored.cols)
-        return decode(tensors, stored, *rest)
+    def counting(name):
+        method = getattr(Fp8Block, name)
+
+        def called(codec, coded, *rest):
+            found = method(codec, coded, *rest)
+            counted[name] += (found if name == "decode" else coded).numel()
+            return found
+
+        monkeypatch.setattr(Fp8Block, name, called)
 
     tokens = tiny.some_tokens(16, 12)  # so many that every expert is sent some
-    plan = tiny.plan_for(coded, tokens, tiny.settings(grouping="none", dtype_out=dtype_out))
-    monkeypatch.setattr(MappedTensors, "matrix", counting)
-    tiny.run_plan(plan, tokens, tmp_path / "out")
+    wanted = tiny.settings(grouping="none", dtype_out=dtype_out, refit=refit)
+    plan = tiny.plan_for(coded, tokens, wanted)
+    counting("decode")
+    counting("encode")
+    done = tiny.run_plan(plan, tokens, tmp_path / "out")
     assert plan.num_batches == 1
-    assert total(work_of(plan, cache_bytes=PLENTY).values()).decoded_numbers == sum(counted)
+    work = total(work_of(plan, cache_bytes=PLENTY).values())
+    assert work.decoded_numbers == counted["decode"]
+    assert work.encoded_numbers == counted["encode"]
+    refits = [each.refitted for each in done.events if isinstance(each, LayerDone)]
+    # a plan takes it that all of them help
+    assert (refit == "down") == all(each and each.penalty for each in refits[1:])
 
 
 def test_merged_experts_are_encoded_and_stacks_once_for_codes_and_once_for_scales(tmp_path):

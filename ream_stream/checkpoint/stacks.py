@@ -260,6 +260,14 @@ class ExpertStack:
             gate_IH=parts.get("gate", up_IH[:, :0]), up_IH=up_IH, down_HI=parts["down"]
         )
 
+    def stored_down(self, down_HI: Tensor) -> Tensor:
+        """Return what is read of a down projection, in float32, once it was stored."""
+        matrix = next(m for m in self.matrices if m.parts == ("down",))
+        matrix_RC = matrix.join({"down": down_HI})
+        codec, (rows, cols) = matrix.stored.codec, matrix_RC.shape
+        decoded_RC = codec.decode(codec.encode(matrix_RC), rows, cols, torch.float32)
+        return decoded_RC.T if matrix.transposed else decoded_RC
+
     def coupled(self, number: int) -> Sequence[ExpertMatrix]:
         """Return the matrices that share the outer scale of one, itself included; or none."""
         matrix = self.matrices[number]

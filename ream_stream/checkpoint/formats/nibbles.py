@@ -56,7 +56,8 @@ def encode_groups(
     rows, cols = matrix_RC.shape
     byte_RB = torch.empty(rows, cols // 2, dtype=torch.uint8, device=matrix_RC.device)
     for start, stop in panels(rows, cols):
-        group_PGN = matrix_RC[start:stop].to(torch.float32).reshape(stop - start, -1, group)
+        panel_PC = matrix_RC[start:stop].to(torch.float32).contiguous()
+        group_PGN = panel_PC.view(stop - start, -1, group)
         scale_PG1 = choose(group_PGN, start, stop).unsqueeze(-1)
         # a scale that was stored as 0 decoded to zeros, which any divisor gives back
         divisor = torch.where(scale_PG1 == 0, 1.0, scale_PG1)
