@@ -2,6 +2,7 @@
 
     python tools/bench_refit.py methods RESULTS       every method with and without refit
     python tools/bench_refit.py robustness RESULTS    absent domains, tokens, penalties
+    python tools/bench_refit.py quantized RESULTS     with experts stored in FP8 and INT4
     python tools/bench_refit.py show RESULTS          the tables of what is there so far
 
 Each run draws 192 sequences of 256 tokens, equally from three domains, with documents
@@ -25,10 +26,13 @@ from typing import Any
 
 import torch
 from bench_quality import CPU, score
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import logging
 
 from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
 from ream_stream.calibration.tokens import Tokens, joined
+from ream_stream.checkpoint.formats import Codec, Fp8Block, Int4
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.cli.options import PRESETS
 from ream_stream.demo import CHECKPOINT
@@ -48,6 +52,28 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     **{f"prune by {name}": {"grouping": "none", "saliency": name} for name in SALIENCIES},
     **{f"merge by {name}": dict(PRESETS[name]) for name in ("ream", "hc-smoe", "mc-smoe")},
 }
+FORMATS: Mapping[str, tuple[Codec, Mapping[str, Any]]] = {
+    "FP8 blocks": (Fp8Block(), {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "INT4 groups": (
+        Int4(group=32),
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        "num_bits": 4,
+                        "type": "int",
+                        "symmetric": True,
+                        "strategy": "group",
+                        "group_size": 32,
+                    },
+                }
+            },
+        },
+    ),
+}
+"""What the experts may be stored in, and how config.json tells it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +88,20 @@ class Case:
     sequences: int = 192
     penalties: tuple[float, ...] | None = None
     iterations: int | None = None
+    stored: str = "as it is"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what it is, as the results have it."""
+        facts = asdict(self)
+        if self.stored not in FORMATS:
+            del facts["stored"]
+        return facts
 
     @property
     def key(self) -> str:
         """Return what names it in the results."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.facts, sort_keys=True)
 
     def settings(self) -> Settings:
         """Return what is asked of the compression."""
@@ -121,11 +156,45 @@ def robustness_cases(seeds: int) -> Iterator[Case]:
                 )
 
 
+def quantized_cases(seeds: int) -> Iterator[Case]:
+    """Yield the recommended method, REAP and REAM on experts that are stored quantized."""
+    for seed in range(seeds):
+        for stored in FORMATS:
+            for method in ("prune by energy", "prune by reap", "merge by ream"):
+                for refit in ("none", "layer"):
+                    yield Case(method=method, experts=24, refit=refit, seed=seed, stored=stored)
+
+
+def quantize(folder: Path, stored: str) -> Path:
+    """Write the built-in checkpoint with its experts in a format."""
+    codec, told = FORMATS[stored]
+    tensors: dict[str, Tensor] = {}
+    for path in CHECKPOINT.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            if ".experts." not in name:
+                tensors[name] = tensor
+                continue
+            prefix = name.removesuffix(".weight")
+            parts = codec.encode(tensor.float())
+            tensors |= {prefix + suffix: part for suffix, part in parts.items()}
+    target = folder / stored.replace(" ", "-")
+    target.mkdir(exist_ok=True)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    for path in CHECKPOINT.glob("*.json"):
+        if not path.name.endswith(".index.json"):
+            (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = told
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return target
+
+
 class Bench:
     """Runs cases and remembers them."""
 
     def __init__(self, results: Path, folder: Path) -> None:
         self.results, self.folder = results, folder
+        self.sources = {stored: quantize(folder, stored) for stored in FORMATS}
         self.tokenizer = load_tokenizer(CHECKPOINT)
         self.tests = {
             domain: pack_up_to(
@@ -160,7 +229,7 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             output = Path(name)
             plan = make_plan(
-                open_checkpoint(CHECKPOINT),
+                open_checkpoint(self.sources.get(case.stored, CHECKPOINT)),
                 case.settings(),
                 tokens.num_sequences,
                 tokens.sequence_length,
@@ -173,7 +242,7 @@ class Bench:
         layers = [event for event in events if isinstance(event, LayerDone)]
         refitted = [asdict(layer.refitted) for layer in layers if layer.refitted]
         lost = {d: scores[d].nats - self.original[d].nats for d in scores}
-        line = {"case": asdict(case), "lost": lost, "seconds": seconds, "refitted": refitted}
+        line = {"case": case.facts, "lost": lost, "seconds": seconds, "refitted": refitted}
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         mean = statistics.mean(lost.values())
@@ -232,6 +301,14 @@ def show(found: Found, seeds: int) -> None:
                     rest = some[0].domains
                     cells.append(f"{cell(found, some, [absent])}; {cell(found, some, rest)}")
                 print(f"| {method}, {experts}, {absent} | {' | '.join(cells)} |")
+    cases = list(quantized_cases(seeds))
+    print("\n## 24 experts stored quantized, nats above the original in bfloat16\n")
+    print(f"| stored, method | {' | '.join(REFITS[:2])} |")
+    for stored, method in dict.fromkeys((case.stored, case.method) for case in cases):
+        mine = [case for case in cases if (case.stored, case.method) == (stored, method)]
+        cells = [cell(found, [c for c in mine if c.refit == refit]) for refit in REFITS[:2]]
+        print(f"| {stored}, {method} | {' | '.join(cells)} |")
+    cases = list(robustness_cases(seeds))
     whole = [case for case in cases if len(case.domains) == len(DOMAINS)]
     plain = [c for c in whole if c.penalties is None and c.iterations is None]
     _show_by(found, "calibration tokens", plain, lambda c: c.sequences * LENGTH)
@@ -256,8 +333,13 @@ def _show_by(
 
 def main() -> None:
     """Run or print the table asked for."""
+    tables = {
+        "methods": method_cases,
+        "robustness": robustness_cases,
+        "quantized": quantized_cases,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=["methods", "robustness", "show"])
+    parser.add_argument("table", choices=[*tables, "show"])
     parser.add_argument("results", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--part", default="1/1")
@@ -266,12 +348,11 @@ def main() -> None:
         show(load(options.results), options.seeds)
         return
     part, parts = map(int, options.part.split("/"))
-    cases = {"methods": method_cases, "robustness": robustness_cases}[options.table]
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(options.results, Path(name))
-        for case in list(cases(options.seeds))[part - 1 :: parts]:
+        for case in list(tables[options.table](options.seeds))[part - 1 :: parts]:
             if case.key not in load(options.results):
                 bench.run(case)
 
