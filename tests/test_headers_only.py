@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,7 @@ LARGE = {
     "deepseek-v3": (192, 58, 1.3e12),
     "kimi-k2": (288, 60, 2.0e12),
     "glm-4.6": (120, 89, 7e11),
+    "deepseek-v4-flash": (192, 44, 1.5e11),
 }
 
 
@@ -133,6 +135,23 @@ def test_a_model_of_hundreds_of_gigabytes_is_planned_in_16(capsys, tmp_path, nam
     assert left["read_bytes"] - left["cached_bytes"] >= known["source_bytes"]
     assert left["seconds"] > 0
     assert left["rates"]["read_measured"] is False
+
+
+@pytest.mark.slow
+def test_headers_of_deepseek_v4_have_as_many_numbers_of_each_kind_as_the_published(tmp_path):
+    """As the hub tells them of deepseek-ai/DeepSeek-V4-Flash; it leaves out other kinds."""
+    maker = tool("make_headers")
+    maker.write_headers(tmp_path / "headers", maker.CONFIGS["deepseek-v4-flash"])
+    found = Counter()
+    for entry in open_checkpoint(tmp_path / "headers", with_data=False).entries.values():
+        found[entry.dtype] += entry.num_elements
+    assert {dtype: found[dtype] for dtype in ("BF16", "F8_E8M0", "F8_E4M3", "I8")} == {
+        "BF16": 1_415_259_264,
+        "F8_E8M0": 8_858_737_664,
+        "F8_E4M3": 6_023_020_544,
+        "I8": 141_733_920_768,
+    }
+    assert set(found) == {"BF16", "F8_E8M0", "F8_E4M3", "I8", "F32", "I64"}
 
 
 def test_a_refusal_names_parts_option_and_the_smallest_budget_that_works(capsys, headers):

@@ -77,6 +77,8 @@ class Tiny:
     """Whether experts are stacked by hand: transformers writes them one by one."""
     published: Mapping[str, str] = field(default_factory=dict)
     """Patterns in names that transformers writes, and what they are in published files."""
+    wide: str | None = None
+    """Pattern in names of what is float32 in published files, whatever else is."""
     bias_dtype: torch.dtype = torch.float32
     """Of a router's correction bias on disk, where the other tensors may be narrower."""
 
@@ -387,6 +389,7 @@ TINY: Mapping[str, Tiny] = {
             r"^model\.": "",
             r"\.attn\.norm\.": ".attn.kv_norm.",
         },
+        wide=r"(^|\.)hc_|attn_sink|\.ape$",
     ),
     "nemotron_h": Tiny(
         config={
@@ -577,15 +580,19 @@ def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
     if tiny.fuse:
         save_tensors(folder, fused(load_tensors(folder)))
     if tiny.published:
-        save_tensors(folder, {_published(n, tiny): t for n, t in load_tensors(folder).items()})
+        save_tensors(folder, _published(load_tensors(folder), tiny))
     (folder / "tokenizer.json").write_text('{"is": "not read here"}', encoding="utf-8")
     return folder
 
 
-def _published(name: str, tiny: Tiny) -> str:
-    for pattern, replacement in tiny.published.items():
-        name = re.sub(pattern, replacement, name)
-    return name
+def _published(tensors: Mapping[str, torch.Tensor], tiny: Tiny) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in tiny.published.items():
+            name = re.sub(pattern, replacement, name)
+        is_wide = tiny.wide is not None and re.search(tiny.wide, name)
+        renamed[name] = tensor.float() if is_wide else tensor
+    return renamed
 
 
 MTP = {
