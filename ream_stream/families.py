@@ -183,8 +183,8 @@ REFUSED: Mapping[str, str] = {
     "inkling2_text": "it stores gate and up rows in turn, in tensors of its own names",
     "jetmoe": "its attention has experts too",
     "kolibri1": "its router's bias is outside the block of experts",
-    "longcat_flash": "the class of transformers has projections for its experts without "
-    "weights, so that no published checkpoint fits it",
+    "longcat_flash": "transformers 5.23 loads no published checkpoint of it, nor what would be "
+    "made of one: its class wants gates of the experts that only return their input",
     "minimax_m3_vl_text": "no published layout was seen",
     "qwen4_exp": "no published layout was seen",
     "step3": "transformers has no class for it",
