@@ -37,10 +37,12 @@ from .skeleton import (
     find_fused_experts,
     get_tensor,
     key_targets,
+    mixes_states,
     passes_selection,
     path_of,
     project_pieces,
     put_tensor,
+    states_axis,
     text_part,
 )
 
@@ -150,6 +152,7 @@ class StreamedModel:
         self.final_norm = final_norm(self.model, self._layers_path) if self._mtp else None
         """What a multi-token-prediction layer is behind; None if there is none."""
         self._is_tuple = passes_selection(self.model, self._decoder)
+        self._states = states_axis(self._decoder[0])
         self._active: int | None = None
         self._feed: Tensor | None = None
         self._only_feed = False
@@ -183,18 +186,12 @@ class StreamedModel:
     @property
     def hidden_size(self) -> int:
         """Width of what goes from layer to layer; several states of a token are one row."""
-        return math.prod(self._streams) * self._width
+        return math.prod(self._states) * self._width
 
     @property
     def _width(self) -> int:
         embedding: Any = self.model
         return int(embedding.get_input_embeddings().weight.shape[1])
-
-    @property
-    def _streams(self) -> tuple[int, ...]:
-        """The axis of states of a token, where layers pass on several (hyper-connections)."""
-        streams = getattr(self.text_config, "hc_mult", None)
-        return () if streams is None else (int(streams),)
 
     @property
     def outside_names(self) -> list[str]:
@@ -395,7 +392,7 @@ class StreamedModel:
             for child in self._decoder[index].children()
             if apart.isdisjoint(child.modules())
             # cheap, and what it returns is several tensors
-            and not type(child).__name__.endswith("HyperConnection")
+            and not mixes_states(child)
             and any(p.dim() > 1 for p in child.parameters())
         ]
 
@@ -439,7 +436,7 @@ class StreamedModel:
 
     def _apart(self, hidden_BLH: Tensor) -> Tensor:
         """Return what the model's own layers take: with an axis of states, if it has one."""
-        return hidden_BLH.to(self.device).reshape(*hidden_BLH.shape[:2], *self._streams, -1)
+        return hidden_BLH.to(self.device).reshape(*hidden_BLH.shape[:2], *self._states, -1)
 
     @torch.no_grad()
     def _with_next_tokens(self, index: int, batch: Batch, hidden_BLH: Tensor) -> Tensor:

@@ -194,8 +194,8 @@ def why_unknown(prefixes: Iterable[str], config: Mapping[str, Any]) -> str | Non
         return f"model type {text['model_type']!r} has other names for them"
     if text.get("mtp_use_dedicated_embeddings"):
         return "it has embeddings of its own"
-    ratios = text.get("compress_ratios")
-    if isinstance(ratios, list) and any(ratios[text["num_hidden_layers"] :]):
+    ratios, layers = text.get("compress_ratios"), text.get("num_hidden_layers")
+    if isinstance(ratios, list) and isinstance(layers, int) and any(ratios[layers:]):
         return "compress_ratios of config.json has it look at compressed keys"
     return None
 

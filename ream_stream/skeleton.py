@@ -241,6 +241,17 @@ def passes_selection(model: PreTrainedModel, decoder: Sequence[nn.Module]) -> bo
     return True
 
 
+def mixes_states(module: nn.Module) -> bool:
+    """Tell whether a module joins the states of a token, of which layers pass on several."""
+    return type(module).__name__.endswith("HyperConnection")
+
+
+def states_axis(layer: nn.Module) -> tuple[int, ...]:
+    """Return the axis of states between tokens and width that a layer passes on, if any."""
+    mixing: list[Any] = [child for child in layer.children() if mixes_states(child)]
+    return tuple(int(module.hc_mult) for module in mixing[:1])
+
+
 def find_fused_experts(layer: nn.Module) -> tuple[str, nn.Module]:
     """Return the module of a layer that holds all routed experts, and its path."""
     for path, module in layer.named_modules():
