@@ -9,6 +9,7 @@ PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
+PEERS := .venv/.peers
 INSTALL = -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_FLAGS)
 
 # nothing may be fetched while tests run
@@ -31,10 +32,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python $(INSTALL) -e .[dev]
 	@touch $@
 
+$(PEERS): $(STAMP)
+	$(BIN)/python $(INSTALL) -e .[dev,peers]
+	@touch $@
+
 test: check ## what a commit must pass (the default): check, and the tests that take seconds
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-test-all: check ## the same with the tests that take minutes too
+test-all: $(PEERS) check ## the same with the tests that take minutes, and those against other packages
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
 
 check: $(STAMP) ## format, lint, types, imports
