@@ -11,11 +11,12 @@ import torch
 from quantized import PUBLISHED
 from test_pipeline import by_expert, groups_by_layer, same_bits
 from test_refitting import outcomes
-from tiny import forward_in_transformers, forward_streamed, run, settings, some_tokens
+from tiny import CPU, forward_in_transformers, forward_streamed, run, settings, some_tokens
 
 from ream_stream.against import against
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.experts import ExpertWeights, Form
+from ream_stream.model import Batch, StreamedModel
 from ream_stream.refit_passes import held_back
 from ream_stream.verify import verify
 
@@ -124,6 +125,19 @@ def test_keeping_all_experts_changes_no_byte(pair, tmp_path, name):
     assert tiny.read_config(done.output) == tiny.read_config(coded)
 
 
+def given_by_experts(folder, layer, tokens):
+    """Return what the experts of a layer give for each sequence, (S, L, H)."""
+    model, given = StreamedModel(open_checkpoint(folder), torch.float32, CPU), []
+    batch, hidden_BLH = Batch(input_ids_BL=tokens.input_ids_SL, attention_mask_BL=None), None
+    with model.open_outside():
+        for index in range(layer + 1):
+            with model.open_layer(index) as experts:
+                if index == layer:
+                    experts.register_forward_hook(lambda _m, _args, out: given.append(out))
+                hidden_BLH = model.run_layer(index, batch, hidden_BLH)
+    return given[0].unflatten(0, tokens.input_ids_SL.shape)
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -143,9 +157,8 @@ def test_a_refit_is_judged_by_what_is_read_of_its_codes(pair, tmp_path, name, me
     good(refit.output, coded)
     first = min(refitted := outcomes(refit))
     # the same enters the first layer with experts in all of them
-    inputs, held_S = [(tokens.input_ids_SL, None)], held_back(tokens, 0)
     [original, before, after] = (
-        forward_streamed(folder, torch.float32, inputs)[0].hidden[first][held_S].double()
+        given_by_experts(folder, first, tokens)[held_back(tokens, 0)].double()
         for folder in (coded, plain.output, refit.output)
     )
     lacking, left = ((each - original).square().sum().item() for each in (before, after))
