@@ -96,7 +96,8 @@ class Parts:
         self.refits = settings.refits(self._stack.count)
         """Whether experts are refitted."""
         refit = _refit(footprints, settings)
-        ways = list(refit.solvers(size.tokens))
+        # a device keeps no activations
+        ways = list(refit.solvers(size.tokens, remakes=on_device))
         self.solvers = ways if self.refits else ways[:1]
         """The ways to do so, the fastest first."""
         self.kept_bytes = refit.kept(size.tokens) if self.refits else 0
@@ -178,11 +179,11 @@ def _fixed(footprints: Footprints, size: Size) -> dict[str, int]:
 def _held(footprints: Footprints, settings: Settings, size: Size) -> dict[str, dict[str, int]]:
     """Return what is kept from one phase to another until the shards are written."""
     model, method = footprints.model, settings.method
-    held = {}
+    held: dict[str, dict[str, int]] = {}
     stack = _stack(footprints)
     if settings.refits(stack.count):
         routing = _refit(footprints, settings).routing(size.tokens)
-        held["refit"] = {"routing of all tokens": routing}
+        held |= {name: {"routing of all tokens": routing} for name in ("refit", "propagate")}
     if method.grouping == "none":
         return held
     experts, itemsize = stack.count, model.dtype.itemsize
@@ -211,6 +212,7 @@ def _layer_work(
         phases["observe"] = phases["propagate"] + refit.hearing(tokens)
         before = max(run.observe for run in runs) + entering
         phases["refit"] = refit.solving(solver, tokens, before)
+        phases["propagate"] = max(phases["propagate"], before + refit.answering(tokens, solver))
     return phases
 
 

@@ -163,8 +163,8 @@ class LayerJob:
             yield from self._compress()
             if self._refit is not None:
                 yield from self._change(self._refit)
-        if self.plan.settings.sequential and not self.is_last:
-            yield from self._propagate(self.context.output)
+            if self.plan.settings.sequential and not self.is_last:
+                yield from self._propagate(self.context.output)
 
     def _check(self) -> Iterator[Step]:
         """Make sure that the layer's weights are numbers; with the first, those of no layer."""
@@ -428,7 +428,9 @@ class LayerJob:
         """Run the layer, as `model` has it, to give what enters the next."""
         with self.context.timed("propagate"):
             writer = self.context.hidden_writer(self.index + 1)
-            with model.open_layer(self.index) as experts:
+            with model.open_layer(self.index) as experts, ExitStack() as stack:
+                if self._refit is not None and experts is not None:
+                    stack.enter_context(self._refit.answering(experts))
                 yield from self._run("propagate", model, experts, writer)
 
     def _step(self, phase: Phase, done: int, total: int) -> Step:

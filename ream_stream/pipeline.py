@@ -27,7 +27,7 @@ from .memory import Gauge, gauge, return_freed_memory
 from .model import StreamedModel
 from .plan import LayerPlan, Plan
 from .refit_budget import Solver
-from .refit_passes import held_back
+from .refit_tokens import held_back
 
 StopRequest = Callable[[], int | None]
 """Tells the number of a signal that asked the run to stop, or None."""

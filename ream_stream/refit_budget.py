@@ -58,11 +58,14 @@ class RefitMemory:
     itemsize: int
     """Bytes of a number in the run's dtype."""
 
-    def solvers(self, tokens: int) -> Iterator[Solver]:
-        """Yield the ways to solve for `tokens`, from the least time to the least memory."""
+    def solvers(self, tokens: int, *, remakes: bool = False) -> Iterator[Solver]:
+        """Yield the ways to solve for `tokens`, from the least time to the least memory.
+
+        With `remakes` each pass over the tokens makes activations again.
+        """
         gathered = self.gathering_flop(tokens) + self.product_flop()
-        # they are in float32, passes in the run's dtype
-        if gathered * WIDE_COST[self.itemsize] < self.pass_flop(tokens):
+        # it is in float32, passes are in the run's dtype
+        if gathered * WIDE_COST[self.itemsize] < self.pass_flop(tokens, remakes=remakes):
             yield Solver(preconditioner="blocks", gathered=True, column_blocks=1)
         for preconditioner in ("blocks", "diagonal"):
             blocks = 1
@@ -81,10 +84,12 @@ class RefitMemory:
         width = self.settings.experts * self.stack.inner
         return self.settings.method.refit_iterations * 2 * width**2 * self.stack.hidden
 
-    def pass_flop(self, tokens: int) -> int:
+    def pass_flop(self, tokens: int, *, remakes: bool) -> int:
         """Return the operations of all iterations that pass over the tokens."""
-        matrix = self.stack.hidden * self.stack.inner
-        return self.settings.method.refit_iterations * tokens * self.top_k * 8 * matrix
+        iterations = self.settings.method.refit_iterations
+        # the last one only predicts; gate and up are two products
+        products = 2 * iterations - 1 + (2 * iterations if remakes else 0)
+        return products * tokens * self.top_k * 2 * self.stack.hidden * self.stack.inner
 
     def kept(self, tokens: int) -> int:
         """Return what is kept of `tokens` calibration tokens, and the results."""
@@ -111,6 +116,12 @@ class RefitMemory:
     def hearing(self, tokens: int) -> int:
         """Return what comes and goes for a batch beside the layer that runs on it."""
         return tokens * self.stack.hidden * self.itemsize
+
+    def answering(self, tokens: int, solver: Solver) -> int:
+        """Return what comes and goes where what was kept gives the layer's new outputs."""
+        # added up in float32, and in the run's dtype
+        outputs = tokens * self.stack.hidden * (4 + self.itemsize)
+        return outputs + self._activations(tokens, solver)
 
     def solving(self, solver: Solver, tokens: int, before: int) -> int:
         """Return what comes and goes while a layer is refitted.

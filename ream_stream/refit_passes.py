@@ -1,281 +1,23 @@
 """A layer's refit in the run: passes over the calibration set for `method.refit`.
 
-The compressed layer is run once. Its experts' activations are kept, or what they are given
-to make them again in each pass; from then on nothing else of the layer is needed.
-
-Letters in shapes: B sequences of a batch, L tokens of a sequence, S sequences, T tokens
-of a batch, R rows of one expert, K experts a token, E kept experts, H hidden, I inner.
+Letters in shapes: T tokens of a batch, E kept experts, H hidden, I inner.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .calibration.tokens import Tokens
 from .checkpoint.header import DTYPES
-from .errors import UsageError
 from .events import Refitted
-from .experts import MAX_ROWS, Loaded, StreamedExperts
-from .finite import Excluded
 from .kept import Kept
-from .method.normal import NormalMatrix, NormalSums, Served, predict, project
+from .method.normal import WIDENED_ROWS, NormalMatrix, NormalSums, predict, project
 from .method.refit import Misfit, Refit, first_direction, select, solve
-from .model import Batch
-from .refit_budget import HELD_BACK_SHARE, Solver
-from .seeds import generator
+from .refit_budget import Solver
+from .refit_tokens import Portion, RoutedTokens
 from .settings import Method
-
-
-def held_back(tokens: Tokens, seed: int) -> Tensor:
-    """Draw the sequences that a refit is judged by, (S,) bool; the same in every layer.
-
-    Of each domain the same share, so that the judgement does not hang on the draw.
-
-    Raises
-    ------
-    UsageError
-        There is one sequence of each domain.
-    """
-    stream = generator(seed, 0, "held back")
-    held_S = torch.zeros(tokens.num_sequences, dtype=torch.bool)
-    for domain in range(len(tokens.domains)):
-        own_S = torch.nonzero(tokens.domain_S == domain).squeeze(1)
-        drawn_S = own_S[torch.randperm(len(own_S), generator=stream)]
-        # of a few at least one, of one alone none: it is needed to fit
-        held_S[drawn_S[: max(len(own_S) > 1, round(HELD_BACK_SHARE * len(own_S)))]] = True
-    if not held_S.any():
-        raise UsageError(
-            "--refit holds back a tenth of the calibration sequences to judge by, and there is "
-            "but one of each domain; give more"
-        )
-    return held_S
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Portion:
-    """Some tokens of a batch, as their experts see them."""
-
-    served: list[Served]
-    """The tokens of each expert that may be changed."""
-
-    tokens: int
-    """How many there are, T."""
-
-    lacking: Callable[[], Tensor]
-    """Reads what the output lacks to the target, (T, H)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Rows:
-    """Where some tokens of a batch are in it, and where they go."""
-
-    row_R: Tensor
-    index_RK: Tensor
-    weight_RK: Tensor
-
-    def of(self, hidden_TH: Tensor) -> Tensor:
-        """Return their states, of those of the batch."""
-        return hidden_TH.index_select(0, self.row_R)
-
-
-class RoutedTokens:
-    """What a compressed layer's experts are given, and what their outputs lack.
-
-    For each batch: `expect` it, run the layer with `outputs` in the place of its experts,
-    and `add` what the outputs lack.
-
-    Parameters
-    ----------
-    experts
-        Of the compressed layer, which is open.
-    changing
-        Those that may be refitted, by their number after compression.
-    held_S
-        From `held_back`.
-    mask_SL
-        0 for tokens that do not count; None if all do.
-    excluded
-        Sequences that are neither fitted nor judged by; what overflows here joins them.
-    layer
-        Which layer it is.
-    inputs
-        Where states are kept, so that activations can be made from them in each pass; None
-        to keep the activations.
-    lacking
-        Where what outputs lack is kept.
-    keeps_fitted
-        Whether that is asked for again of the tokens that are fitted.
-    """
-
-    def __init__(
-        self,
-        experts: StreamedExperts,
-        changing: Sequence[int],
-        held_S: Tensor,
-        mask_SL: Tensor | None,
-        excluded: Excluded,
-        layer: int,
-        inputs: Kept | None,
-        lacking: Kept,
-        *,
-        keeps_fitted: bool = True,
-    ) -> None:
-        self.experts, self.changing = experts, changing
-        self._place = {expert: place for place, expert in enumerate(changing)}
-        self._held_S, self._mask_SL = held_S, mask_SL
-        self._excluded, self._layer = excluded, layer
-        self._inputs, self._lacking, self._keeps_fitted = inputs, lacking, keeps_fitted
-        self._batch: Batch
-        self._first = self._count = 0
-        self._given: tuple[Tensor, Tensor, Tensor]
-        self._now: list[_Rows]
-        self._sent: list[list[_Rows]] = []
-        self._served: list[list[list[Served]]] = []
-        self.output_TH = torch.empty(0)
-        """What the experts gave for the batch that was run last, float32."""
-        self.energy = self.lacking = 0.0
-        """Squares of the targets of the tokens held back, and of what is lacking to them."""
-
-    def expect(self, batch: Batch) -> None:
-        """Tell the coming batch."""
-        self._batch = batch
-        self._first += self._count
-        self._count = len(batch.input_ids_BL)
-
-    def outputs(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Stand in for the experts: return their outputs, (T, H); zeros for padding."""
-        self._given = (hidden_TH, index_TK, weight_TK.float())
-        self._now = self._split()
-        self.output_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
-        served = self._serve(self._now, [rows.of(hidden_TH) for rows in self._now], all_of=True)
-        self._served.append(served)
-        return self.output_TH.to(hidden_TH.dtype)
-
-    def add(self, lacking_TH: Tensor) -> Portion:
-        """Keep what the outputs lack to the target; return the tokens that are fitted.
-
-        Parameters
-        ----------
-        lacking_TH
-            Target less output, float32.
-
-        Raises
-        ------
-        NumbersError
-            More sequences overflow than may be.
-        """
-        hidden_TH, number = self._given[0], len(self._sent)
-        bad_B = self._excluded.bad_rows(
-            self._first, lacking_TH.view(*self._batch.input_ids_BL.shape, -1)
-        )
-        if bad_B is not None:
-            self._excluded.note(self._layer, self._first, bad_B)
-            self._now = self._split()
-            states = [rows.of(hidden_TH) for rows in self._now]
-            self._served[number] = self._serve(self._now, states)
-        fitted, held = self._now
-        held_RH = lacking_TH.index_select(0, held.row_R)
-        self.lacking += held_RH.square().sum(dtype=torch.float64).item()
-        target_RH = held_RH + self.output_TH.index_select(0, held.row_R)
-        self.energy += target_RH.square().sum(dtype=torch.float64).item()
-        fitted_RH = lacking_TH.index_select(0, fitted.row_R)
-        kept_RH = torch.cat([held_RH, fitted_RH]) if self._keeps_fitted else held_RH
-        self._lacking.put(number, kept_RH.to(hidden_TH.dtype))
-        portion = Portion(
-            served=self._served[number][0],
-            tokens=len(fitted.row_R),
-            lacking=lambda: fitted_RH,
-        )
-        if self._inputs is not None:
-            self._inputs.put(number, hidden_TH)
-            self._served[number] = [[], []]
-        self._sent.append(self._now)
-        return portion
-
-    def fitted(self) -> Iterator[Portion]:
-        """Yield, batch by batch, the tokens that the solution sees."""
-        for number, (fitted, held) in enumerate(self._sent):
-            first = len(held.row_R)
-            yield self._portion(number, 0, slice(first, first + len(fitted.row_R)))
-
-    def held(self) -> Iterator[Portion]:
-        """Yield, batch by batch, the tokens that are held back."""
-        for number, (_, held) in enumerate(self._sent):
-            yield self._portion(number, 1, slice(0, len(held.row_R)))
-
-    def _portion(self, number: int, which: int, lacking: slice) -> Portion:
-        device, rows = self.experts.weights.device, self._sent[number][which]
-        served = self._served[number][which]
-        if self._inputs is not None:
-            (served,) = self._serve([rows], [rows.of(self._inputs.get(number).to(device))])
-        return Portion(
-            served=served,
-            tokens=len(rows.row_R),
-            lacking=lambda: self._lacking.get(number)[lacking].to(device).float(),
-        )
-
-    def _split(self) -> list[_Rows]:
-        """Return the tokens of the batch that are fitted, and those held back."""
-        sequences, length = self._batch.input_ids_BL.shape
-        batch = slice(self._first, self._first + sequences)
-        kept_B = self._excluded.kept(self._first, sequences)
-        held_T = self._held_S[batch].repeat_interleave(length)
-        real_T = torch.ones_like(held_T)
-        if self._mask_SL is not None:
-            real_T = self._mask_SL[batch].reshape(-1).bool()
-        if kept_B is not None:
-            real_T = real_T & kept_B.repeat_interleave(length)
-        hidden_TH, index_TK, weight_TK = self._given
-
-        def rows(which_T: Tensor) -> _Rows:
-            row_R = torch.nonzero(which_T).squeeze(1).to(hidden_TH.device)
-            index_RK, weight_RK = (
-                each.index_select(0, row_R) for each in (index_TK, weight_TK)
-            )
-            return _Rows(row_R=row_R, index_RK=index_RK, weight_RK=weight_RK)
-
-        return [rows(real_T & ~held_T), rows(real_T & held_T)]
-
-    def _serve(
-        self, sent: Sequence[_Rows], states: Sequence[Tensor], *, all_of: bool = False
-    ) -> list[list[Served]]:
-        """Return for each of some rows the activations of each expert that may be changed.
-
-        With `all_of`, the outputs of all experts are added up in `output_TH` on the way.
-        """
-        experts, served = self.experts, [list[Served]() for _ in sent]
-        slots = [dict(experts.dispatch(rows.index_RK, experts.count)) for rows in sent]
-        for expert in range(experts.count) if all_of else self.changing:
-            if not any(expert in each for each in slots):
-                continue
-            loaded, place = experts.weights.load(expert), self._place.get(expert)
-            for rows, hidden_RH, each, found in zip(sent, states, slots, served, strict=True):
-                if expert not in each:
-                    continue
-                token_R = each[expert] // rows.index_RK.shape[1]
-                inner_RI = experts.activations(loaded, hidden_RH, token_R)
-                gate_R1 = rows.weight_RK.reshape(-1)[each[expert], None]
-                inner_RI[: len(token_R)] *= gate_R1.to(inner_RI.dtype)
-                if all_of:
-                    self._put_out(loaded, rows.row_R[token_R], inner_RI, gate_R1)
-                if place is not None:
-                    found.append(Served(place, token_R, inner_RI))
-        return served
-
-    def _put_out(
-        self, loaded: Loaded, row_R: Tensor, inner_RI: Tensor, gate_R1: Tensor
-    ) -> None:
-        """Add what an expert gives, for activations times their gates, to the outputs."""
-        parts = zip(torch.split(row_R, MAX_ROWS), torch.split(inner_RI, MAX_ROWS), strict=False)
-        for rows, part_RI in parts:
-            output_RH = functional.linear(part_RI, loaded.down_HI)[: len(rows)]
-            self.output_TH.index_add_(0, rows, output_RH.float())
-        if loaded.down_bias_H is not None:
-            self.output_TH.index_add_(0, row_R, gate_R1 * loaded.down_bias_H.float())
 
 
 class _Passes:
@@ -296,7 +38,8 @@ class _Passes:
         power_H = change_EIH.new_zeros(change_EIH.shape[2], dtype=torch.float64)
         for portion in self._tokens.fitted():
             predicted_TH = predict(portion.served, change_EIH, portion.tokens)
-            power_H += predicted_TH.square_().sum(dim=0, dtype=torch.float64)
+            for some_RH in torch.split(predicted_TH, WIDENED_ROWS):
+                power_H += torch.linalg.vecdot(some_RH, some_RH, dim=0)
             yield
         return power_H
 
@@ -314,6 +57,33 @@ class _Gathered:
     def power(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
         yield
         return (change_EIH * self.matrix(change_EIH)).sum(dim=(0, 1), dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What came of the refit of a layer."""
+
+    outcome: Refitted
+    """In numbers."""
+
+    places: Mapping[int, int]
+    """Of experts that may be changed, by their number after compression."""
+
+    parts: int
+    """In which hidden channels were solved."""
+
+    results: Kept
+    """New down projections, part by part."""
+
+    @property
+    def helps(self) -> bool:
+        """Whether it is better, on the held-back tokens, than no change."""
+        return self.outcome.penalty is not None
+
+    def down(self, place: int) -> Tensor:
+        """Return the new down projection (H, I) of a refitted expert, to be stored."""
+        count = len(self.places)
+        return torch.cat([self.results.get(n * count + place) for n in range(self.parts)])
 
 
 class LayerRefit:
@@ -360,33 +130,31 @@ class LayerRefit:
         self._objectives = torch.zeros(method.refit_iterations + 1, dtype=torch.float64)
 
     @property
-    def helps(self) -> bool:
-        """Whether what was found is better, on the held-back tokens, than no change."""
-        return select(self._tried) is not None and self._misfit.share < 1
+    def found(self) -> "Found":
+        """What came of it, once all steps are done."""
+        tokens, curve = self._tokens, self._objectives
+        helps = self._helps
+        outcome = Refitted(
+            penalty=select(self._tried) if helps else None,
+            lacking=tokens.lacking / tokens.energy if tokens.energy else 0.0,
+            left=self._misfit.share if helps else 1.0,
+            tried=tuple(self._tried.items()),
+            residuals=tuple((curve / curve[0]).tolist()) if helps else (),
+        )
+        places = {expert: place for place, expert in enumerate(tokens.changing)}
+        parts = self._solver.column_blocks
+        return Found(outcome=outcome, places=places, parts=parts, results=self._results)
 
     @property
-    def outcome(self) -> Refitted:
-        """What came of it."""
-        tokens, curve = self._tokens, self._objectives
-        return Refitted(
-            penalty=select(self._tried) if self.helps else None,
-            lacking=tokens.lacking / tokens.energy if tokens.energy else 0.0,
-            left=self._misfit.share if self.helps else 1.0,
-            tried=tuple(self._tried.items()),
-            residuals=tuple((curve / curve[0]).tolist()) if self.helps else (),
-        )
+    def _helps(self) -> bool:
+        """Whether what was found is better, on the held-back tokens, than no change."""
+        return select(self._tried) is not None and self._misfit.share < 1
 
     @property
     def passes(self) -> int:
         """How often `steps` goes through the batches, at most."""
         iterations = 0 if self._solver.gathered else self._method.refit_iterations
         return self._solver.column_blocks * (2 + iterations)
-
-    def down(self, place: int) -> Tensor:
-        """Return the new down projection (H, I) of a refitted expert, to be stored."""
-        count = len(self._tokens.changing)
-        parts = range(self._solver.column_blocks)
-        return torch.cat([self._results.get(part * count + place) for part in parts])
 
     def add(self, portion: Portion) -> None:
         """Sum over the tokens of a batch that are fitted."""

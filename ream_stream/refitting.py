@@ -22,6 +22,7 @@ from .checkpoint.stacks import Slot, one_of
 from .durable import FileRange
 from .errors import ReamStreamError
 from .events import Refitted
+from .experts import StreamedExperts
 from .finite import Excluded
 from .journal import Workspace
 from .kept import Kept, keeping
@@ -29,7 +30,8 @@ from .model import StreamedModel
 from .plan import Plan
 from .playback import Playback
 from .refit_budget import ACTIVATIONS, KEPT
-from .refit_passes import LayerRefit, RoutedTokens, held_back
+from .refit_passes import Found, LayerRefit
+from .refit_tokens import RoutedTokens, held_back
 from .stream import Batches, with_states
 
 
@@ -64,20 +66,23 @@ class RefitJob:
         self._plan, self._tokens, self._workspace = plan, tokens, workspace
         self._excluded, self._model, self._index = excluded, model, index
         self._stack = ExitStack()
-        self._refit: LayerRefit | None = None
-        self._places: dict[int, int] = {}
+        self._routed: RoutedTokens | None = None
+        self._found: Found | None = None
         self.folder = workspace.scratch("layer")
         """Where the compressed layer is to be written first."""
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Make what is needed on disk for the length of the block, and remove it after."""
+        """Make what is needed on disk for the length of the block, and remove it after.
+
+        To its end the layer's tokens are kept, so it is run for the next layer within.
+        """
         durable.remove(self.folder)
         durable.make_directory(self.folder)
         with self._stack:
             yield
-        # activations and sums are large, and the layer is run once more
-        self._refit = None
+        # activations are large
+        self._routed = self._found = None
         durable.remove(self.folder)
 
     @contextmanager
@@ -161,28 +166,43 @@ class RefitJob:
                     yield min(done, total - 1), total
             except ValueError as error:
                 raise ReamStreamError(f"layer {self._index}: {error}") from error
-        self._refit = refit
-        self._places = {expert: place for place, expert in enumerate(changing)}
+        tokens.reopened(None)
+        self._routed, self._found = tokens, refit.found
         yield total, total
 
     @property
     def outcome(self) -> Refitted | None:
         """What came of it; None if nothing could be changed."""
-        return None if self._refit is None else self._refit.outcome
+        return None if self._found is None else self._found.outcome
+
+    @contextmanager
+    def answering(self, experts: StreamedExperts) -> Iterator[None]:
+        """Let what is kept of the layer's tokens give its experts' outputs.
+
+        They are those of the down projections of `experts`, for all batches in their order.
+        If no expert could be changed nothing was kept, and the experts run themselves.
+        """
+        if self._routed is None:
+            yield
+            return
+        self._routed.reopened(experts)
+        with _replaced(experts, self._routed.again):
+            yield
 
     def content(self) -> Callable[[str], Content]:
         """Return a function that gives each final tensor of the layer, by name."""
-        entries, refit = self._plan.output_checkpoint(self.folder).entries, self._refit
+        entries, found = self._plan.output_checkpoint(self.folder).entries, self._found
         stack = self._model.layers[self._index].stack
         assert stack is not None
         slots, count = stack.slots(), stack.count
         downs = {n for n, matrix in enumerate(stack.matrices) if matrix.parts == ("down",)}
 
         def one(name: str, slot: Slot, expert: int) -> Tensor | FileRange:
-            entry, place = entries[name], self._places.get(expert)
-            matrix = stack.matrices[slot.matrix]
-            if refit is not None and place is not None and slot.part not in matrix.activation:
-                return matrix.encode(matrix.join({"down": refit.down(place)}))[slot.part.suffix]
+            entry, matrix = entries[name], stack.matrices[slot.matrix]
+            place = None if found is None else found.places.get(expert)
+            if found is not None and place is not None and slot.part not in matrix.activation:
+                down_HI = found.down(place)
+                return matrix.encode(matrix.join({"down": down_HI}))[slot.part.suffix]
             start, stop = (entry.start, entry.stop)
             if slot.expert is None:
                 start, stop = one_of(entry, expert, count)
@@ -190,7 +210,7 @@ class RefitJob:
 
         def content(name: str) -> Content:
             slot = slots.get(name)
-            if refit is None or not refit.helps or slot is None or slot.matrix not in downs:
+            if found is None or not found.helps or slot is None or slot.matrix not in downs:
                 return entries[name]
             experts = range(count) if slot.expert is None else [slot.expert]
             return (one(name, slot, expert) for expert in experts)
@@ -205,9 +225,7 @@ class RefitJob:
         entering: HiddenStates | None,
     ) -> Iterator[None]:
         """Run the compressed layer, as far as its target, and take what it lacks."""
-        # on the instance: the module keeps its hooks
-        tokens.experts.forward = tokens.outputs  # type: ignore[method-assign]
-        try:
+        with _replaced(tokens.experts, tokens.outputs):
             for number, batch, hidden_BLH in with_states(batches, entering):
                 tokens.expect(batch)
                 if self._plan.follows:
@@ -219,11 +237,20 @@ class RefitJob:
                 wanted_TH = self._wanted.get(number).to(found_TH.device).view_as(found_TH)
                 refit.add(tokens.add(wanted_TH.float() - found_TH))
                 yield
-        finally:
-            del tokens.experts.forward
 
     def _store(self, name: str, numbers: int) -> Kept:
         """Return a store, in memory if the plan has room for it, until `open` ends."""
         in_memory = self._plan.memory[KEPT] > 0
         path = None if in_memory else self._workspace.scratch(name)
         return self._stack.enter_context(keeping(path, numbers))
+
+
+@contextmanager
+def _replaced(experts: StreamedExperts, outputs: Callable[..., Tensor]) -> Iterator[None]:
+    """Let a function stand in for experts for the length of the block."""
+    # on the instance: the module keeps its hooks
+    experts.forward = outputs  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del experts.forward

@@ -16,7 +16,7 @@ from .coding import coding_of, merged_experts
 from .families import text_config
 from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
-from .refit_budget import HELD_BACK_SHARE, KEPT
+from .refit_budget import ACTIVATIONS, HELD_BACK_SHARE, KEPT
 
 PHASES = (
     *("check", "observe", "follow", "compare", "align"),
@@ -189,7 +189,10 @@ class _Layer:
             return {"propagate": run + self._again(nbytes)}
         experts = nbytes - self.dense_bytes
         after_attention = self._dense_flop() - self._dense_flop(before_experts=True)
-        run += Work(expert_flop=self._expert_flop(self.stack), product_flop=after_attention)
+        experts_flop = self._expert_flop(self.stack)
+        if self.plan.memory.get(ACTIVATIONS):  # only down projections are applied
+            experts_flop //= 3
+        run += Work(expert_flop=experts_flop, product_flop=after_attention)
         run += self._passed_again(passes) + self._summed(passes)
         return {"propagate": run + self._again(nbytes + experts * (self._readings(passes) - 1))}
 
@@ -236,10 +239,10 @@ class _Layer:
         # the first pass makes activations in any case; the last iteration is half of one
         again = plan.refit_repeats
         judged = HELD_BACK_SHARE * (trials / blocks + 1)
-        products = 2 * matrix * (1 + max(0, 2 * passes - 1) + judged)
+        products = 2 * matrix * (1 + max(0, 2 * passes - 1) + judged) + 2 * stack.inner**2
         solved = (trials + iterations) * experts * 4 * stack.inner * matrix
         factors = (trials + blocks) * experts * 2 * stack.inner**3
-        wide = slots * 2 * stack.inner**2 + solved + factors
+        wide = solved + factors
         if solver.gathered:
             width = experts * stack.inner
             wide += slots * (plan.top_k + 1) * stack.inner**2

@@ -15,7 +15,7 @@ from ream_stream.errors import NumbersError
 from ream_stream.events import LayerDone
 from ream_stream.method.grouping import GROUPINGS
 from ream_stream.method.saliency import SALIENCIES
-from ream_stream.refit_passes import held_back
+from ream_stream.refit_tokens import held_back
 
 SEQUENCES = 20
 

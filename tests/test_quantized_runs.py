@@ -17,7 +17,7 @@ from ream_stream.against import against
 from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.experts import ExpertWeights, Form
 from ream_stream.model import Batch, StreamedModel
-from ream_stream.refit_passes import held_back
+from ream_stream.refit_tokens import held_back
 from ream_stream.verify import verify
 
 OFTEN = {"deepseek_v3-fp8", "gpt_oss-mxfp4", "qwen3_moe-nvfp4"}

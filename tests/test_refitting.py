@@ -16,8 +16,8 @@ from ream_stream.errors import OverBudgetError, UnsupportedModelError, UsageErro
 from ream_stream.events import LayerDone, Step
 from ream_stream.planning import make_plan
 from ream_stream.playback import main_output
-from ream_stream.refit_budget import KEPT, Solver
-from ream_stream.refit_passes import held_back
+from ream_stream.refit_budget import ACTIVATIONS, KEPT, Solver
+from ream_stream.refit_tokens import held_back
 
 KEEP = 6
 FAMILIES = [
@@ -176,6 +176,51 @@ def test_a_trajectory_is_refitted_to_what_leaves_each_layer_of_the_original(
             left = (lacking_TH - made_TH)[held_T].square().sum() / energy
             assert found.left == pytest.approx(left.item(), rel=1e-3)
     assert not list((done.output / ".ream-stream").glob("original*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2_moe",
+        "gpt_oss",  # with biases
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("deepseek_v3", "deepseek_v4", "mixtral", "llama4_text", "gemma4_text")
+        ),
+    ],
+)
+def test_what_enters_the_next_layer_is_what_the_written_one_gives(
+    checkpoints, tmp_path, name, dtype
+):
+    source, padded = checkpoints(name, dtype), some_tokens(20, 24, padded=True)
+    wanted = settings(KEEP, group_size=2, refit="down", dtype=str(dtype).removeprefix("torch."))
+    done = run(source, tmp_path / "out", wanted, padded)
+    assert any(found.penalty for found in outcomes(done).values())
+    real_SL = padded.attention_mask_SL.bool()
+    given = [(padded.input_ids_SL, padded.attention_mask_SL)]
+    (full,) = tiny.forward_in_transformers(done.output, dtype, given)
+    for layer, hidden_SLH in done.hidden.items():
+        ours, theirs = (each[real_SL].float() for each in (hidden_SLH, full.hidden[layer]))
+        # as far apart as roundings in the dtype take them from layer to layer
+        assert (ours - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm(), layer
+
+
+@pytest.mark.parametrize("experts", ["all", "changed"])
+def test_activations_made_again_give_the_same_bytes_as_kept_ones(
+    checkpoints, tmp_path, tokens, experts
+):
+    wanted = settings(KEEP, group_size=2, refit="down", refit_experts=experts, dtype="bfloat16")
+    plan = tiny.plan_for(checkpoints("qwen2_moe"), tokens, wanted)
+    assert plan.memory[ACTIVATIONS] > 0
+    plan = replace(plan, batch_sequences=7)
+    kept = tiny.run_plan(plan, tokens, tmp_path / "kept")
+    plan = replace(plan, memory={**plan.memory, ACTIVATIONS: 0})
+    again = tiny.run_plan(plan, tokens, tmp_path / "again")
+    assert any(found.penalty for found in outcomes(kept).values())
+    assert kept.files() == again.files()
+    for layer, hidden_SLH in kept.hidden.items():
+        assert torch.equal(hidden_SLH, again.hidden[layer])
 
 
 def test_a_budget_too_small_for_a_refit_is_refused_with_what_else_would_do(source, tokens):

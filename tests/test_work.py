@@ -13,6 +13,7 @@ from ream_stream.checkpoint.source import open_checkpoint
 from ream_stream.events import LayerDone
 from ream_stream.planning import make_plan
 from ream_stream.rates import UNCOUNTED, Rates, forecast
+from ream_stream.refit_budget import ACTIVATIONS
 from ream_stream.work import PHASES, Work, total, work_of
 
 PLENTY = 1 << 40
@@ -196,8 +197,13 @@ def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
         shard.nbytes for layer in plan.moe_layers for shard in layer.shards
     )
     plain = tiny.plan_for(source, tokens, tiny.settings(6, grouping="none"))
-    counted = work_of(plain, cache_bytes=1 << 30)
-    assert counted["refit"] == counted["follow"] == Work()
+    without = work_of(plain, cache_bytes=1 << 30)
+    assert without["refit"] == without["follow"] == Work()
+    # of three projections one is new to activations that were kept
+    again = replace(plan, memory={**plan.memory, ACTIVATIONS: 0})
+    for each, share in ((plan, 3), (again, 1)):
+        found = work_of(each, cache_bytes=1 << 30)["propagate"].expert_flop
+        assert found == without["propagate"].expert_flop // share
 
 
 def test_following_the_original_is_a_run_of_every_layer_more(checkpoints):

@@ -52,12 +52,17 @@ def project(batch: Iterable[Served], value_TH: Tensor, total_EIH: Tensor) -> Non
     """Add a_e^T value over the tokens of a batch to the total of each expert."""
     for expert, token_R, inner_RI in batch:
         value_TH = value_TH.to(inner_RI.dtype)
-        value_RH = value_TH.index_select(0, token_R)
-        value_RH = functional.pad(value_RH, (0, 0, 0, len(inner_RI) - len(token_R)))
-        if inner_RI.dtype == total_EIH.dtype:
-            total_EIH[expert].addmm_(inner_RI.T, value_RH)
-        else:
-            total_EIH[expert] += inner_RI.T @ value_RH
+        # rows of zeros are given any token's value
+        padded_R = functional.pad(token_R, (0, len(inner_RI) - len(token_R)))
+        _add_product(total_EIH[expert], inner_RI, value_TH.index_select(0, padded_R))
+
+
+def _add_product(total_IX: Tensor, left_RI: Tensor, right_RX: Tensor) -> None:
+    """Add left^T right, made in their dtype, to a float32 total."""
+    if left_RI.dtype == total_IX.dtype:
+        total_IX.addmm_(left_RI.T, right_RX)
+    else:
+        total_IX += left_RI.T @ right_RX
 
 
 class NormalSums:
@@ -98,9 +103,12 @@ class NormalSums:
             self.count_E[expert] += len(token_R)
             for some_RI in torch.split(inner_RI, WIDENED_ROWS):
                 wide_RI = some_RI.float()
+                self.diagonal_EI[expert] += torch.linalg.vecdot(wide_RI, wide_RI, dim=0)
                 if self.gram_EII is not None:
-                    self.gram_EII[expert].addmm_(wide_RI.T, wide_RI)
-                self.diagonal_EI[expert] += wide_RI.square().sum(dim=0, dtype=torch.float64)
+                    # the diagonal apart, A_e only helps the iterations: rounding does not harm
+                    # the solution, but float16 has not the range for sums of squares
+                    own_RI = some_RI if some_RI.dtype == torch.bfloat16 else wide_RI
+                    _add_product(self.gram_EII[expert], own_RI, own_RI)
         self.add_target(batch, residual_TH)
 
     def add_target(self, batch: Sequence[Served], residual_TH: Tensor) -> None:
