@@ -10,10 +10,11 @@ from transformers.core_model_loading import WeightConverter
 from .checkpoint.quantized import tensors_of
 from .checks import Check, Subject
 from .finite import is_finite
-from .model import Batch, StreamedModel, shape_of
+from .model import Batch, StreamedModel
 from .mtp import find_mtp
 from .seeds import generator
 from .skeleton import get_tensor, places
+from .tensor_map import shape_of
 
 TOKENS = 16
 """Of the sequence that is run."""
@@ -32,7 +33,7 @@ def _places(subject: Subject) -> Iterator[str]:
     state, reached = whole.state_dict(), set(whole.all_tied_weights_keys)
     apart = find_mtp(entries, subject.checkpoint.config)
     experts = tuple(stack.prefix + "." for stack in subject.stacks.values())
-    origin = model.placed(_floats(model))
+    origin = model.map.placed(_floats(model))
     for place, target, _, converter in places(whole, origin):
         name = origin[place]
         if target in state:

@@ -10,24 +10,20 @@ again here.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.formats import Stored
-from .checkpoint.header import TensorEntry
-from .checkpoint.quantized import find_quantized, float_name, tensors_of
 from .checkpoint.source import Checkpoint
-from .checkpoint.stacks import ExpertStack, Tensors
+from .checkpoint.stacks import Tensors
 from .errors import DamagedError, UnsupportedModelError
 from .experts import ExpertWeights, Form, StreamedExperts
 from .memory import bound_kernel_caches, trim
-from .mtp import find_mtp, find_wiring
+from .mtp import find_wiring
 from .scaled_inputs import route_scaled
 from .skeleton import (
     build_skeleton,
@@ -36,15 +32,14 @@ from .skeleton import (
     find_decoder,
     find_fused_experts,
     get_tensor,
-    key_targets,
     mixes_states,
     passes_selection,
     path_of,
     project_pieces,
     put_tensor,
     states_axis,
-    text_part,
 )
+from .tensor_map import TensorMap
 
 
 class _StopForwardError(Exception):
@@ -64,53 +59,6 @@ class Batch:
 
     attention_mask_BL: Tensor | None
     """1 for tokens, 0 for padding; None if there is no padding."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerKeys:
-    """Tensors of one decoder layer, or of a multi-token-prediction layer."""
-
-    index: int
-    """Position of the layer in the model."""
-
-    names: tuple[str, ...]
-    """All its tensors in the checkpoint, sorted."""
-
-    dense: Mapping[str, tuple[str, ...]]
-    """Of every parameter and buffer that is no expert's the tensors, several if they are
-    joined; names of their floats, if quantized."""
-
-    stack: ExpertStack | None
-    """Its routed experts; None in a dense layer."""
-
-    quantized: Mapping[str, Stored] = field(default_factory=dict)
-    """How those of `dense` are stored that are not floats."""
-
-    is_mtp: bool = False
-    """Whether it is a multi-token-prediction layer, behind the decoder's last."""
-
-    def shape(self, name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, ...]:
-        """Return the shape of one of `dense`."""
-        return shape_of(name, self.quantized, entries)
-
-    def dense_names(self) -> list[str]:
-        """Return all names of `dense`."""
-        return [name for names in self.dense.values() for name in names]
-
-    def dense_tensors(self) -> list[str]:
-        """Return its tensors that are no expert's."""
-        experts = self.stack.slots() if self.stack else {}
-        return [name for name in self.names if name not in experts]
-
-
-def shape_of(
-    name: str, quantized: Mapping[str, Stored], entries: Mapping[str, TensorEntry]
-) -> tuple[int, ...]:
-    """Return the shape of a tensor's floats, by the name that they have."""
-    if name not in quantized:
-        return entries[name].shape
-    stored = quantized[name]
-    return (*([] if stored.count is None else [stored.count]), stored.rows, stored.cols)
 
 
 class StreamedModel:
@@ -147,9 +95,8 @@ class StreamedModel:
         stacks = checkpoint.experts()
         self._mtp = find_wiring(stacks, checkpoint.config)
         self.model = build_skeleton(checkpoint.config, dtype, device, self._mtp)
-        self._layers_path, self._decoder = find_decoder(self.model)
-        self._text = text_part(self.model, self._layers_path)
-        self.final_norm = final_norm(self.model, self._layers_path) if self._mtp else None
+        layers_path, self._decoder = find_decoder(self.model)
+        self.final_norm = final_norm(self.model, layers_path) if self._mtp else None
         """What a multi-token-prediction layer is behind; None if there is none."""
         self._is_tuple = passes_selection(self.model, self._decoder)
         self._states = states_axis(self._decoder[0])
@@ -159,24 +106,14 @@ class StreamedModel:
         for index, module in enumerate(self._decoder):
             route_scaled(module)
             module.forward = self._relay(index, module.forward)
-        entries = checkpoint.entries
-        self.quantized = find_quantized(entries, checkpoint.quantization)
-        coded = {name for stored in self.quantized.values() for name in tensors_of(stored)}
-        names = [name for name in entries if name not in coded]
-        origin = self.placed([*names, *self.quantized])
-        found = key_targets(self.model, origin, self._text)
-        self._targets = {origin[place]: target for place, target in found.items()}
-        self.layers = self._plan_layers(stacks.values())
-        self._outside: dict[str, tuple[str, ...]] = {}
-        for name, target in self._targets.items():
-            if not target.startswith(self._layers_path + "."):
-                self._outside[target] = (*self._outside.get(target, ()), name)
-        self._check_outside()
+        self.map = TensorMap(checkpoint, self.model, self._mtp)
+        """Which tensors of the checkpoint go where."""
+        self.layers, self.quantized = self.map.layers, self.map.quantized
 
     @property
     def num_layers(self) -> int:
         """Decoder layers, dense ones included; those for multi-token prediction are not."""
-        return len(self._decoder) - (self._mtp is not None)
+        return self.map.num_layers
 
     @property
     def text_config(self) -> Any:  # noqa: ANN401 - a config of transformers
@@ -198,18 +135,6 @@ class StreamedModel:
         """Return all tensors of the checkpoint that belong to no decoder layer, sorted."""
         inside = {name for layer in self.layers for name in layer.names}
         return sorted(set(self.checkpoint.entries) - inside)
-
-    def placed(self, names: Iterable[str]) -> dict[str, str]:
-        """Return tensors by the names that they would have as a decoder layer's.
-
-        Only those of a multi-token-prediction layer have others.
-        """
-        origin = {name: name for name in names}
-        if self._mtp is not None:
-            layer = f"{self._layers_path}.{self.num_layers}"
-            for name in find_mtp(list(origin), self.checkpoint.config):
-                origin[self._mtp.place(name, layer)] = origin.pop(name)
-        return origin
 
     def router(self, index: int) -> nn.Module:
         """Return the router module of an MoE layer."""
@@ -241,16 +166,16 @@ class StreamedModel:
             large = {id(embedding.weight), id(head.weight)}
             small = {
                 target: found
-                for target, found in self._outside.items()
+                for target, found in self.map.outside.items()
                 if id(get_tensor(self.model, target)) not in large
             }
             self._fill(small, tensors)
             stack.callback(self._drop, small)
-            (table,) = self._outside[path_of(self.model, embedding) + ".weight"]
+            (table,) = self.map.outside[path_of(self.model, embedding) + ".weight"]
             embedding.padding_idx = None
             rows = self._read(tensors, table, self.dtype)
             embedding.forward = embed_rows(embedding, rows, self.dtype, self.device)
-            (matrix,) = self._outside.get(path_of(self.model, head) + ".weight", (table,))
+            (matrix,) = self.map.outside.get(path_of(self.model, head) + ".weight", (table,))
             head.forward = project_pieces(head.bias, self._read(tensors, matrix, self.dtype))
             yield
 
@@ -454,122 +379,6 @@ class StreamedModel:
         next_BL = batch.input_ids_BL.to(self.device).roll(-1, dims=1)
         joined_BLH: Tensor = layer.next_token(hidden_BLH, model.get_input_embeddings()(next_BL))
         return joined_BLH.flatten(2)
-
-    def _plan_layers(self, stacks: Iterable[ExpertStack]) -> list[LayerKeys]:
-        pattern = re.compile(re.escape(self._layers_path) + r"\.(\d+)\.(.+)")
-        names: list[list[str]] = [[] for _ in self._decoder]
-        dense: list[dict[str, tuple[str, ...]]] = [{} for _ in self._decoder]
-        owner: dict[int, ExpertStack] = {}
-        stack_of: dict[str, ExpertStack] = {}
-        for stack in stacks:
-            for name, slot in stack.slots().items():
-                plain = (
-                    name
-                    if name in self._targets
-                    else float_name(
-                        stack.matrices[slot.matrix].place(slot.expert or 0), slot.part.suffix
-                    )
-                )
-                stack_of[plain] = stack
-        for name, target in self._targets.items():
-            match = pattern.fullmatch(target)
-            if match is None:
-                continue
-            index = int(match[1])
-            of = stack_of.get(name)
-            if of is None:
-                dense[index][target] = (*dense[index].get(target, ()), name)
-                stored = self.quantized.get(name)
-                names[index] += [name] if stored is None else tensors_of(stored)
-            elif index not in owner:
-                owner[index] = of
-                names[index] += of.slots()
-            elif owner[index] is not of:
-                raise UnsupportedModelError(
-                    f"layer {index} has two sets of routed experts, {owner[index].prefix} "
-                    f"and {of.prefix}"
-                )
-        if self._mtp is not None:  # what is not run too: a norm and a head for its output
-            names[-1] = [*find_mtp(self.checkpoint.entries, self.checkpoint.config)]
-        layers = [
-            LayerKeys(
-                index=index,
-                is_mtp=index >= self.num_layers,
-                names=tuple(sorted(names[index])),
-                dense=dense[index],
-                stack=owner.get(index),
-                quantized={
-                    name: self.quantized[name]
-                    for parts in dense[index].values()
-                    for name in parts
-                    if name in self.quantized
-                },
-            )
-            for index in range(len(self._decoder))
-        ]
-        for layer in layers:
-            self._check_layer(layer)
-        return layers
-
-    def _check_layer(self, layer: LayerKeys) -> None:
-        """Refuse a layer whose parameters are not all there, in the model's shapes."""
-        prefix = f"{self._layers_path}.{layer.index}."
-        wanted = {prefix + key for key in self._decoder[layer.index].state_dict()}
-        if layer.stack is not None:
-            path, module = find_fused_experts(self._decoder[layer.index])
-            fused = {f"{prefix}{path}.{name}" for name, _ in module.named_parameters()}
-            wanted -= fused
-            self._check_stack(layer.index, layer.stack, module)
-        of = " of its multi-token-prediction layer" if layer.is_mtp else ""
-        self._check_tensors(wanted, layer.dense, of)
-
-    def _check_stack(self, index: int, stack: ExpertStack, module: nn.Module) -> None:
-        """Refuse experts that are not the model's."""
-        form = Form.of(module)
-        count, hidden, inner = get_tensor(module, "down_proj").shape
-        if form.is_transposed:
-            hidden, inner = inner, hidden
-        if stack.count != count:
-            raise DamagedError(
-                f"layer {index} has {stack.count} experts, config.json says {count}"
-            )
-        if (stack.inner, stack.hidden) != (inner, hidden):
-            first = stack.matrices[0]
-            raise DamagedError(
-                f"{next(stack.expert_slots(0))[0]} has shape {first.shape}, the model has "
-                f"experts of {(inner, hidden)}"
-            )
-        if (stack.is_gated, stack.has_bias) != (form.is_gated, form.has_bias):
-            raise DamagedError(
-                f"{stack.prefix}: gates or biases are not those of {type(module).__name__}"
-            )
-
-    def _check_outside(self) -> None:
-        """Refuse a checkpoint that lacks what is outside the layers; what is tied may lack."""
-        prefix = self._layers_path + "."
-        wanted = {
-            key
-            for key in self.model.state_dict()
-            if key.startswith(self._text) and not key.startswith(prefix)
-        }
-        self._check_tensors(wanted - set(self.model.all_tied_weights_keys), self._outside)
-
-    def _check_tensors(
-        self, wanted: set[str], found: Mapping[str, tuple[str, ...]], of: str = ""
-    ) -> None:
-        missing = sorted(wanted - set(found))
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise DamagedError(f"the checkpoint lacks {missing[0]}{more}{of}")
-        for target, names in found.items():
-            name = names[0]
-            shapes = [shape_of(n, self.quantized, self.checkpoint.entries) for n in names]
-            shape = shapes[0]
-            if len(names) > 1:
-                shape = (sum(part[0] for part in shapes), *shape[1:])
-            expected = tuple(get_tensor(self.model, target).shape)
-            if shape != expected:
-                raise DamagedError(f"{name} has shape {shape}, the model {expected}")
 
     def _read(self, tensors: Tensors, name: str, dtype: torch.dtype) -> Tensor:
         """Return a tensor: floats as they are stored, others decoded to `dtype`."""

@@ -12,10 +12,11 @@ from .checkpoint.source import Checkpoint
 from .checkpoint.stacks import ExpertStack
 from .errors import DamagedError
 from .families import Family, with_expert_count
-from .model import LayerKeys, StreamedModel, shape_of
+from .model import StreamedModel
 from .mtp import without_mtp
 from .plan import LayerPlan
 from .settings import Settings
+from .tensor_map import LayerKeys, shape_of
 
 FORMAT_KEYS = ("quantization_config", "expert_dtype")
 """Keys of config.json that tell how weights are stored."""

@@ -13,10 +13,10 @@ from .checkpoint.shards import Shard
 from .checkpoint.source import Checkpoint
 from .checkpoint.stacks import ExpertStack
 from .families import Family
-from .model import LayerKeys
 from .refit_budget import ACTIVATIONS, HELD_BACK_SHARE, Solver
 from .settings import Settings
 from .supply import Supply
+from .tensor_map import LayerKeys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
