@@ -52,7 +52,7 @@ class Method:
     """One of `REFIT_TARGETS`: ``layer`` is what the original layer gives on the same inputs,
     ``trajectory`` what leaves it in the original model."""
 
-    refit_iterations: int = 3
+    refit_iterations: int = 2
     """Iterations of conjugate gradients at most."""
 
     refit_lambda: tuple[float, ...] = (0.3, 1.0, 3.0)

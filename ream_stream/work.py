@@ -240,7 +240,7 @@ class _Layer:
         again = plan.refit_repeats
         judged = HELD_BACK_SHARE * (trials / blocks + 1)
         products = 2 * matrix * (1 + max(0, 2 * passes - 1) + judged) + 2 * stack.inner**2
-        solved = (trials + iterations) * experts * 4 * stack.inner * matrix
+        solved = (trials + iterations) * experts * 2 * stack.inner * matrix
         factors = (trials + blocks) * experts * 2 * stack.inner**3
         wide = solved + factors
         if solver.gathered:

@@ -150,7 +150,7 @@ def robustness_cases(seeds: int) -> Iterator[Case]:
                 yield Case(
                     experts=experts, refit="layer", seed=seed, penalties=(penalty,), **common
                 )
-            for iterations in (1, 2, 5, 8):
+            for iterations in (1, 2, 3, 5, 8):
                 yield Case(
                     experts=experts, refit="layer", seed=seed, iterations=iterations, **common
                 )

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .normal import NormalSums
 
+WELL_CONDITIONED = 1e4
+"""Trace of A_e as a multiple of l_e, I / lambda: no two eigenvalues are further apart."""
+
 
 class Preconditioner(Protocol):
     """Something near the inverse of each expert's A_e + l_e, symmetric and positive."""
@@ -37,12 +40,13 @@ class Diagonal:
 
 
 class Cholesky:
-    """Exact inverses of A_e + l_e, by inverse factors that take the place of the blocks.
+    """Exact inverses of A_e + l_e, or of their factors, that take the place of the blocks.
 
-    Inverted, because two products are ten times as fast as two triangular solutions, and
-    X^T X is as positive. The lower triangles of ``sums.gram_EII`` are overwritten, with the
-    diagonals. The upper ones stay, so that the sums can be factorised again for another
-    penalty, but no more tokens can be added.
+    Inverted, because products are ten times as fast as triangular solutions. The inverse is
+    surely positive in float32 up to `WELL_CONDITIONED`; beyond, with X the factor's inverse,
+    X^T X is, for twice the operations. The lower triangles of ``sums.gram_EII`` are
+    overwritten, with the diagonals. The upper ones stay, so that the sums can be factorised
+    again for another penalty, but no more tokens can be added.
 
     Raises
     ------
@@ -55,6 +59,7 @@ class Cholesky:
         if sums.gram_EII is None:
             raise ValueError("the sums hold no blocks to factorise; use the diagonal")
         self._factor_EII = sums.gram_EII
+        self._whole: dict[int, bool] = {}
         self._reached = [trace > 0 for trace in sums.diagonal_EI.sum(dim=1).tolist()]
         for expert, penalty in enumerate(penalty_E.tolist()):
             if self._reached[expert]:
@@ -81,15 +86,22 @@ class Cholesky:
                 )
             # the factor only helps the iterations: the solution does not depend on it
             shift *= 10
-        unit_II = torch.eye(len(diagonal_I), dtype=torch.float64, device=factor_II.device)
-        inverse_II = torch.linalg.solve_triangular(factor_II, unit_II, upper=False)
-        stored_II.copy_(stored_II.triu(1) + inverse_II)
+        whole = bool(diagonal_I.sum() < WELL_CONDITIONED * shift)
+        if whole:
+            inverse_II = torch.cholesky_inverse(factor_II)
+        else:
+            unit_II = torch.eye(len(diagonal_I), dtype=torch.float64, device=factor_II.device)
+            inverse_II = torch.linalg.solve_triangular(factor_II, unit_II, upper=False)
+        self._whole[expert] = whole
+        stored_II.copy_(stored_II.triu(1) + inverse_II.tril())
 
     def solve(self, expert: int, residual_IH: Tensor) -> Tensor:
-        """Solve with the factor."""
+        """Solve with the inverse."""
         if not self._reached[expert]:
             return torch.zeros_like(residual_IH)
         inverse_II = self._factor_EII[expert].tril()
+        if self._whole[expert]:
+            return (inverse_II + inverse_II.tril(-1).T) @ residual_IH
         return inverse_II.T @ (inverse_II @ residual_IH)
 
 

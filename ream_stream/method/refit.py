@@ -188,7 +188,7 @@ def solve(
     operator: Operator,
     *,
     penalty: float,
-    iterations: int = 3,
+    iterations: int = 2,
     tolerance: float = 0.0,
     preconditioner: str = "blocks",
 ) -> Generator[None, None, Refit]:
