@@ -38,7 +38,15 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "methods": ("ream", "reap", "hc-smoe", "mc-smoe", "frequency"),
-    "ablation": ("ream", *(name for name in VARIANTS if name.startswith("ream "))),
+    "ablation": (
+        "ream",
+        "ream by frequency",
+        "ream without gate term",
+        "ream without pseudo-pruning",
+        "ream aligned by activations",
+        "ream without alignment",
+        "ream not sequential",
+    ),
     "controls": (
         "ream",
         "reap",
