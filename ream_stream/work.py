@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
-from .allotment import OUTPUTS, SUMS
+from .allotment import CACHE_SHARE, OUTPUTS, SUMS
 from .blocks import cut_experts
 from .checkpoint.stacks import ExpertStack
 from .coding import coding_of, merged_experts
@@ -82,8 +82,9 @@ def work_of(plan: Plan, *, cache_bytes: int, committed: int = 0) -> dict[str, Wo
     plan
         The run.
     cache_bytes
-        Memory that the page cache may take. A layer that does not fit in it is read
-        again in each phase, its experts for each batch.
+        Memory that the page cache may take. A layer that does not fit in it, with the
+        states that pass through, is read again in each phase; its experts for each batch,
+        if they alone are more than their share of it and a device does not keep them.
     committed
         Layers that are done already.
     """
@@ -115,6 +116,7 @@ class _Layer:
         self.entering = plan.hidden_bytes if layer.keys.index else 0
         held = self.bytes + self.output_bytes + 2 * plan.boundary_bytes
         self.fits = held <= cache_bytes
+        self.stays = self.bytes - self.dense_bytes <= CACHE_SHARE * cache_bytes
 
     def phases(self) -> dict[str, Work]:
         """Return its work by phase."""
@@ -127,7 +129,7 @@ class _Layer:
         plan, experts = self.plan, self.bytes - self.dense_bytes
         sequential, merges = plan.settings.sequential, self._merges()
         passes = len(cut_experts(plan.num_experts, plan.expert_blocks))
-        observe = self._again(self.dense_bytes + experts * self._readings(passes)) + Work(
+        observe = self._again(self.dense_bytes + int(experts * self._readings(passes))) + Work(
             read_bytes=self.entering,
             written_bytes=plan.scratch.get(OUTPUTS, 0) if self._records(passes) else 0,
             expert_flop=self._expert_flop(self.stack),
@@ -151,9 +153,12 @@ class _Layer:
             phases |= self._propagated(self.output_bytes, passes=passes)
         return phases
 
-    def _readings(self, passes: int) -> int:
-        """Return how often the experts are read."""
-        return 1 if self.fits or passes > 1 else self.plan.num_batches
+    def _readings(self, passes: int) -> float:
+        """Return how often an expert is read in the passes of all batches, in the mean."""
+        if self.fits or self.stays or passes > 1:
+            return 1.0
+        kept = min(1.0, self.plan.resident_experts / self.plan.num_experts)
+        return kept + (1 - kept) * self.plan.num_batches
 
     def _records(self, passes: int) -> bool:
         """Tell whether attention's outputs serve a later pass."""
@@ -194,7 +199,9 @@ class _Layer:
             experts_flop //= 3
         run += Work(expert_flop=experts_flop, product_flop=after_attention)
         run += self._passed_again(passes) + self._summed(passes)
-        return {"propagate": run + self._again(nbytes + experts * (self._readings(passes) - 1))}
+        return {
+            "propagate": run + self._again(nbytes + int(experts * (self._readings(passes) - 1)))
+        }
 
     def _followed(self) -> dict[str, Work]:
         """Return the run of the source layer in the original model."""
@@ -202,7 +209,7 @@ class _Layer:
         if not plan.follows or (self.is_last and self.stack is None):
             return {}
         experts = self.bytes - self.dense_bytes if self.stack else 0
-        work = self._again(self.bytes + experts * (readings - 1)) + Work(
+        work = self._again(self.bytes + int(experts * (readings - 1))) + Work(
             read_bytes=self.entering,
             written_bytes=0 if self.is_last else plan.hidden_bytes,
             expert_flop=self._expert_flop(self.stack) if self.stack else 0,

@@ -57,6 +57,25 @@ def test_a_layer_that_memory_cannot_hold_is_read_for_each_batch(plan_of):
     }
 
 
+def test_experts_are_read_for_each_batch_if_neither_cache_nor_device_keeps_them(plan_of):
+    plan = replace(plan_of(), batch_sequences=1)
+    entries, stacks = plan.source.entries, [layer.keys.stack for layer in plan.moe_layers]
+    layers = [sum(entries[name].nbytes for name in stack.slots()) for stack in stacks]
+    [each] = set(layers)
+
+    def read(cache_bytes, resident=0):
+        kept = replace(plan, resident_experts=resident)
+        observe = work_of(kept, cache_bytes=cache_bytes)["observe"]
+        assert not observe.cached_bytes
+        return observe.read_bytes
+
+    # half of the cache is for what passes through it
+    once = read(2 * each)
+    assert read(2 * each - 1) == once + 3 * sum(layers)
+    assert read(2 * each - 1, resident=2) == once + 3 * sum(layers) * 6 // 8
+    assert read(0, resident=8) == once
+
+
 def test_operations_of_experts_are_those_of_routed_tokens(plan_of):
     work = work_of(plan_of(), cache_bytes=PLENTY)
     tokens, moe = 4 * 12, 2
