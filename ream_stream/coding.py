@@ -38,8 +38,8 @@ def coding_of(plan: Plan, layer: LayerPlan) -> Mapping[str, Coded]:
     else:
         left = 0 if writes_floats else dense
         again = plan.settings.sequential and not is_last
-        after = left + _numbers(output) * _loads(plan, output.count)
-        seen = dense + _numbers(source) * _loads(plan, source.count)
+        after = left + _numbers(output) * loads(plan, output.count)
+        seen = dense + _numbers(source) * loads(plan, source.count)
         found = {
             "observe": Coded(decoded=seen),
             "follow": Coded(decoded=seen * plan.follows),
@@ -61,7 +61,7 @@ def _numbers(stack: ExpertStack) -> int:
     return sum(m.stored.rows * m.stored.cols for m in stack.matrices if _is_coded(m))
 
 
-def _loads(plan: Plan, experts: int) -> int:
+def loads(plan: Plan, experts: int) -> int:
     """Return how often an expert is loaded in the passes of all batches."""
     kept = [
         min(plan.resident_experts, len(block))
@@ -107,7 +107,7 @@ def _written(plan: Plan, source: ExpertStack, output: ExpertStack, dense: int) -
 def _refitted(plan: Plan, output: ExpertStack, dense: int) -> Coded:
     """Count passes over the layer, and what its down projections become once stored."""
     passes = 1 + plan.refit_repeats
-    run = _numbers(output) * (_loads(plan, output.count) * passes + output.count)
+    run = _numbers(output) * (loads(plan, output.count) * passes + output.count)
     downs = [m.stored for m in output.matrices if m.parts == ("down",) and _is_coded(m)]
     down = output.count * sum(stored.rows * stored.cols for stored in downs)
     # to be judged, and once for each tensor that is written

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from .allotment import CACHE_SHARE, OUTPUTS, SUMS
 from .blocks import cut_experts
 from .checkpoint.stacks import ExpertStack
-from .coding import coding_of, merged_experts
+from .coding import coding_of, loads, merged_experts
 from .families import text_config
 from .method.alignment import ALIGNMENTS
 from .plan import LayerPlan, Plan
@@ -157,8 +157,7 @@ class _Layer:
         """Return how often an expert is read in the passes of all batches, in the mean."""
         if self.fits or self.stays or passes > 1:
             return 1.0
-        kept = min(1.0, self.plan.resident_experts / self.plan.num_experts)
-        return kept + (1 - kept) * self.plan.num_batches
+        return loads(self.plan, self.plan.num_experts) / self.plan.num_experts
 
     def _records(self, passes: int) -> bool:
         """Tell whether attention's outputs serve a later pass."""
