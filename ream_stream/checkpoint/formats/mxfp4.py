@@ -88,13 +88,13 @@ class Mxfp4:
         """
         rows, cols = matrix_RC.shape
         given = (kept or {}).get(self.scale_suffix)
+        given = None if given is None else given.view(torch.uint8)
         exponent_RG = torch.empty(
             rows, cols // _GROUP, dtype=torch.uint8, device=matrix_RC.device
         )
 
         def choose(group_PGN: Tensor, start: int, stop: int) -> Tensor:
-            known = None if given is None else given[start:stop].view(torch.uint8)
-            exponent_RG[start:stop] = _choose(group_PGN) if known is None else known
+            exponent_RG[start:stop] = _choose(group_PGN) if given is None else given[start:stop]
             return _power(exponent_RG[start:stop])
 
         byte_RB = encode_groups(matrix_RC, _GROUP, choose, e2m1_code)
