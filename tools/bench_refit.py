@@ -14,13 +14,14 @@ again, so a table can be stopped, continued, and shared among processes: --part 
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,28 @@ def cell(found: Found, cases: Sequence[Case], domains: Sequence[str] = tuple(DOM
     return f"{statistics.mean(means):.4f}{spread}"
 
 
+def show_gains(found: Found, cases: Sequence[Case]) -> None:
+    """Print what refits gain draw by draw, which means and spreads do not tell."""
+
+    def lost(case: Case, **changed: str) -> float:
+        line = found.get(replace(case, **changed).key)
+        return statistics.mean(line["lost"].values()) if line else math.nan
+
+    print("\n## Of the loss of another method, what pruning by energy removes, draw by draw\n")
+    mine = [c for c in cases if c.method == "prune by energy" and c.refit != "none"]
+    for experts, refit in dict.fromkeys((case.experts, case.refit) for case in mine):
+        for other in ("prune by reap", "merge by ream"):
+            shares = [
+                f"{1 - lost(case) / lost(case, method=other, refit='none'):.0%}"
+                for case in mine
+                if (case.experts, case.refit) == (experts, refit)
+            ]
+            print(f"{experts} kept, {refit}, of {other}: {', '.join(shares)}")
+    pairs = [(lost(c), lost(c, refit="layer")) for c in cases if c.refit == "trajectory"]
+    less = sum(one < other for one, other in pairs)
+    print(f"\nthe trajectory lost less than layer in {less} of {len(pairs)} pairs of runs")
+
+
 def show(found: Found, seeds: int) -> None:
     """Print every table, with what is there."""
     cases = list(method_cases(seeds))
@@ -282,6 +305,7 @@ def show(found: Found, seeds: int) -> None:
             for r in REFITS
         ]
         print(f"| {method} | {' | '.join(cells)} |")
+    show_gains(found, cases)
     cases = list(robustness_cases(seeds))
     print("\n## Calibrated without a domain: that domain, and the others\n")
     print(f"| method, kept, absent | {' | '.join(REFITS)} |")
