@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import zarr.storage._local
 
-from ream_stream import durable
+from ream_stream import files as durable
 
 Moment = Literal["before", "halfway", "after"]
 WRITES = ("fill", "put")

@@ -16,13 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from ream_stream import allotment, planning
 from ream_stream.calibration.tokens import from_tensors
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.journal import Workspace
+from ream_stream.compression.pipeline import compress
 from ream_stream.events import Finished, LayerDone
-from ream_stream.experts import ExpertWeights
-from ream_stream.journal import Workspace
-from ream_stream.pipeline import compress
+from ream_stream.model.experts import ExpertWeights
+from ream_stream.planning import allocation, planner
 from ream_stream.settings import Method, Settings
 
 SEQUENCES, LENGTH = 16, 128
@@ -78,13 +78,13 @@ def make_plan(source, sequences, dtype, room, refit):
         compute_dtype=dtype,
     )
     if room is None:
-        allotment.MAX_BATCH_TOKENS = BATCH_TOKENS
-        return planning.make_plan(checkpoint, settings, sequences, LENGTH), None
+        allocation.MAX_BATCH_TOKENS = BATCH_TOKENS
+        return planner.make_plan(checkpoint, settings, sequences, LENGTH), None
     # told the first time: what is loaded when a plan is made is in the second one's base
     for _ in range(2):
-        planned = planning.make_plan(checkpoint, settings, sequences, LENGTH, ram=1 << 40)
+        planned = planner.make_plan(checkpoint, settings, sequences, LENGTH, ram=1 << 40)
     ram = planned.memory["interpreter and libraries"] + room
-    return planning.make_plan(checkpoint, settings, sequences, LENGTH, ram=ram), ram
+    return planner.make_plan(checkpoint, settings, sequences, LENGTH, ram=ram), ram
 
 
 def main(options):

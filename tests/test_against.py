@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from ream_stream.against import against
+from ream_stream.evaluation.source_diff import against
 
 
 def bad(output, source):

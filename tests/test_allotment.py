@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from ream_stream import allotment, budget, planning
-from ream_stream.allotment import CHUNKS, NORMS, OUTPUTS, SUMS
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.journal import Journal, Workspace
 from ream_stream.errors import OverBudgetError
-from ream_stream.journal import Journal, Workspace
-from ream_stream.work import total, work_of
+from ream_stream.planning import allocation, memory, planner
+from ream_stream.planning.allocation import CHUNKS, NORMS, OUTPUTS, SUMS
+from ream_stream.planning.cost import total, work_of
 
 SEQUENCES, LENGTH, HIDDEN = 64, 2, 32
 OURS = 300_000_000
@@ -21,16 +21,16 @@ OURS = 300_000_000
 @pytest.fixture
 def plan_of(checkpoints, monkeypatch):
     """Plan a run; `cache` is what the machine has beyond what the interpreter takes."""
-    monkeypatch.setattr(budget, "anonymous_bytes", lambda: OURS)
-    monkeypatch.setattr(planning, "anonymous_bytes", lambda: OURS)
-    monkeypatch.setattr(allotment, "MAX_BATCH_TOKENS", 4 * LENGTH)
+    monkeypatch.setattr(memory, "anonymous_bytes", lambda: OURS)
+    monkeypatch.setattr(planner, "anonymous_bytes", lambda: OURS)
+    monkeypatch.setattr(allocation, "MAX_BATCH_TOKENS", 4 * LENGTH)
     checkpoint = open_checkpoint(checkpoints("qwen3_moe"))
 
     def give(cache=1 << 40, **options):
-        monkeypatch.setattr(planning, "available_bytes", lambda: cache)
+        monkeypatch.setattr(planner, "available_bytes", lambda: cache)
         # comparing experts would take more than any batch of so small a model
         wanted = tiny.settings(6, grouping="none")
-        plan = planning.make_plan(
+        plan = planner.make_plan(
             checkpoint, wanted, SEQUENCES, LENGTH, **{"ram": 1 << 40, **options}
         )
         assert sum(plan.memory.values()) == plan.memory_bytes <= options.get("ram", 1 << 40)
@@ -68,12 +68,12 @@ def test_a_layer_that_it_does_not_hold_is_cut_and_read_once_a_phase(plan_of):
 
 
 def test_one_batch_reads_a_layer_once_anyway(plan_of, monkeypatch):
-    monkeypatch.setattr(allotment, "MAX_BATCH_TOKENS", SEQUENCES * LENGTH)
+    monkeypatch.setattr(allocation, "MAX_BATCH_TOKENS", SEQUENCES * LENGTH)
     assert plan_of(cache=scarce(plan_of())).expert_blocks == 1
 
 
 def test_experts_are_not_cut_where_passes_would_read_more_than_batches(plan_of, monkeypatch):
-    monkeypatch.setattr(allotment, "MAX_BATCH_TOKENS", 16 * LENGTH)
+    monkeypatch.setattr(allocation, "MAX_BATCH_TOKENS", 16 * LENGTH)
     whole = plan_of()
     # 3 more readings of 24 kB against 2 more passes over 16 kB of states, read and written
     assert (whole.num_batches, plan_of(cache=scarce(whole)).expert_blocks) == (4, 1)
@@ -174,9 +174,9 @@ def test_scratch_stores_take_no_more_than_the_disk_has_free(plan_of, tmp_path, m
     whole = plan_of()
     ram = sum(size for part, size in whole.memory.items() if part != OUTPUTS) + 12_000
     workspace = Workspace(output=tmp_path / "out", work=tmp_path / "out" / "work")
-    monkeypatch.setattr(planning, "free_bytes", lambda _path: whole.disk_bytes)
+    monkeypatch.setattr(planner, "free_bytes", lambda _path: whole.disk_bytes)
     assert not plan_of(ram=ram, workspace=workspace).scratch
-    monkeypatch.setattr(planning, "free_bytes", lambda _path: whole.disk_bytes + (1 << 16))
+    monkeypatch.setattr(planner, "free_bytes", lambda _path: whole.disk_bytes + (1 << 16))
     assert plan_of(ram=ram, workspace=workspace).scratch
 
 

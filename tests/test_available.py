@@ -2,7 +2,7 @@
 
 import pytest
 
-from ream_stream.memory import cgroup_rooms
+from ream_stream.host_memory import cgroup_rooms
 
 
 def lay_out(folder, **files):

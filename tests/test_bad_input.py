@@ -17,9 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import run, settings, some_tokens
 
-from ream_stream import planning
 from ream_stream.checkpoint.header import DTYPES, MAX_HEADER_BYTES, read_header
-from ream_stream.checkpoint.source import INDEX, SINGLE, open_checkpoint
+from ream_stream.checkpoint.reader import INDEX, SINGLE, open_checkpoint
 from ream_stream.errors import (
     DamagedError,
     OtherRunError,
@@ -27,8 +26,9 @@ from ream_stream.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from ream_stream.families import FAMILIES, REFUSED
-from ream_stream.planning import check_disk, make_plan
+from ream_stream.model.families import FAMILIES, REFUSED
+from ream_stream.planning import planner
+from ream_stream.planning.planner import check_disk, make_plan
 
 
 @pytest.fixture
@@ -724,9 +724,9 @@ def test_an_output_of_other_tokens_or_another_source(checkpoints, tmp_path):
 
 def test_a_disk_that_is_too_small(checkpoints, tmp_path, monkeypatch):
     plan = tiny.plan_for(checkpoints("olmoe"), some_tokens(), settings())
-    monkeypatch.setattr(planning, "free_bytes", lambda _path: plan.disk_bytes)
+    monkeypatch.setattr(planner, "free_bytes", lambda _path: plan.disk_bytes)
     check_disk(plan, tmp_path / "out")
-    monkeypatch.setattr(planning, "free_bytes", lambda _path: plan.disk_bytes - 1)
+    monkeypatch.setattr(planner, "free_bytes", lambda _path: plan.disk_bytes - 1)
     with pytest.raises(OverBudgetError, match=r"needs .* on the disk of .* are free"):
         check_disk(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -8,14 +8,14 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from ream_stream.allotment import OUTPUTS, SUMS
-from ream_stream.blocks import cut_experts
+from ream_stream.compression.journal import Workspace, load
+from ream_stream.compression.pipeline import compress
 from ream_stream.errors import OverBudgetError
 from ream_stream.events import Halved, Step
-from ream_stream.experts import ExpertWeights
-from ream_stream.journal import Workspace, load
-from ream_stream.model import StreamedModel
-from ream_stream.pipeline import compress
+from ream_stream.model.expert_blocks import cut_experts
+from ream_stream.model.experts import ExpertWeights
+from ream_stream.model.streamed_model import StreamedModel
+from ream_stream.planning.allocation import OUTPUTS, SUMS
 
 PLACES = ("memory", "disk", "again")
 """Of what attention gives; sums are in memory or on disk."""
@@ -97,7 +97,7 @@ def test_batches_and_blocks_do_not_change_the_groups(done):
 
 
 def test_a_wrong_sum_would_be_seen(done, checkpoints, tmp_path, monkeypatch):
-    from ream_stream import experts
+    from ream_stream.model import experts
 
     add = experts._Sums.add
     monkeypatch.setattr(

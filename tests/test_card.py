@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from tiny import settings, some_tokens
 
 from ream_stream.calibration.tokens import joined
-from ream_stream.card import base_model, source_metadata
+from ream_stream.compression.model_card import base_model, source_metadata
 
 SOURCE_CARD = """---
 license: other

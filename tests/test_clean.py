@@ -9,14 +9,14 @@ import tiny
 from crash import digests, kills, run_in_child
 from safetensors.torch import save_file
 
-from ream_stream import durable
+from ream_stream import files
 from ream_stream.__main__ import main
 from ream_stream.cli import progress
 from ream_stream.cli.progress import Log
 from ream_stream.cli.status import gather
+from ream_stream.compression.journal import Workspace
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import LayerDone, Started, Step
-from ream_stream.journal import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_what_is_left_is_never_negative_whatever_the_clock_says(tmp_path, jump):
     line = {"event": "started", "layers": 3, "left_seconds": 60.0}
     line["time"] = (datetime.now(UTC) + jump).isoformat()
     workspace.log.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    with durable.lock(tmp_path / "lock"):
+    with files.lock(tmp_path / "lock"):
         left = gather(workspace)["left_seconds"]
     assert 0 <= left <= 60
 
@@ -88,7 +88,7 @@ def test_what_is_left_is_never_negative_whatever_the_clock_says(tmp_path, jump):
 def test_the_log_tells_a_step_of_a_long_phase_now_and_then(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with durable.open_log(tmp_path / "log.jsonl", tmp_path / "old") as file:
+    with files.open_log(tmp_path / "log.jsonl", tmp_path / "old") as file:
         log = Log(file, tmp_path / "log.jsonl", [10, 10])
         log.show(Started(layers=2, committed=0))
         for done in range(1, 100):
@@ -102,10 +102,10 @@ def test_the_log_tells_a_step_of_a_long_phase_now_and_then(tmp_path, monkeypatch
 def test_a_large_log_is_put_aside_when_it_is_opened_and_a_small_one_goes_on(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(durable, "LOG_BYTES", 100)
+    monkeypatch.setattr(files, "LOG_BYTES", 100)
     log, older = tmp_path / "log.jsonl", tmp_path / "log.1.jsonl"
     for number in range(8):
-        with durable.open_log(log, older) as file:
+        with files.open_log(log, older) as file:
             file.write(f"{number}" * 39 + "\n")
             # each line is with the kernel before the next
             assert log.read_text(encoding="utf-8").endswith(f"{number}\n")
@@ -113,14 +113,14 @@ def test_a_large_log_is_put_aside_when_it_is_opened_and_a_small_one_goes_on(
     assert [line[0] for line in log.read_text(encoding="utf-8").splitlines()] == [*"67"]
 
 
-def files(output):
+def contents(output):
     return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
 
 
 def test_a_finished_run_is_cleaned_and_what_is_not_ours_stays(words, tmp_path, capsys):
     output = tmp_path / "output"
     assert main(words(output)) == 0
-    before = files(output)
+    before = contents(output)
     (output / ".ream-stream" / "notes.txt").write_text("mine", encoding="utf-8")
     assert main(["clean", str(output)]) == 0
     assert [path.name for path in (output / ".ream-stream").iterdir()] == ["notes.txt"]
@@ -128,13 +128,13 @@ def test_a_finished_run_is_cleaned_and_what_is_not_ours_stays(words, tmp_path, c
     assert main(["clean", str(output)]) == 0
     assert not (output / ".ream-stream").exists()
     assert main(["clean", str(output)]) == 2
-    assert files(output) == before
+    assert contents(output) == before
     assert main(["verify", str(output), "--no-scan"]) == 0
     capsys.readouterr()
     assert main(["status", str(output), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "complete"
     assert main(words(output)) == 11
-    assert files(output) == before
+    assert contents(output) == before
 
 
 def test_an_unfinished_run_is_cleaned_only_by_force(words, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_an_unfinished_run_is_cleaned_only_by_force(words, tmp_path, monkeypatch
     left = digests(output)
     assert main(["clean", str(output)]) == 2
     assert digests(output) == left
-    with durable.lock(output / ".ream-stream" / "lock"):
+    with files.lock(output / ".ream-stream" / "lock"):
         assert main(["clean", str(output), "--force"]) == 11
     assert digests(output) == left
     assert main(["clean", str(output), "--force"]) == 0
@@ -171,7 +171,7 @@ def test_a_clean_killed_anywhere_leaves_the_checkpoint_and_can_be_repeated(finis
     for kill in kills(steps):
         output = shutil.copytree(finished, tmp_path / f"{kill.step}-{kill.moment}")
         run_in_child(lambda: clean(output), tmp_path / "report.json", kill=kill)  # noqa: B023
-        assert files(output) == whole
+        assert contents(output) == whole
         # if the lock was the last to go, there is nothing left to do
         assert clean(output) in (0, 2)
         assert not (output / ".ream-stream").exists()

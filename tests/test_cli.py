@@ -17,12 +17,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ream_stream import planning
 from ream_stream.__main__ import main
-from ream_stream.cli import cli, job, options, progress, style, tables
-from ream_stream.demo import CHECKPOINT
+from ream_stream.cli import cli, job, options, params, progress
+from ream_stream.cli import console as tables
+from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.events import LayerDone, Started, Step
 from ream_stream.method import alignment, grouping, merging, saliency, similarity
+from ream_stream.planning import planner
 from ream_stream.settings import REFITS
 
 VERBS = sorted(cli.commands)
@@ -192,8 +193,8 @@ def test_every_preset_names_choices_that_exist():
 
 
 def test_percent_and_size_take_values_that_are_converted_already():
-    assert style.Percent().convert(Fraction(1, 2), None, None) == Fraction(1, 2)
-    assert style.Size().convert(5, None, None) == 5
+    assert params.Percent().convert(Fraction(1, 2), None, None) == Fraction(1, 2)
+    assert params.Size().convert(5, None, None) == 5
 
 
 # --- compress
@@ -429,7 +430,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 def test_a_full_disk_is_refused_unless_the_run_has_what_it_needs(
     capsys, monkeypatch, words, finished, tmp_path
 ):
-    monkeypatch.setattr(planning, "free_bytes", lambda _path: 0)
+    monkeypatch.setattr(planner, "free_bytes", lambda _path: 0)
     status, _, err = call(capsys, *words(tmp_path / "output"))
     assert status == 12
     assert "on the disk of" in err
@@ -441,8 +442,8 @@ def test_hidden_states_are_counted_on_the_disk_of_the_work_folder(
     capsys, monkeypatch, words, tmp_path
 ):
     work = tmp_path / "work"
-    monkeypatch.setattr(planning, "same_disk", lambda *_: False)
-    monkeypatch.setattr(planning, "free_bytes", lambda path: 0 if path == work else 1 << 40)
+    monkeypatch.setattr(planner, "same_disk", lambda *_: False)
+    monkeypatch.setattr(planner, "free_bytes", lambda path: 0 if path == work else 1 << 40)
     status, _, err = call(capsys, *words(tmp_path / "output", "--work-dir", work))
     assert status == 12
     # two boundaries of 4 x 12 tokens of 32 numbers in float32

@@ -25,19 +25,20 @@ from crash import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ream_stream import durable, journal, layer, model, pipeline
-from ream_stream.calibration import hidden
+from ream_stream import files as durable
 from ream_stream.calibration.tokens import from_tensors
-from ream_stream.checkpoint.source import INDEX, open_checkpoint
+from ream_stream.checkpoint.reader import INDEX, open_checkpoint
+from ream_stream.compression import journal, layer, pipeline
+from ream_stream.compression.finalize import MANIFEST
+from ream_stream.compression.journal import Workspace
+from ream_stream.compression.pipeline import compress
 from ream_stream.errors import DamagedError, OtherRunError, ReamStreamError
 from ream_stream.events import LayerDone
-from ream_stream.finish import MANIFEST
-from ream_stream.journal import Workspace
-from ream_stream.mtp import find_wiring
-from ream_stream.pipeline import compress
-from ream_stream.plan import Plan
-from ream_stream.planning import make_plan
-from ream_stream.refit_budget import KEPT
+from ream_stream.model import hidden_states, streamed_model
+from ream_stream.model.mtp import find_wiring
+from ream_stream.planning.plan import Plan
+from ream_stream.planning.planner import make_plan
+from ream_stream.planning.refit_memory import KEPT
 from ream_stream.settings import Method, Settings
 
 pytestmark = pytest.mark.crash
@@ -142,7 +143,7 @@ class Runs:
         # forked children find the two models built: that is most of the time of a tiny run
         wiring = find_wiring(source.experts(), source.config)
         self.skeletons = [
-            model.build_skeleton(config, self.plan.dtype, torch.device("cpu"), wiring)
+            streamed_model.build_skeleton(config, self.plan.dtype, torch.device("cpu"), wiring)
             for config in (source.config, self.plan.config)
         ]
 
@@ -159,7 +160,7 @@ class Runs:
     def _job(self, workspace):
         with pytest.MonkeyPatch.context() as monkeypatch:
             skeletons = iter(self.skeletons)
-            monkeypatch.setattr(model, "build_skeleton", lambda *_: next(skeletons))
+            monkeypatch.setattr(streamed_model, "build_skeleton", lambda *_: next(skeletons))
             self.patch(monkeypatch)
             boundaries = {}
             with workspace.locked():
@@ -428,14 +429,14 @@ def delete_hidden_before_the_commit(monkeypatch):
 
 
 def commit_before_the_data(monkeypatch):
-    save, publish, late = pipeline.save, hidden.HiddenWriter.publish, []
+    save, publish, late = pipeline.save, hidden_states.HiddenWriter.publish, []
 
     def first(workspace, journal):
         save(workspace, journal)
         while late:
             publish(late.pop())
 
-    monkeypatch.setattr(hidden.HiddenWriter, "publish", lambda self: late.append(self))
+    monkeypatch.setattr(hidden_states.HiddenWriter, "publish", lambda self: late.append(self))
     monkeypatch.setattr(pipeline, "save", first)
 
 
@@ -485,7 +486,7 @@ def keep_all_boundaries_in_one_store(monkeypatch):
         durable.publish_directory(writer._partial, writer._path)
 
     monkeypatch.setattr(Workspace, "hidden", lambda self, _: self.work / "hidden-00000")
-    monkeypatch.setattr(hidden.HiddenWriter, "publish", publish)
+    monkeypatch.setattr(hidden_states.HiddenWriter, "publish", publish)
     monkeypatch.setattr(
         durable, "remove", lambda path: path.name == "hidden-00000" or remove(path)
     )
@@ -511,7 +512,7 @@ def go_on_with_the_wrong_boundary(monkeypatch):
 
     def hidden_of(context, path):
         plan = context.plan
-        return hidden.HiddenStates(path, plan.hidden_shape, plan.dtype, BATCH)
+        return hidden_states.HiddenStates(path, plan.hidden_shape, plan.dtype, BATCH)
 
     monkeypatch.setattr(layer.Context, "hidden_reader", confused)
     monkeypatch.setattr(Workspace, "remove_strays", lambda *_: None)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ream_stream import demo
-from ream_stream.demo import problems, texts
+from ream_stream.cli import demo
+from ream_stream.cli.demo import problems, texts
 
 SPLITS: tuple[texts.Split, ...] = ("calibration", "test")
 

@@ -10,10 +10,9 @@ from tiny import CPU, some_tokens
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ream_stream import evaluate as module
 from ream_stream.calibration.tokens import from_tensors, joined
-from ream_stream.checkpoint.source import open_checkpoint
-from ream_stream.demo import CHECKPOINT
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.errors import (
     InterruptedRunError,
     OtherRunError,
@@ -22,13 +21,14 @@ from ream_stream.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from ream_stream.evaluate import Result, evaluate, scored
-from ream_stream.evaluation_plan import plan_evaluation
+from ream_stream.evaluation import evaluate as module
+from ream_stream.evaluation.evaluate import Result, evaluate, scored
+from ream_stream.evaluation.layer_errors import layer_errors
+from ream_stream.evaluation.memory import plan_evaluation
+from ream_stream.evaluation.metrics import effective_rank
 from ream_stream.events import Step
-from ream_stream.layer_errors import layer_errors
-from ream_stream.memory import gauge
-from ream_stream.model import StreamedModel
-from ream_stream.scores import effective_rank
+from ream_stream.host_memory import gauge
+from ream_stream.model.streamed_model import StreamedModel
 
 
 def demo_tokens(sequences=6, length=64, *, padded=False):

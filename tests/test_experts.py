@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from ream_stream import durable
-from ream_stream.checkpoint import ahead
+from ream_stream import files
+from ream_stream.checkpoint import read_ahead
+from ream_stream.checkpoint.expert_layouts import find_experts
 from ream_stream.checkpoint.header import read_header
-from ream_stream.checkpoint.layouts import find_experts
-from ream_stream.checkpoint.source import Checkpoint
-from ream_stream.experts import ExpertWeights, StreamedExperts, slots_by_expert
+from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.model.experts import ExpertWeights, StreamedExperts, slots_by_expert
 
 CPU = torch.device("cpu")
 PREFIX = "model.layers.0.mlp.experts"
@@ -223,7 +223,7 @@ def test_the_next_expert_is_asked_for_byte_for_byte_and_small_ones_are_not(
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *rest: asked.append(rest))
     for least in (1, 10**9):
-        monkeypatch.setattr(ahead, "LEAST_BYTES", least)
+        monkeypatch.setattr(read_ahead, "LEAST_BYTES", least)
         with pair.checkpoint.open() as tensors:
             ExpertWeights(tensors, pair.stack, pair.dtype, CPU).load(1)
     found = [pair.checkpoint.entries[name] for name, _ in pair.stack.expert_slots(2)]
@@ -236,8 +236,8 @@ def test_a_large_expert_is_asked_for_in_pieces(tmp_path, monkeypatch):
     path, asked = tmp_path / "file", []
     path.write_bytes(bytes(10))
     monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *rest: asked.append(rest[:2]))
-    reader = ahead.ReadAhead()
-    reader.ask([durable.FileRange(path=path, start=5, stop=5 + (9 << 19) + 1)])
+    reader = read_ahead.ReadAhead()
+    reader.ask([files.FileRange(path=path, start=5, stop=5 + (9 << 19) + 1)])
     reader.close()
     assert asked == [(5 + (n << 20), 1 << 20) for n in range(4)] + [
         (5 + (4 << 20), (1 << 19) + 1)

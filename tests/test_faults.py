@@ -29,15 +29,15 @@ from safetensors.torch import save_file
 from test_crash import VARIANTS, Runs, check_what_is_left
 from test_crash import source as crash_source  # noqa: F401 - a fixture
 
-from ream_stream import durable
+from ream_stream import files
 from ream_stream.__main__ import main
-from ream_stream.cli import progress, tables
+from ream_stream.cli import console, progress
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import LayerDone
-from ream_stream.planning import make_plan
+from ream_stream.planning.planner import make_plan
 
 # a verb has the name of the module
-REPORT = importlib.import_module("ream_stream.cli.report")
+REPORT = importlib.import_module("ream_stream.cli.run_report")
 
 
 @dataclass
@@ -139,7 +139,7 @@ def opens_fail(patch, name):
 
 def writes_fail(patch, name, number):
     """Let writes to files with this name fail."""
-    fill, put = durable._fill, zarr.storage._local._put
+    fill, put = files._fill, zarr.storage._local._put
 
     def failing_fill(file, *rest):
         if name in file.name:
@@ -151,7 +151,7 @@ def writes_fail(patch, name, number):
             raise OSError(number, os.strerror(number))
         return put(path, *rest, **options)
 
-    patch.setattr(durable, "_fill", failing_fill)
+    patch.setattr(files, "_fill", failing_fill)
     patch.setattr(zarr.storage._local, "_put", failing_put)
 
 
@@ -186,7 +186,7 @@ def full_log(case):
         def write(self, _):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    case.patch.setattr(durable, "open_log", lambda *_: Full())
+    case.patch.setattr(files, "open_log", lambda *_: Full())
 
 
 def no_permission(case):
@@ -206,7 +206,7 @@ def replaces_fail(case):
     def fail(partial, path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(partial), None, str(path))
 
-    case.patch.setattr(durable, "_replace", fail)
+    case.patch.setattr(files, "_replace", fail)
 
 
 def longer(case):
@@ -271,8 +271,8 @@ def clock(jump):
 
 
 def held(case):
-    durable.make_directory(case.work)
-    case.undo.enter_context(durable.lock(case.work / "lock"))
+    files.make_directory(case.work)
+    case.undo.enter_context(files.lock(case.work / "lock"))
 
 
 def left_behind(case):
@@ -283,7 +283,7 @@ def no_locks(case):
     def fail(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    case.patch.setattr(durable.fcntl, "flock", fail)
+    case.patch.setattr(files.fcntl, "flock", fail)
 
 
 def silent(number):
@@ -291,7 +291,7 @@ def silent(number):
 
     def act(case):
         stream = SimpleNamespace(write=fail, flush=fail, encoding="utf-8", isatty=lambda: False)
-        case.patch.setattr(tables, "sys", SimpleNamespace(stderr=stream, stdout=sys.stdout))
+        case.patch.setattr(console, "sys", SimpleNamespace(stderr=stream, stdout=sys.stdout))
 
     def fail(*_):
         raise OSError(number, os.strerror(number))

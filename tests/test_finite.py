@@ -9,13 +9,14 @@ import tiny
 import torch
 from tiny import settings, some_tokens
 
-from ream_stream import journal, layer, model, observe, pipeline, refitting
 from ream_stream.calibration.tokens import from_tensors
+from ream_stream.compression import journal, layer, observer, pipeline, refit_layer
+from ream_stream.compression.refit_activations import held_back
 from ream_stream.errors import NumbersError
 from ream_stream.events import LayerDone
 from ream_stream.method.grouping import GROUPINGS
 from ream_stream.method.saliency import SALIENCIES
-from ream_stream.refit_tokens import held_back
+from ream_stream.model import streamed_model
 
 SEQUENCES = 20
 
@@ -49,7 +50,7 @@ def test_weights_that_are_no_numbers_are_named_and_what_was_done_stays(
 ):
     source = copy("olmoe", lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
     with pytest.raises(
-        NumbersError, match=f"{name} in .*model.safetensors holds NaN"
+        NumbersError, match=f"{name} in .*streamed_model.safetensors holds NaN"
     ) as caught:
         tiny.run(source, tmp_path / "out", settings())
     assert caught.value.exit_status == 1
@@ -65,7 +66,7 @@ class Overflowing:
     def __init__(self, patch, bad, tokens, *, experts=None):
         """Take (layer, sequence) pairs; only in the model with so many experts, if given."""
         self.rows = {index: tokens.input_ids_SL[row] for index, row in bad}
-        forward = model.StreamedModel._forward
+        forward = streamed_model.StreamedModel._forward
         attend = self._attend
 
         def forward_and_spoil(streamed, batch):
@@ -84,7 +85,7 @@ class Overflowing:
                 for handle in handles:
                     handle.remove()
 
-        patch.setattr(model.StreamedModel, "_forward", forward_and_spoil)
+        patch.setattr(streamed_model.StreamedModel, "_forward", forward_and_spoil)
 
     @staticmethod
     def _attend(spoiled_B):
@@ -148,7 +149,7 @@ def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
         done = tiny.run_plan(plan, tokens, tmp_path / "out")
     rest = torch.arange(SEQUENCES) != bad
     fewer = from_tensors({"input_ids": tokens.input_ids_SL[rest]}, description="fewer")
-    monkeypatch.setattr(refitting, "held_back", lambda *_: held_S[rest])
+    monkeypatch.setattr(refit_layer, "held_back", lambda *_: held_S[rest])
     plain = tiny.run_plan(in_threes(source, fewer, **wanted), fewer, tmp_path / "fewer")
     chosen = [[layer["groups"] for layer in run.manifest["layers"]] for run in (done, plain)]
     assert chosen[0] == chosen[1]
@@ -197,7 +198,7 @@ def test_more_than_a_tenth_of_the_sequences_is_fatal(checkpoints, tmp_path, monk
 
 
 def test_statistics_that_are_no_numbers_stop_the_run(checkpoints, tmp_path, monkeypatch):
-    mean_outputs = observe.mean_outputs
+    mean_outputs = observer.mean_outputs
 
     def spoiled(experts, sample, similarity, mean_EH):
         yield from mean_outputs(experts, sample, similarity, mean_EH)

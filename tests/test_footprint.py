@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny import CPU, TINY, some_tokens
 
-from ream_stream.checkpoint.source import open_checkpoint
-from ream_stream.families import family_of
-from ream_stream.finite import Excluded
-from ream_stream.footprint import Footprints, LiveBytes
-from ream_stream.model import Batch, StreamedModel
-from ream_stream.observe import Observer
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.observer import Observer
+from ream_stream.model.families import family_of
+from ream_stream.model.finite import Excluded
+from ream_stream.model.streamed_model import Batch, StreamedModel
+from ream_stream.planning.activation_memory import Footprints, LiveBytes
 
 SEQUENCES, LENGTH = 6, 48
 
@@ -112,7 +112,7 @@ def test_a_batch_without_padding_takes_no_more(family, checkpoints):
 
 
 def test_a_footprint_does_not_depend_on_the_data(checkpoints, monkeypatch):
-    from ream_stream.checkpoint.source import MappedTensors
+    from ream_stream.checkpoint.reader import MappedTensors
 
     monkeypatch.setattr(MappedTensors, "__getitem__", None)
     told = Footprints(

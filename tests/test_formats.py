@@ -232,7 +232,7 @@ def test_results_do_not_depend_on_how_rows_are_cut_into_panels(codec, monkeypatc
     parts = random_parts(codec, 300, 480)
     decoded = codec.decode(parts, 300, 480, torch.float32)
     encoded = codec.encode(decoded)
-    monkeypatch.setattr("ream_stream.checkpoint.formats.panels.PANEL_ELEMENTS", 7 * 480)
+    monkeypatch.setattr("ream_stream.checkpoint.formats.lookup_tables.PANEL_ELEMENTS", 7 * 480)
     assert codec.decode(parts, 300, 480, torch.float32).equal(decoded)
     assert_same_parts(codec.encode(decoded), encoded)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ream_stream.method.hashing import renumbered
+from ream_stream.method.hash_routing import renumbered
 
 ROWS_EH = torch.tensor([[0.0], [1.0], [10.0], [11.0], [5.0]])
 """Of five experts: 1 is near 0, 3 is near 2, and 4 is between them."""

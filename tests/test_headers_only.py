@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from ream_stream.__main__ import main
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import DamagedError
 
 TOOLS = Path(__file__).parents[1] / "tools"

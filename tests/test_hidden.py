@@ -10,9 +10,9 @@ from crash import run_in_child
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ream_stream import durable
-from ream_stream.calibration.hidden import HiddenStates, HiddenWriter
+from ream_stream import files
 from ream_stream.errors import DamagedError, OverBudgetError
+from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 SHAPE, BATCH = (5, 3, 4), 2
@@ -161,7 +161,7 @@ def test_a_full_disk_is_over_budget(tmp_path, monkeypatch):
         with pytest.raises(OverBudgetError, match="no space left"):
             writer.write(0, states((2, 3, 4), torch.bfloat16))
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "_sync", full)
+        patch.setattr(files, "_sync", full)
         with pytest.raises(OverBudgetError, match="no space left"):
             writer.publish()
     assert not (tmp_path / "store").exists()

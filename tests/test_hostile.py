@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from tiny import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ream_stream import journal
 from ream_stream.__main__ import main
+from ream_stream.calibration.datasets import open_documents
 from ream_stream.calibration.mix import Part
 from ream_stream.calibration.packing import load_tokenizer
-from ream_stream.calibration.sources import open_documents
 from ream_stream.checkpoint import header
-from ream_stream.checkpoint.source import INDEX, MAX_CONFIG_BYTES, SINGLE, open_checkpoint
-from ream_stream.demo import CHECKPOINT
+from ream_stream.checkpoint.reader import INDEX, MAX_CONFIG_BYTES, SINGLE, open_checkpoint
+from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.compression import journal
 from ream_stream.errors import DamagedError, ReamStreamError, UnsupportedModelError, UsageError
-from ream_stream.skeleton import build_skeleton
+from ream_stream.model.meta_model import build_skeleton
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from fuzz import Parsers

@@ -13,15 +13,15 @@ from hub_server import COMMIT, REPO, TOKEN, serving
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from ream_stream import hub as product
 from ream_stream.__main__ import main
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint import hub as product
+from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.cli.progress import Log
 from ream_stream.errors import DamagedError, InterruptedRunError, ReamStreamError, UsageError
 from ream_stream.events import LayerDone
 
 # a verb has the name of the module
-REPORT = importlib.import_module("ream_stream.cli.report")
+REPORT = importlib.import_module("ream_stream.cli.run_report")
 
 
 @pytest.fixture(scope="module")

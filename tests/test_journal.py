@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ream_stream import durable, journal
-from ream_stream.durable import Written
+from ream_stream import files
+from ream_stream.compression import journal
+from ream_stream.compression.journal import Journal, LayerRecord, Workspace
 from ream_stream.errors import DamagedError, OtherRunError
-from ream_stream.journal import Journal, LayerRecord, Workspace
+from ream_stream.files import Written
 
 NAMES = st.text("abc-.", min_size=1).filter(lambda name: name.strip("."))
 FILES = st.builds(
@@ -38,7 +39,7 @@ JOURNALS = st.builds(
 @pytest.fixture
 def workspace(tmp_path):
     made = Workspace(output=tmp_path / "output", work=tmp_path / "output" / ".ream-stream")
-    durable.make_directory(made.work)
+    files.make_directory(made.work)
     return made
 
 
@@ -56,8 +57,8 @@ def test_what_is_saved_is_what_is_loaded(scratch, written):
 
 def committed(workspace):
     """Return a journal of one layer, with the files it names."""
-    shard = durable.write_bytes(workspace.output / "model-00001-of-00001.safetensors", b"1234")
-    statistics = durable.write_bytes(workspace.statistics(0), b"12")
+    shard = files.write_bytes(workspace.output / "model-00001-of-00001.safetensors", b"1234")
+    statistics = files.write_bytes(workspace.statistics(0), b"12")
     record = LayerRecord(
         index=0, shards=(shard,), hidden=None, statistics=statistics, saliency=None, groups=None
     )

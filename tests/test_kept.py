@@ -3,9 +3,9 @@ import re
 import pytest
 import torch
 
+from ream_stream.compression.journal import Journal, Workspace
 from ream_stream.errors import DamagedError
-from ream_stream.journal import Journal, Workspace
-from ream_stream.kept import keeping
+from ream_stream.model.batch_store import keeping
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from tiny import load_tensors
 
 import ream_stream
-from ream_stream import budget
-from ream_stream.checkpoint.source import MappedTensors, open_checkpoint
+from ream_stream.checkpoint.reader import MappedTensors, open_checkpoint
 from ream_stream.errors import OverBudgetError
-from ream_stream.planning import make_plan
+from ream_stream.planning import memory
+from ream_stream.planning.planner import make_plan
 from ream_stream.settings import Method, Settings
 
 pytestmark = [
@@ -218,9 +218,9 @@ def _decided(output):
 
 @pytest.fixture
 def planner(tmp_path, monkeypatch):
-    """Plan a run with a budget, in a process whose own memory seems not to change."""
+    """Plan a run with a memory, in a process whose own memory seems not to change."""
     write_checkpoint(tmp_path / "source", 2, 8)
-    monkeypatch.setattr(budget, "anonymous_bytes", lambda: 300_000_000)
+    monkeypatch.setattr(memory, "anonymous_bytes", lambda: 300_000_000)
 
     def plan(ram, grouping="ream"):
         method = Method(grouping=grouping, similarity_tokens=64, alignment_tokens=64)

@@ -11,11 +11,11 @@ import transformers
 from tiny import CPU, TINY, forward_in_transformers, forward_streamed
 from transformers.core_model_loading import rename_source_key
 
-from ream_stream import skeleton
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import DamagedError
-from ream_stream.experts import StreamedExperts
-from ream_stream.model import Batch, StreamedModel
+from ream_stream.model import meta_model
+from ream_stream.model.experts import StreamedExperts
+from ream_stream.model.streamed_model import Batch, StreamedModel
 
 FAMILIES = tiny.families()
 STORED_AND_RUN = [
@@ -178,7 +178,7 @@ def test_the_output_matrix_can_be_used_in_pieces(checkpoints, monkeypatch):
     folder, ids_BL = checkpoints("qwen3_moe"), tiny.some_tokens().input_ids_SL
     [full] = forward_in_transformers(folder, torch.float32, [(ids_BL, None)])
     # 64 rows of 32 numbers of 4 bytes: 7 rows a piece, the last of 1
-    monkeypatch.setattr(skeleton, "HEAD_BYTES", 7 * 32 * 4)
+    monkeypatch.setattr(meta_model, "HEAD_BYTES", 7 * 32 * 4)
     [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
     torch.testing.assert_close(streamed.logits, full.logits, rtol=1e-6, atol=1e-6)
 
@@ -287,7 +287,7 @@ def test_the_familys_modules_are_what_the_streamed_experts_stand_in_for(checkpoi
         router = model.router(layer.index)
         assert model.top_k == TINY[name].top_k
         assert router is not None
-        _, experts = skeleton.find_fused_experts(model._decoder[layer.index])
+        _, experts = meta_model.find_fused_experts(model._decoder[layer.index])
         scales = name == "llama4_text"
         assert callable(experts.act_fn if scales else experts._apply_gate)
         assert len(inspect.signature(type(experts).forward).parameters) == 4 - 2 * scales

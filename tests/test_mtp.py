@@ -23,14 +23,14 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from ream_stream.against import against
 from ream_stream.calibration.tokens import followed, from_tensors
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import UnsupportedModelError
-from ream_stream.footprint import Footprints
-from ream_stream.model import Batch, StreamedModel
-from ream_stream.mtp import WIRINGS, find_mtp, without_mtp
-from ream_stream.verify import verify
+from ream_stream.evaluation.source_diff import against
+from ream_stream.evaluation.verify import verify
+from ream_stream.model.mtp import WIRINGS, find_mtp, without_mtp
+from ream_stream.model.streamed_model import Batch, StreamedModel
+from ream_stream.planning.activation_memory import Footprints
 
 FAMILIES = tiny.mtp_families()
 SLOW = pytest.mark.slow

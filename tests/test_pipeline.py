@@ -17,15 +17,15 @@ from tiny import TINY, forward_in_transformers, forward_streamed, run, settings,
 from transformers import AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import from_tensors, joined
-from ream_stream.checkpoint.source import INDEX
+from ream_stream.checkpoint.reader import INDEX
+from ream_stream.compression.manifest import read_manifest
+from ream_stream.evaluation.verify import verify
 from ream_stream.events import Finished, LayerDone, Started, Step
-from ream_stream.manifest import read_manifest
 from ream_stream.method.alignment import ALIGNMENTS
 from ream_stream.method.grouping import GROUPINGS
 from ream_stream.method.merging import MERGES
 from ream_stream.method.saliency import SALIENCIES, RoutedSums
 from ream_stream.method.similarity import SIMILARITIES
-from ream_stream.verify import verify
 
 FAMILIES = tiny.families()
 KEEP = 6

@@ -193,7 +193,7 @@ def test_nothing_of_the_package_reads_pickles():
 
 
 def test_only_the_demo_checkpoint_has_large_files(tracked):
-    shipped = "ream_stream/demo/tiny-moe/"
+    shipped = "ream_stream/cli/demo/tiny-moe/"
     large = [name for name in tracked if (ROOT / name).stat().st_size > 1_000_000]
     assert [name for name in large if not name.startswith(shipped)] == []
 

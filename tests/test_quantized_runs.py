@@ -13,12 +13,12 @@ from test_pipeline import by_expert, groups_by_layer, same_bits
 from test_refitting import outcomes
 from tiny import CPU, forward_in_transformers, forward_streamed, run, settings, some_tokens
 
-from ream_stream.against import against
-from ream_stream.checkpoint.source import open_checkpoint
-from ream_stream.experts import ExpertWeights, Form
-from ream_stream.model import Batch, StreamedModel
-from ream_stream.refit_tokens import held_back
-from ream_stream.verify import verify
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.refit_activations import held_back
+from ream_stream.evaluation.source_diff import against
+from ream_stream.evaluation.verify import verify
+from ream_stream.model.experts import ExpertWeights, Form
+from ream_stream.model.streamed_model import Batch, StreamedModel
 
 OFTEN = {"deepseek_v3-fp8", "gpt_oss-mxfp4", "qwen3_moe-nvfp4"}
 NAMES = [

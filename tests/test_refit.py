@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from ream_stream.method import refit
-from ream_stream.method.normal import NormalMatrix, NormalSums, Served, predict, project
+from ream_stream.method.normal_equations import (
+    NormalMatrix,
+    NormalSums,
+    Served,
+    predict,
+    project,
+)
 from ream_stream.method.preconditioning import PRECONDITIONERS
 from ream_stream.method.refit import ConjugateGradients, Misfit, select
 

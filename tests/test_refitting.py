@@ -11,13 +11,13 @@ from tiny import run, settings, some_tokens
 from transformers import AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import from_tensors
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.refit_activations import held_back
 from ream_stream.errors import OverBudgetError, UnsupportedModelError, UsageError
 from ream_stream.events import LayerDone, Step
-from ream_stream.planning import make_plan
-from ream_stream.playback import main_output
-from ream_stream.refit_budget import ACTIVATIONS, KEPT, Solver
-from ream_stream.refit_tokens import held_back
+from ream_stream.model.attention_cache import main_output
+from ream_stream.planning.planner import make_plan
+from ream_stream.planning.refit_memory import ACTIVATIONS, KEPT, Solver
 
 KEEP = 6
 FAMILIES = [

@@ -13,10 +13,10 @@ import tiny
 import torch
 
 from ream_stream.__main__ import main
-from ream_stream.cli.figures import heat_map
-from ream_stream.cli.report_facts import gather, read_events
-from ream_stream.demo import CHECKPOINT
-from ream_stream.journal import Workspace
+from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.cli.report.facts import gather, read_events
+from ream_stream.cli.report.figures import heat_map
+from ream_stream.compression.journal import Workspace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

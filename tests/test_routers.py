@@ -13,11 +13,11 @@ import torch
 from tiny import CPU, EXPERTS, TINY
 from transformers import AutoModelForCausalLM
 
-from ream_stream.checkpoint.source import open_checkpoint
-from ream_stream.families import family_of
-from ream_stream.finite import Excluded
-from ream_stream.model import Batch, StreamedModel
-from ream_stream.observe import Observer
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.observer import Observer
+from ream_stream.model.families import family_of
+from ream_stream.model.finite import Excluded
+from ream_stream.model.streamed_model import Batch, StreamedModel
 
 HUGE = 1e4
 TWINS = ((0, 1), (2, 3), (4, 6))

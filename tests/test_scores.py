@@ -9,10 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ream_stream.calibration.packing import load_tokenizer
-from ream_stream.choices import Question, accuracies, make_quiz, read_questions
-from ream_stream.demo import CHECKPOINT
+from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.errors import UsageError
-from ream_stream.scores import Evaluation, Mean, divergence, effective_rank, finite, score
+from ream_stream.evaluation.metrics import (
+    Evaluation,
+    Mean,
+    divergence,
+    effective_rank,
+    finite,
+    score,
+)
+from ream_stream.evaluation.multiple_choice import (
+    Question,
+    accuracies,
+    make_quiz,
+    read_questions,
+)
 
 
 def mean(total, count):

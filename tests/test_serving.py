@@ -7,8 +7,8 @@ import tiny
 from test_cli import call
 
 from ream_stream.errors import UsageError
-from ream_stream.families import FAMILIES, with_expert_count
-from ream_stream.serving import check_served, serving_notes
+from ream_stream.model.families import FAMILIES, with_expert_count
+from ream_stream.planning.serving_limits import check_served, serving_notes
 
 
 @pytest.mark.parametrize("experts", [4, 24, 96, 100, 384, 410])

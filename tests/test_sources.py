@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from ream_stream.calibration.datasets import digest_of, open_documents
 from ream_stream.calibration.mix import MIXES, Part, parse_part, parts_of, shares
 from ream_stream.calibration.packing import (
     Calibration,
@@ -20,8 +21,7 @@ from ream_stream.calibration.packing import (
     load_tokenizer,
     read_tokens,
 )
-from ream_stream.calibration.sources import digest_of, open_documents
-from ream_stream.demo import CHECKPOINT
+from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.errors import UsageError
 
 TEXTS = ["one\ntwo", "three \N{EURO SIGN}", "", "four"]
@@ -145,7 +145,7 @@ def test_a_data_set_on_the_hub_is_read_from_the_cache(tmp_path):
     write(cache / "snapshots" / ("f" * 40) / "data/train-0.jsonl", json_lines())
     program = (
         "from ream_stream.calibration.mix import parse_part\n"
-        "from ream_stream.calibration.sources import open_documents\n"
+        "from ream_stream.calibration.datasets import open_documents\n"
         "part = parse_part('code=hf:some/set/data:0.5')\n"
         "found = open_documents(part, field='text')\n"
         "print([part.name, part.weight, *(found[n] for n in range(len(found)))])\n"

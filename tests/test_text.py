@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ream_stream.calibration import text
+from ream_stream.calibration.datasets import open_documents
 from ream_stream.calibration.mix import parse_part
-from ream_stream.calibration.sources import open_documents
 from ream_stream.calibration.text import in_seeded_order
 from ream_stream.errors import UsageError
 

@@ -11,7 +11,7 @@ from ream_stream.calibration import packing
 from ream_stream.calibration.mix import parts_of
 from ream_stream.calibration.packing import Calibration, load_tokenizer, pack, read_tokens
 from ream_stream.calibration.tokens import first, from_file, from_tensors, joined
-from ream_stream.demo import CHECKPOINT
+from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.errors import UsageError
 
 END = 0  # of the demo checkpoint's tokenizer

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tiny import CPU, settings
 
 from ream_stream.calibration.tokens import from_tensors, joined
-from ream_stream.checkpoint.source import open_checkpoint
-from ream_stream.cli.comparing import (
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.cli.comparison_view import (
     Grid,
     as_csv,
     comparison_facts,
@@ -25,16 +25,25 @@ from ream_stream.cli.comparing import (
     sweep_facts,
     trials_of,
 )
-from ream_stream.cli.figures import bars, heat_map, lines, pareto_picture, standalone
+from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.cli.report.figures import bars, heat_map, lines, pareto_picture, standalone
 from ream_stream.cli.variants import SETS, VARIANTS, named, settings_of
-from ream_stream.demo import CHECKPOINT
 from ream_stream.errors import InterruptedRunError, UsageError
-from ream_stream.evaluate import evaluate
+from ream_stream.evaluation.comparison import (
+    ALL,
+    ORIGINAL,
+    Bench,
+    Outcome,
+    Trial,
+    run_trials,
+    spread,
+    summary,
+)
+from ream_stream.evaluation.evaluate import evaluate
+from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
 from ream_stream.events import Finished, Step
-from ream_stream.pareto import correlation, front, hypervolume, reference
-from ream_stream.planning import make_plan
+from ream_stream.planning.planner import make_plan
 from ream_stream.settings import Method
-from ream_stream.trials import ALL, ORIGINAL, Bench, Outcome, Trial, run_trials, spread, summary
 
 
 def drawn(sequences, length=24, *, seed):

@@ -9,17 +9,17 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from ream_stream import finite as module
-from ream_stream import verify as verification
 from ream_stream.checkpoint.formats import Modules
-from ream_stream.checks import CHECKS, Subject
-from ream_stream.demo import CHECKPOINT
+from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.compression.finalize import MANIFEST
 from ream_stream.errors import UsageError
-from ream_stream.finish import MANIFEST
-from ream_stream.loading import LOAD, RUN
-from ream_stream.memory import gauge
-from ream_stream.serving import serving_notes
-from ream_stream.verify import SHARD_CHECKS, verify
+from ream_stream.evaluation import verify as verification
+from ream_stream.evaluation.checks import CHECKS, Subject
+from ream_stream.evaluation.load_checks import LOAD, RUN
+from ream_stream.evaluation.verify import SHARD_CHECKS, verify
+from ream_stream.host_memory import gauge
+from ream_stream.model import finite as module
+from ream_stream.planning.serving_limits import serving_notes
 
 ALL = (*CHECKS, LOAD, RUN, *SHARD_CHECKS)
 

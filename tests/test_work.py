@@ -9,12 +9,12 @@ import tiny
 import torch
 
 from ream_stream.checkpoint.formats import Fp8Block
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.events import LayerDone
-from ream_stream.planning import make_plan
-from ream_stream.rates import UNCOUNTED, Rates, forecast
-from ream_stream.refit_budget import ACTIVATIONS
-from ream_stream.work import PHASES, Work, total, work_of
+from ream_stream.planning.cost import PHASES, Work, total, work_of
+from ream_stream.planning.planner import make_plan
+from ream_stream.planning.refit_memory import ACTIVATIONS
+from ream_stream.planning.throughput import UNCOUNTED, Rates, forecast
 
 PLENTY = 1 << 40
 EXPERT = 3 * 16 * 32

@@ -11,10 +11,10 @@ from tiny import forward_streamed, run, settings, some_tokens
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ream_stream.against import against
 from ream_stream.errors import UnsupportedModelError
-from ream_stream.skeleton import build_skeleton
-from ream_stream.verify import verify
+from ream_stream.evaluation.source_diff import against
+from ream_stream.evaluation.verify import verify
+from ream_stream.model.meta_model import build_skeleton
 
 TEXT = {
     **tiny._SHAPE,

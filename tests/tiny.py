@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ream_stream.calibration.hidden import HiddenStates
 from ream_stream.calibration.tokens import Tokens, from_tensors
-from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
+from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.compression.journal import Workspace
+from ream_stream.compression.pipeline import compress
 from ream_stream.events import Event, LayerDone
-from ream_stream.journal import Workspace
-from ream_stream.model import Batch, StreamedModel
-from ream_stream.pipeline import compress
-from ream_stream.plan import Plan
-from ream_stream.planning import make_plan
+from ream_stream.model.hidden_states import HiddenStates
+from ream_stream.model.streamed_model import Batch, StreamedModel
+from ream_stream.planning.plan import Plan
+from ream_stream.planning.planner import make_plan
 from ream_stream.settings import Method, Settings
 
 CPU = torch.device("cpu")

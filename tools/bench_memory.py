@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from make_large import Shape, write_checkpoint
 
-from ream_stream import durable
-from ream_stream.sizes import format_size
+from ream_stream import files
+from ream_stream.units import format_size
 
 INTERVAL = 0.02
 """Seconds between two readings."""
@@ -47,7 +47,7 @@ def compress(source: Path, output: Path, options: argparse.Namespace) -> tuple[A
         0, options.shape.vocabulary, (sequences, length), generator=generator
     )
     tokens = source.with_name("tokens.safetensors")
-    durable.write_tensors(tokens, {"input_ids": ids_SL})
+    files.write_tensors(tokens, {"input_ids": ids_SL})
     command = [sys.executable, "-m", "ream_stream", "compress", str(source), str(output)]
     command += ["--keep", "75%", "--ram", options.ram, "--threads", str(options.threads)]
     command += ["--calibration", str(tokens), "--device", "cpu", "--json"]
@@ -56,7 +56,7 @@ def compress(source: Path, output: Path, options: argparse.Namespace) -> tuple[A
         **os.environ,
         "OMP_NUM_THREADS": str(options.threads),
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(Path(durable.__file__).parent.parent),
+        "PYTHONPATH": str(Path(files.__file__).parent.parent),
     }
     peak = 0
     with (output.with_suffix(".json")).open("w+", encoding="utf-8") as printed:
@@ -126,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, output = Path(folder, "source"), Path(folder, "output")
         experts = options.layers * options.experts * 3 * options.hidden * options.inner * 2
-        needed, free = 2.2 * experts, durable.free_bytes(source)
+        needed, free = 2.2 * experts, files.free_bytes(source)
         if needed > free:
             raise SystemExit(f"needs {format_size(needed)}, {format_size(free)} are free")
         start = time.monotonic()

@@ -30,8 +30,8 @@ from ream_stream.calibration.mix import MIXES, Part, shares
 from ream_stream.calibration.packing import load_tokenizer, pack
 from ream_stream.calibration.text import in_seeded_order
 from ream_stream.calibration.tokens import Tokens, from_file, joined
-from ream_stream.checkpoint.source import open_checkpoint
-from ream_stream.cli.comparing import (
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.cli.comparison_view import (
     Grid,
     as_csv,
     carry_out,
@@ -42,21 +42,21 @@ from ream_stream.cli.comparing import (
     trials_of,
     write_files,
 )
-from ream_stream.cli.demonstration import FULL, QUICK, SEQUENCE_LENGTH, Amount, write_texts
-from ream_stream.cli.figures import pareto_picture, standalone
+from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.cli.demo.command import FULL, QUICK, SEQUENCE_LENGTH, Amount, write_texts
+from ream_stream.cli.demo.texts import DOMAINS, documents
+from ream_stream.cli.report.figures import pareto_picture, standalone
 from ream_stream.cli.variants import named
-from ream_stream.demo import CHECKPOINT
-from ream_stream.demo.texts import DOMAINS, documents
-from ream_stream.durable import read_json
-from ream_stream.evaluate import Result, evaluate
-from ream_stream.finish import MANIFEST
-from ream_stream.journal import Workspace
-from ream_stream.memory import available_bytes
-from ream_stream.pipeline import compress
-from ream_stream.planning import RAM_SHARE, make_plan
-from ream_stream.scores import Evaluation
+from ream_stream.compression.finalize import MANIFEST
+from ream_stream.compression.journal import Workspace
+from ream_stream.compression.pipeline import compress
+from ream_stream.evaluation.comparison import Bench
+from ream_stream.evaluation.evaluate import Result, evaluate
+from ream_stream.evaluation.metrics import Evaluation
+from ream_stream.files import read_json
+from ream_stream.host_memory import available_bytes
+from ream_stream.planning.planner import RAM_SHARE, make_plan
 from ream_stream.settings import Method, Settings
-from ream_stream.trials import Bench
 
 CPU = torch.device("cpu")
 

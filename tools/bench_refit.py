@@ -34,15 +34,15 @@ from transformers import logging
 from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
 from ream_stream.calibration.tokens import Tokens, joined
 from ream_stream.checkpoint.formats import Codec, Fp8Block, Int4
-from ream_stream.checkpoint.source import open_checkpoint
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.cli.demo.texts import DOMAINS, documents
 from ream_stream.cli.options import PRESETS
-from ream_stream.demo import CHECKPOINT
-from ream_stream.demo.texts import DOMAINS, documents
+from ream_stream.compression.journal import Workspace
+from ream_stream.compression.pipeline import compress
 from ream_stream.events import LayerDone
-from ream_stream.journal import Workspace
 from ream_stream.method.saliency import SALIENCIES
-from ream_stream.pipeline import compress
-from ream_stream.planning import make_plan
+from ream_stream.planning.planner import make_plan
 from ream_stream.settings import REFIT_TARGETS, Method, Settings
 
 LENGTH = 256

@@ -30,18 +30,18 @@ from make_large import Shape, write_checkpoint
 from torch.nn import functional
 
 from ream_stream.calibration.tokens import Tokens, from_tensors
-from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
+from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.compression.journal import Workspace
+from ream_stream.compression.pipeline import compress
 from ream_stream.device import compute_dtype
 from ream_stream.events import Finished
-from ream_stream.experts import MAX_ROWS
-from ream_stream.journal import Workspace
-from ream_stream.memory import anonymous_bytes, bound_kernel_caches
-from ream_stream.pipeline import compress
-from ream_stream.plan import Plan
-from ream_stream.planning import make_plan
+from ream_stream.host_memory import anonymous_bytes, bound_kernel_caches
+from ream_stream.model.experts import MAX_ROWS
+from ream_stream.planning.cost import work_of
+from ream_stream.planning.plan import Plan
+from ream_stream.planning.planner import make_plan
 from ream_stream.settings import Method, Settings
-from ream_stream.sizes import format_size
-from ream_stream.work import work_of
+from ream_stream.units import format_size
 
 CPU = torch.device("cpu")
 KEEP = 48

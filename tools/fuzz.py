@@ -26,12 +26,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ream_stream import durable, journal
-from ream_stream.checkpoint import header, source
+from ream_stream import files
+from ream_stream.checkpoint import header, reader
 from ream_stream.checkpoint.header import read_header
-from ream_stream.checkpoint.source import INDEX, open_checkpoint
+from ream_stream.checkpoint.reader import INDEX, open_checkpoint
+from ream_stream.compression import journal
+from ream_stream.compression.journal import Journal, LayerRecord, Workspace
 from ream_stream.errors import ReamStreamError
-from ream_stream.journal import Journal, LayerRecord, Workspace
 
 try:
     import atheris
@@ -103,7 +104,7 @@ class Parsers:
         self.folder = folder
         self.shard = folder / "model-1.safetensors"
         self.workspace = Workspace(output=folder, work=folder)
-        written = durable.write_bytes(folder / "statistics-00000.safetensors", b"12")
+        written = files.write_bytes(folder / "statistics-00000.safetensors", b"12")
         record = LayerRecord(
             index=0, shards=(written,), hidden="hidden-00001", statistics=written,
             saliency=(0.5, 1.0), groups=((0, 1),), excluded=(3,),
@@ -201,7 +202,7 @@ def guided(parsers: Parsers, asked: argparse.Namespace) -> NoReturn:
         name = names[data[0] % len(names)]
         return (data[:1] + parsers.change(name, data[1:], draw))[:most]
 
-    for module in (header, source, journal):
+    for module in (header, reader, journal):
         for value in vars(module).values():
             if inspect.isfunction(value) and value.__module__ == module.__name__:
                 atheris.instrument_func(value)

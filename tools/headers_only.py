@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ream_stream.checkpoint.source import INDEX, open_checkpoint
+from ream_stream.checkpoint.reader import INDEX, open_checkpoint
 from ream_stream.errors import ReamStreamError
 
 MAX_OTHER_BYTES = 100_000_000

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ream_stream.sizes import format_size, parse_size
+from ream_stream.units import format_size, parse_size
 
 ROOT = Path("/sys/fs/cgroup")
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from ream_stream.checkpoint.formats import Codec, Fp8Block, Mxfp4
+from ream_stream.checkpoint.reader import INDEX
 from ream_stream.checkpoint.shards import PlannedTensor, cut, name_shards
-from ream_stream.checkpoint.source import INDEX
-from ream_stream.skeleton import build_skeleton
+from ream_stream.model.meta_model import build_skeleton
 
 SHARD_BYTES = 5_000_000_000
 

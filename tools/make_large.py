@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ream_stream import durable
+from ream_stream import files as durable
+from ream_stream.checkpoint.reader import INDEX
 from ream_stream.checkpoint.shards import PlannedTensor, cut, name_shards, write_shard
-from ream_stream.checkpoint.source import INDEX
-from ream_stream.sizes import format_size
+from ream_stream.units import format_size
 
 SHARD_BYTES = 2_500_000_000
 """Size of a file at most."""

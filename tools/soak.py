@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ream_stream import model
 from ream_stream.calibration.tokens import Tokens, from_tensors
-from ream_stream.checkpoint.source import open_checkpoint
-from ream_stream.journal import Workspace, load
-from ream_stream.pipeline import compress
-from ream_stream.plan import Plan
-from ream_stream.planning import make_plan
+from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.journal import Workspace, load
+from ream_stream.compression.pipeline import compress
+from ream_stream.model import streamed_model
+from ream_stream.model.meta_model import build_skeleton
+from ream_stream.planning.plan import Plan
+from ream_stream.planning.planner import make_plan
 from ream_stream.settings import Method, Settings
-from ream_stream.skeleton import build_skeleton
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -115,7 +115,7 @@ def main() -> int:
             build_skeleton(each, plan.dtype, CPU) for each in (plan.source.config, plan.config)
         ]
         skeletons = iter(built)
-        model.build_skeleton = lambda *_: next(skeletons)
+        streamed_model.build_skeleton = lambda *_: next(skeletons)
         begin = time.monotonic()
         if ended(run(plan, tokens, folder / "control"), 3600) != 0:
             raise RuntimeError("the undisturbed run failed")

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ream_stream.errors import UsageError
 
+from .datasets import open_documents
 from .mix import Part, shares
-from .sources import open_documents
 from .text import Render, in_seeded_order
 from .tokens import Tokens, first, from_file, from_tensors, joined
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 
 from ream_stream.errors import UsageError
-from ream_stream.seeds import generator
+from ream_stream.rng import generator
 
 _PIECE_BYTES = 1 << 16
 _RECORD_BYTES = 1 << 24

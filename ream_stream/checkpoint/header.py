@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ream_stream import durable
+from ream_stream import files
 from ream_stream.errors import DamagedError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -93,7 +93,7 @@ class Stamp:
     @classmethod
     def of(cls, path: Path) -> "Stamp":
         """Read the stamp of a file whose header was read before."""
-        with path.open("rb") as file, durable.reading(path):
+        with path.open("rb") as file, files.reading(path):
             status = os.fstat(file.fileno())
             length = int.from_bytes(file.read(8), "little")
             digest = hashlib.sha256(file.read(min(length, MAX_HEADER_BYTES)))
@@ -124,7 +124,7 @@ def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]
         The header is not plausible, or the file is shorter or longer than it says.
     """
     file_bytes = path.stat().st_size
-    with path.open("rb") as file, durable.reading(path):
+    with path.open("rb") as file, files.reading(path):
         prefix = file.read(8)
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):

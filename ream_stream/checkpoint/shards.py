@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ream_stream.durable import FileRange, Written, write_stream
+from ream_stream.files import FileRange, Written, write_stream
 
 from .header import DTYPES, TensorEntry
 

@@ -12,16 +12,16 @@ from ream_stream import __version__
 from .clean import clean
 from .compare import compare, sweep
 from .compress import compress
-from .demo import demo
+from .demo.verb import demo
 from .eval import evaluate
 from .inspect import inspect
+from .params import Root
 from .plan import plan
 from .push import push
+from .report.command import report as report
 from .status import status
-from .style import Root
-from .token_set import make_tokens
+from .tokens import make_tokens
 from .verify import verify
-from .write_report import report as report
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .style import Verb, exit_statuses, json_option, option
+from .params import Verb, exit_statuses, json_option, option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 11))
@@ -33,11 +33,11 @@ def clean(output: Path, work_dir: Path | None, *, force: bool, as_json: bool) ->
     \b
         ream-stream clean ./Qwen3-23B
     """
-    from ream_stream import durable
+    from ream_stream import files
     from ream_stream.errors import UsageError
 
+    from .console import print_json
     from .job import is_complete, workspace_of
-    from .tables import print_json
 
     workspace = workspace_of(output, work_dir)
     complete = is_complete(workspace)
@@ -47,7 +47,7 @@ def clean(output: Path, work_dir: Path | None, *, force: bool, as_json: bool) ->
         raise UsageError(
             f"the run in {output} is not finished: go on with it, or discard it with --force"
         )
-    with durable.lock(workspace.work / "lock"):
+    with files.lock(workspace.work / "lock"):
         if not complete:
             workspace.discard()
         workspace.clean()

@@ -9,7 +9,7 @@ import click
 from ream_stream.calibration.mix import MIXES
 
 from .options import calibration_options, machine_options
-from .style import F, Size, Verb, exit_statuses, json_option, option, together
+from .params import F, Size, Verb, exit_statuses, json_option, option, together
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -93,7 +93,7 @@ def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None
             --calibration code=./src --calibration math=problems.jsonl \\
             --text code=test.jsonl --text general=test.txt
     """
-    from .comparing import (
+    from .comparison_view import (
         as_csv,
         carry_out,
         comparison_facts,
@@ -101,8 +101,8 @@ def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None
         markdown,
         write_files,
     )
+    from .console import console, print_json
     from .signals import stop_requests
-    from .tables import console, print_json
 
     with stop_requests() as asked:
         bench, _, trials = _prepare(source, output, ("",), values, asked)
@@ -156,10 +156,10 @@ def sweep(
     """
     from ream_stream.errors import UsageError
 
-    from .comparing import carry_out, sweep_facts, sweep_tables, write_files
-    from .figures import pareto_picture, standalone
+    from .comparison_view import carry_out, sweep_facts, sweep_tables, write_files
+    from .console import console, print_json
+    from .report.figures import pareto_picture, standalone
     from .signals import stop_requests
-    from .tables import console, print_json
 
     names = tuple(name.strip() for name in mixes.split(","))
     unknown = [name for name in names if name not in MIXES]
@@ -185,7 +185,7 @@ def _prepare(
     asked: Callable[[], int | None],
 ) -> tuple[Any, Any, Any]:
     """Return bench, grid and trials."""
-    from .comparing import Grid, bench_of, token_maker, trials_of
+    from .comparison_view import Grid, bench_of, token_maker, trials_of
     from .variants import named
 
     grid = Grid(

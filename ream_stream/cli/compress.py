@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from .options import RunOptions, run_options
+from .params import Verb, exit_statuses, json_option, option, resume_command
 from .source import fetched, located, source_argument
-from .style import Verb, exit_statuses, json_option, option, resume_command
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
@@ -53,10 +53,10 @@ def compress(
         ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B-REAP \\
             --method reap --experts 96 --calibration text.jsonl --ram 16GB
     """
+    from .console import console, plan_facts, print_json
     from .job import prepare
-    from .report import outcome_facts, say_start, say_summary
-    from .running import run
-    from .tables import console, plan_facts, print_json
+    from .run import run
+    from .run_report import outcome_facts, say_start, say_summary
 
     shown = console(stderr=True)
     folder, remote = located(source, stream=stream)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .options import machine_options
-from .style import Size, Verb, exit_statuses, json_option, option, together
+from .params import Size, Verb, exit_statuses, json_option, option, together
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -102,9 +102,9 @@ def evaluate(
         ream-stream eval ./Qwen3-23B --against ./Qwen3-30B-A3B --max-tokens 100000 \\
             --text code=./src --text math=test.jsonl --questions arc.jsonl --layers
     """
-    from .scoring import measure, prepare, score_facts, score_tables
+    from .console import console, print_json
+    from .score_view import measure, prepare, score_facts, score_tables
     from .signals import stop_requests
-    from .tables import console, print_json
 
     job = prepare(checkpoint, against, **values)
     with ExitStack() as stack:

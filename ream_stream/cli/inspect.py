@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .style import Verb, exit_statuses, json_option
+from .params import Verb, exit_statuses, json_option
 
 if TYPE_CHECKING:
-    from ream_stream.checkpoint.source import Checkpoint
+    from ream_stream.checkpoint.reader import Checkpoint
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
@@ -26,9 +26,9 @@ def inspect(path: Path, *, as_json: bool) -> None:
         ream-stream inspect ./Qwen3-30B-A3B
         ream-stream inspect ./Qwen3-23B --json
     """
-    from ream_stream.checkpoint.source import open_checkpoint
+    from ream_stream.checkpoint.reader import open_checkpoint
 
-    from .tables import console, facts, print_json
+    from .console import console, facts, print_json
 
     known = describe(open_checkpoint(path)) | {"made": manifest_facts(path)}
     if as_json:
@@ -40,8 +40,8 @@ def inspect(path: Path, *, as_json: bool) -> None:
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """Return what the headers tell."""
     from ream_stream.errors import UnsupportedModelError
-    from ream_stream.families import family_of, text_config
-    from ream_stream.mtp import find_mtp
+    from ream_stream.model.families import family_of, text_config
+    from ream_stream.model.mtp import find_mtp
 
     stacks, reason = {}, None
     text = text_config(checkpoint.config)
@@ -85,8 +85,8 @@ def manifest_facts(path: Path) -> dict[str, Any] | None:
     DamagedError
         Its manifest is not one.
     """
-    from ream_stream.finish import MANIFEST
-    from ream_stream.manifest import read_manifest
+    from ream_stream.compression.finalize import MANIFEST
+    from ream_stream.compression.manifest import read_manifest
 
     if not (path / MANIFEST).is_file():
         return None
@@ -108,7 +108,7 @@ def _kind(name: str, in_stack: set[str]) -> str:
 
 
 def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
-    from ream_stream.sizes import format_size
+    from ream_stream.units import format_size
 
     total, mtp = known["bytes"] or 1, known["mtp_moe_layers"]
     extra = f"; {mtp} for multi-token prediction" if mtp else ""

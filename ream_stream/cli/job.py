@@ -12,25 +12,25 @@ import torch
 from ream_stream import device as devices
 from ream_stream.calibration.packing import Calibration, read_tokens
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.checkpoint.formats.stored import FLOATS
+from ream_stream.checkpoint.formats.codec import FLOATS
 from ream_stream.checkpoint.header import DTYPES
-from ream_stream.checkpoint.source import Checkpoint, open_checkpoint
-from ream_stream.durable import why_not_writable
+from ream_stream.checkpoint.hub import streamed
+from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.compression.finalize import MANIFEST
+from ream_stream.compression.journal import Journal, Workspace, check_fingerprint, load
+from ream_stream.compression.pipeline import fingerprint
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
-from ream_stream.families import family_of
-from ream_stream.finish import MANIFEST
-from ream_stream.hub import streamed
-from ream_stream.journal import Journal, Workspace, check_fingerprint, load
-from ream_stream.memory import available_bytes, trim
-from ream_stream.pipeline import fingerprint
-from ream_stream.plan import Plan
-from ream_stream.planning import RAM_SHARE, check_disk, make_plan
-from ream_stream.rates import Forecast, forecast
-from ream_stream.serving import check_served
+from ream_stream.files import why_not_writable
+from ream_stream.host_memory import available_bytes, trim
+from ream_stream.model.families import family_of
+from ream_stream.planning.plan import Plan
+from ream_stream.planning.planner import RAM_SHARE, check_disk, make_plan
+from ream_stream.planning.serving_limits import check_served
+from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
 
 from .options import RunOptions, check_usage, settings_for
-from .tokens import Request, calibration_of, changed, stored
+from .token_cache import Request, calibration_of, changed, stored
 
 WORK_FOLDER = ".ream-stream"
 

@@ -15,18 +15,12 @@ import click
 
 from ream_stream.calibration.mix import MIXES
 from ream_stream.errors import UsageError
-from ream_stream.settings import (
-    REFIT_EXPERTS,
-    REFIT_TARGETS,
-    REFITS,
-    Method,
-    Settings,
-)
+from ream_stream.settings import REFIT_EXPERTS, REFIT_TARGETS, REFITS, Method, Settings
 
-from .style import F, Penalties, Percent, Size, option, together
+from .params import F, Penalties, Percent, Size, option, together
 
 if TYPE_CHECKING:
-    from ream_stream.hub import Remote
+    from ream_stream.checkpoint.hub import Remote
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "saliency": (

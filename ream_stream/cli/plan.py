@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from .options import RunOptions, run_options
+from .params import Verb, exit_statuses, json_option
 from .source import located, source_argument
-from .style import Verb, exit_statuses, json_option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12))
@@ -36,8 +36,8 @@ def plan(
         ream-stream plan ./Qwen3-30B-A3B --keep 75%
         ream-stream plan ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --ram 16GB --json
     """
+    from .console import console, plan_facts, plan_table, print_json
     from .job import prepare
-    from .tables import console, plan_facts, plan_table, print_json
 
     folder, remote = located(source, stream=stream)
     streamed = remote if stream else None

@@ -13,13 +13,13 @@ from typing import Protocol, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ream_stream import durable
+from ream_stream import files
 from ream_stream.errors import OverBudgetError, ReamStreamError
 from ream_stream.events import Event, Finished, Halved, LayerDone, Started, Step
-from ream_stream.memory import anonymous_bytes
-from ream_stream.sizes import format_size
+from ream_stream.host_memory import anonymous_bytes
+from ream_stream.units import format_size
 
-from .tables import format_seconds
+from .console import format_seconds
 
 BEAT_SECONDS = 30.0
 """A log is silent no longer than this, unless a single batch takes longer."""
@@ -191,7 +191,7 @@ class Log:
         """Append a line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": now, "event": name, **fields}
-        with durable.space_for(self._path):
+        with files.space_for(self._path):
             self._file.write(json.dumps(line) + "\n")
 
     def end(self, error: ReamStreamError) -> None:

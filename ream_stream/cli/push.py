@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .style import Verb, exit_statuses, json_option, option
+from .params import Verb, exit_statuses, json_option, option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
@@ -25,11 +25,11 @@ def push(
     \b
         ream-stream push ./Qwen3-23B my-org/Qwen3-23B --private
     """
-    from ream_stream import hub
+    from ream_stream.checkpoint import hub
     from ream_stream.errors import DamagedError
-    from ream_stream.verify import verify
+    from ream_stream.evaluation.verify import verify
 
-    from .tables import print_json
+    from .console import print_json
 
     bad = [finding.message for finding in verify(output, scan=False) if not finding.ok]
     if bad:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .style import F, option
+from .params import F, option
 
 if TYPE_CHECKING:
-    from ream_stream.hub import Remote
+    from ream_stream.checkpoint.hub import Remote
 
 
 class Source(click.ParamType[Path | str]):
@@ -49,7 +49,7 @@ def located(source: Path | str, *, stream: bool) -> "tuple[Path, Remote | None]"
     UsageError
         A folder cannot be streamed, or there is no such repository.
     """
-    from ream_stream import hub
+    from ream_stream.checkpoint import hub
     from ream_stream.errors import UsageError
 
     if isinstance(source, Path):
@@ -62,8 +62,8 @@ def located(source: Path | str, *, stream: bool) -> "tuple[Path, Remote | None]"
 
 def fetched(remote: "Remote", say: Callable[[str], Any]) -> Path:
     """Fetch all of a checkpoint, and return its folder."""
-    from ream_stream import hub
-    from ream_stream.sizes import format_size
+    from ream_stream.checkpoint import hub
+    from ream_stream.units import format_size
 
     size = sum(file.size for file in remote.files.values())
     say(f"fetching {remote.repo} at {remote.commit[:12]}, {format_size(size)} at most")

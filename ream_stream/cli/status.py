@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .style import Verb, exit_statuses, json_option, option
+from .params import Verb, exit_statuses, json_option, option
 
 if TYPE_CHECKING:
-    from ream_stream.journal import Workspace
+    from ream_stream.compression.journal import Workspace
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
@@ -35,8 +35,8 @@ def status(output: Path, work_dir: Path | None, *, as_json: bool) -> None:
         ream-stream status ./Qwen3-23B
         ream-stream status ./Qwen3-23B --json
     """
+    from .console import console, facts, print_json
     from .job import workspace_of
-    from .tables import console, facts, print_json
 
     known = gather(workspace_of(output, work_dir))
     if as_json:
@@ -53,8 +53,8 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     UsageError
         There is no run.
     """
+    from ream_stream.compression.journal import load
     from ream_stream.errors import UsageError
-    from ream_stream.journal import load
 
     from .job import is_complete
 
@@ -112,9 +112,9 @@ def _left(log: dict[str, Any]) -> float | None:
 
 
 def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
-    from ream_stream.sizes import format_size
+    from ream_stream.units import format_size
 
-    from .tables import format_seconds
+    from .console import format_seconds
 
     count = known["layers"] or "?"
     rows = [

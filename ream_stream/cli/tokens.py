@@ -1,144 +1,123 @@
-"""Token sets of the verbs: of text or from a file, and the one a run was begun with.
+"""The verb `tokens`."""
 
-A calibration set is kept in the work folder with what it was made from. A run
-that goes on uses it again, and is refused if the text or how it is cut differ:
-that is known without making tokens of the text.
-"""
-
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+import click
 
-from ream_stream import durable
-from ream_stream.calibration.mix import Part, parts_of
-from ream_stream.calibration.packing import (
-    Calibration,
-    chat_renderer,
-    load_tokenizer,
-    pack_up_to,
+from .options import calibration_options
+from .params import Verb, exit_statuses, json_option, option, together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ream_stream.calibration.tokens import Tokens
+
+_SHOWN_TOKENS, _SHOWN_CHARACTERS = 40, 24
+
+
+@click.command("tokens", cls=Verb, epilog=exit_statuses(0, 1, 2, 12))
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@together(calibration_options(required=True))
+@option(
+    "Output",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the tokens here, as .safetensors.  [default: only describe them]",
 )
-from ream_stream.calibration.sources import digest_of, open_documents
-from ream_stream.calibration.tokens import Tokens, first, from_file, joined
-from ream_stream.checkpoint.source import Checkpoint
-from ream_stream.errors import UsageError
+@json_option
+def make_tokens(
+    checkpoint: Path,
+    output: Path | None,
+    *,
+    as_json: bool,
+    **values: Any,  # noqa: ANN401 - those of `calibration_options`
+) -> None:
+    """Make a token set with the tokenizer of CHECKPOINT, and describe it.
 
-_KEY = "request"
+    The file is used by --calibration and --text as it is: no tokenizer is needed then, and
+    every run with the same digest is of the same tokens. Each source of a mix is a domain;
+    statistics, saliencies and scores are kept by domain.
 
+    Example:
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What texts are made into tokens by."""
+    \b
+        ream-stream tokens ./Qwen3-30B-A3B --output mix.safetensors \\
+            --calibration code=./src:0.7 --calibration math=problems.jsonl:0.3
+        ream-stream tokens ./Qwen3-30B-A3B --calibration mix.safetensors
+    """
+    from ream_stream import files
+    from ream_stream.calibration.packing import read_tokens
+    from ream_stream.checkpoint.reader import read_object
+    from ream_stream.errors import UsageError
 
-    texts: list[list[str | float | None]]
-    """Name, SHA-256 of the content, weight and field of each part; one alone has no name."""
+    from .console import columns, console, facts, print_json
+    from .token_cache import calibration_of
 
-    text_field: str
-    min_characters: int
-    sequences: int
-    sequence_length: int
-    seed: int
-
-    @classmethod
-    def of(cls, wanted: Calibration) -> "Request":
-        """Return the request that a calibration makes; reads its files for their digests."""
-        several = len(wanted.parts) > 1
-        return cls(
-            texts=[
-                [part.name if several else "", digest_of(part), part.weight, part.field]
-                for part in wanted.parts
-            ],
-            text_field=wanted.text_field,
-            min_characters=wanted.min_characters,
-            sequences=wanted.num_sequences,
-            sequence_length=wanted.sequence_length,
-            seed=wanted.seed,
+    if output is not None and (output.suffix.lower() != ".safetensors" or output.exists()):
+        raise UsageError(f"--output {output}: give a new file that ends in .safetensors")
+    wanted = calibration_of(values)
+    assert wanted is not None  # --calibration is required, and a mix without parts is refused
+    vocab_size = read_object(checkpoint / "config.json").get("vocab_size")
+    tokens = read_tokens(wanted, checkpoint, vocab_size=vocab_size)
+    if output is not None:
+        files.make_directory(output.parent)
+        files.write_tensors(output, tokens.tensors(), metadata=tokens.metadata())
+    known = describe(tokens, _tokenizer(checkpoint))
+    if as_json:
+        print_json(known)
+        return
+    shown = console(stderr=False)
+    names = ("sequences", "sequence_length", "tokens", "digest")
+    shown.print(facts([(name.replace("_", " "), str(known[name])) for name in names]))
+    rows = [
+        (
+            name,
+            str(each["sequences"]),
+            f"{each['share']:.1%}",
+            str(each["tokens"]),
+            str(each["distinct_tokens"]),
+            repr((each["begins"] or "")[:_SHOWN_CHARACTERS]),
         )
+        for name, each in known["domains"].items()
+    ]
+    heads = ("domain", "sequences", "share", "tokens", "distinct tokens", "begins")
+    shown.print(columns(heads, rows))
 
 
-def calibration_of(values: Mapping[str, Any]) -> Calibration | None:
-    """Return what the values of `calibration_options` ask for; None if they name no text."""
-    parts = parts_of(values["calibration"], mix=values["mix"])
-    if not parts:
-        return None
-    return Calibration(
-        parts=parts,
-        text_field=values["text_field"],
-        num_sequences=values["sequences"],
-        sequence_length=values["sequence_length"],
-        seed=values["seed"],
-        min_characters=values["min_characters"],
-    )
+def describe(tokens: "Tokens", tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
+    """Return what there is to know of a token set, domain by domain."""
+    import torch
+
+    mask_SL = tokens.attention_mask_SL
+    domains = {}
+    for number, name in enumerate(tokens.domains):
+        row_R = (tokens.domain_S == number).nonzero().squeeze(1)
+        ids_RL = tokens.input_ids_SL[row_R]
+        id_T = ids_RL.flatten() if mask_SL is None else ids_RL[mask_SL[row_R].bool()]
+        domains[name] = {
+            "sequences": len(row_R),
+            "share": len(row_R) / tokens.num_sequences,
+            "tokens": len(id_T),
+            "distinct_tokens": len(torch.unique(id_T)),
+            "begins": tokenizer.decode(id_T[:_SHOWN_TOKENS]) if tokenizer else None,
+        }
+    return {
+        "sequences": tokens.num_sequences,
+        "sequence_length": tokens.sequence_length,
+        "tokens": tokens.num_tokens,
+        "digest": tokens.digest,
+        "domains": domains,
+    }
 
 
-def store(path: Path, tokens: Tokens, request: Request) -> None:
-    """Write tokens, with what they were made from."""
-    metadata = {**tokens.metadata(), _KEY: json.dumps(asdict(request))}
-    durable.write_tensors(path, tokens.tensors(), metadata=metadata)
+def _tokenizer(checkpoint: Path) -> "PreTrainedTokenizerBase | None":
+    """Return the checkpoint's tokenizer; None if it has none, which token files do not need."""
+    from ream_stream.calibration.packing import load_tokenizer
+    from ream_stream.errors import UsageError
 
-
-def stored(path: Path, digest: str) -> Tokens | None:
-    """Return stored tokens of this digest; None if they are not there whole."""
     try:
-        tokens = from_file(path)
+        return load_tokenizer(checkpoint)
     except UsageError:
         return None
-    return tokens if tokens.digest == digest else None
-
-
-def changed(request: Request, path: Path) -> str | None:
-    """Say what the tokens stored in `path` were made from differently; None if nothing."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            then = json.loads((file.metadata() or {})[_KEY])
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return None
-    now = asdict(request)
-    names = [name for name in now if then.get(name) != now[name]]
-    return f"other {', '.join(names)}" if names else None
-
-
-def read_test_tokens(
-    parts: Sequence[Part],
-    checkpoint: Checkpoint,
-    *,
-    text_field: str,
-    sequence_length: int,
-    max_tokens: int | None,
-) -> Tokens:
-    """Read tokens to predict: token files, or texts in their own order, each a domain.
-
-    `max_tokens` is of each.
-
-    Raises
-    ------
-    UsageError
-        There are none that can be used.
-    """
-    vocab_size = checkpoint.config.get("vocab_size")
-    tokenizer = None if all(p.is_tokens for p in parts) else load_tokenizer(checkpoint.folder)
-
-    def made(part: Part) -> Tokens:
-        if tokenizer is None or part.is_tokens:
-            tokens = from_file(Path(part.source), vocab_size=vocab_size)
-            if max_tokens is None:
-                return tokens
-            rows = max(1, max_tokens // tokens.sequence_length)
-            return first(tokens, min(rows, tokens.num_sequences), description=part.source)
-        documents = open_documents(part, field=text_field, render=chat_renderer(tokenizer))
-        return pack_up_to(
-            (documents[number] for number in range(len(documents))),
-            tokenizer,
-            max_tokens=max_tokens,
-            sequence_length=sequence_length,
-            description=part.source,
-            vocab_size=vocab_size,
-        )
-
-    tokens = {part.name: made(part) for part in parts}
-    if len(parts) == 1:
-        return tokens[parts[0].name]
-    return joined(tokens, description=", ".join(part.source for part in parts))

@@ -7,7 +7,7 @@ import click
 
 from ream_stream.errors import DamagedError
 
-from .style import Verb, exit_statuses, json_option, option
+from .params import Verb, exit_statuses, json_option, option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10))
@@ -63,10 +63,10 @@ def verify(
     """
     from itertools import chain
 
-    from ream_stream.against import against as compare
-    from ream_stream.verify import verify as findings_of
+    from ream_stream.evaluation.source_diff import against as compare
+    from ream_stream.evaluation.verify import verify as findings_of
 
-    from .tables import print_json
+    from .console import print_json
 
     findings = []
     compared = compare(output, against) if against else ()

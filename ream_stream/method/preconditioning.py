@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .normal import NormalSums
+from .normal_equations import NormalSums
 
 WELL_CONDITIONED = 1e4
 """Trace of A_e as a multiple of l_e, I / lambda: no two eigenvalues are further apart."""

@@ -32,7 +32,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .normal import NormalSums
+from .normal_equations import NormalSums
 from .preconditioning import PRECONDITIONERS, Preconditioner
 
 

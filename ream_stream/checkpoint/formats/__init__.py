@@ -7,13 +7,13 @@ their way to the output; all else is copied byte for byte.
 
 from collections.abc import Mapping
 
+from .codec import Codec, Part, Plain
 from .detect import ACTIVATION_SUFFIXES, Stored, detect, weight_settings
 from .fp8 import Fp8Block, Fp8Scaled
+from .ignored_modules import Modules, rename_skipped
 from .int4 import Int4
 from .mxfp4 import Mxfp4
 from .nvfp4 import Nvfp4
-from .skipped import Modules, rename_skipped
-from .stored import Codec, Part, Plain
 
 SCHEMES: Mapping[str, type[Codec]] = {
     codec.scheme: codec for codec in (Plain, Fp8Block, Fp8Scaled, Int4, Mxfp4, Nvfp4)

@@ -12,8 +12,8 @@ from typing import Any
 
 from ream_stream.errors import DamagedError, UnsupportedModelError
 
-from .signatures import SIGNATURES, SUFFIXES, Described
-from .stored import Codec, Part
+from .codec import Codec, Part
+from .schemes import SIGNATURES, SUFFIXES, Described
 
 ACTIVATION_SUFFIXES = (".input_scale", ".input_global_scale")
 """Scales of activations beside a weight: not part of the matrix. Among merged experts

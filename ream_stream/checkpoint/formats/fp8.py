@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ream_stream.checkpoint.header import DTYPES
 
-from .panels import decode_pairs, pair_table, panels
-from .stored import Part, require_finite
+from .codec import Part, require_finite
+from .lookup_tables import decode_pairs, pair_table, panels
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0

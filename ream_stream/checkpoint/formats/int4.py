@@ -14,14 +14,8 @@ from torch import Tensor
 
 from ream_stream.checkpoint.header import DTYPES
 
-from .nibbles import (
-    decode_groups,
-    encode_groups,
-    largest,
-    least_error,
-    pick,
-)
-from .stored import Part, require_finite
+from .codec import Part, require_finite
+from .four_bit import decode_groups, encode_groups, largest, least_error, pick
 
 _VALUES = tuple(float(code - 8) for code in range(16))
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"

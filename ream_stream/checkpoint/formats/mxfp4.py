@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ream_stream.checkpoint.header import DTYPES
 
-from .nibbles import (
+from .codec import Part, require_finite
+from .four_bit import (
     E2M1,
     decode_groups,
     e2m1_code,
@@ -24,7 +25,6 @@ from .nibbles import (
     largest,
     least_error,
 )
-from .stored import Part, require_finite
 
 _GROUP = 32
 _VALUES = (*E2M1, *(-value for value in E2M1))

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .fp8 import E4M3_MAX, e4m3_scale
-from .nibbles import (
+from .codec import Part, require_finite
+from .four_bit import (
     E2M1,
     decode_groups,
     e2m1_code,
@@ -23,7 +23,7 @@ from .nibbles import (
     least_error,
     pick,
 )
-from .stored import Part, require_finite
+from .fp8 import E4M3_MAX, e4m3_scale
 
 _GROUP = 16
 _VALUES = (*E2M1, *(-value for value in E2M1))

@@ -1,0 +1,336 @@
+"""A checkpoint folder: config, index and headers checked first, then mapped tensors."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ream_stream import files
+from ream_stream.errors import DamagedError, UsageError
+from ream_stream.files import FileRange
+
+from .expert_layouts import find_experts
+from .expert_stack import ExpertStack, Send, one_of, stay
+from .formats import Plain, Stored
+from .header import Stamp, TensorEntry, read_header
+from .read_ahead import ReadAhead
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_CONFIG_BYTES = 16_000_000
+MAX_JSON_BYTES = 200_000_000
+"""Of an index: that of a million tensors."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pth?|ckpt|gguf|h5|msgpack|onnx|onnx_data|index\.json)", re.IGNORECASE
+)
+"""Names of files with weights, in any format, and of their indexes."""
+
+
+class MappedTensors:
+    """Tensors of a checkpoint as views of mapped files; see `Checkpoint.open`."""
+
+    def __init__(self, checkpoint: "Checkpoint", stack: ExitStack) -> None:
+        self._checkpoint, self._entries = checkpoint, checkpoint.entries
+        self._stack = stack
+        self._files: dict[Path, Any] = {}
+        self._ahead = ReadAhead()
+        stack.callback(self._ahead.close)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor whose memory is the page cache; it must not be written to."""
+        path = self._entries[name].path
+        if path not in self._files:
+            self._checkpoint.check_unchanged([name])
+            try:
+                opened = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise DamagedError(f"{path} cannot be mapped: {error}") from error
+            self._files[path] = self._stack.enter_context(opened)
+        tensor: Tensor = self._files[path].get_tensor(name)
+        return tensor
+
+    def ahead(self, stack: ExpertStack, expert: int) -> None:
+        """Let the kernel read an expert that is asked for soon."""
+        ranges = []
+        for name, place in stack.expert_slots(expert):
+            entry = self._entries[name]
+            start, stop = entry.start, entry.stop
+            if place is not None:
+                start, stop = one_of(entry, place, stack.count)
+            ranges.append(FileRange(path=entry.path, start=start, stop=stop))
+        self._ahead.ask(ranges)
+
+    def matrix(
+        self, stored: Stored, index: int | None, dtype: torch.dtype, send: Send = stay
+    ) -> Tensor:
+        """Return a matrix: floats as they are stored, others decoded.
+
+        Parameters
+        ----------
+        stored
+            Where it is, and its scheme.
+        index
+            Which one of a stack; None if it is not one of a stack.
+        dtype
+            Of what is decoded.
+        send
+            Is given the tensors, views of the mapped file, and what it returns is used.
+        """
+        parts = {
+            suffix: send(self[name] if index is None else self[name][index])
+            for suffix, name in stored.names().items()
+        }
+        if isinstance(stored.codec, Plain):
+            return parts[stored.codec.suffix]
+        return stored.codec.decode(parts, stored.rows, stored.cols, dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a checkpoint folder holds, known from its headers alone."""
+
+    folder: Path
+    """Where it is."""
+
+    config: Mapping[str, Any]
+    """config.json as it stands."""
+
+    entries: Mapping[str, TensorEntry] = field(repr=False)
+    """Every tensor by name."""
+
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
+    """What the files were when their headers were read; those not listed are not watched."""
+
+    fetch: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
+    """Puts a shard in its place, if they are not there from the beginning."""
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """Return the quantization_config, of a wrapper's text decoder if it has its own."""
+        for config in (self.config, self.config.get("text_config")):
+            if isinstance(config, Mapping) and config.get("quantization_config"):
+                found = config["quantization_config"]
+                if not isinstance(found, Mapping):
+                    raise DamagedError("quantization_config of config.json is not an object")
+                return found
+        return None
+
+    def experts(self) -> dict[str, ExpertStack]:
+        """Return the stacks of routed experts, by prefix; see `find_experts`."""
+        return find_experts(self.entries, self.quantization)
+
+    @contextmanager
+    def open(self) -> Iterator[MappedTensors]:
+        """Map files as tensors are asked for; unmap them at the end of the block.
+
+        Mapped pages count as this process's until the file is closed, so a
+        block should not outlive the layer it serves.
+        """
+        with ExitStack() as stack:
+            yield MappedTensors(self, stack)
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Make sure that the files of some tensors are those whose headers were read.
+
+        Raises
+        ------
+        DamagedError
+            One is gone, or its size, header or time of change is another.
+        """
+        for path in sorted({self.entries[name].path for name in names} & set(self.stamps)):
+            try:
+                difference = self.stamps[path].difference(Stamp.of(path))
+            except FileNotFoundError:
+                difference = "it is gone"
+            if difference is not None:
+                raise DamagedError(
+                    f"{path} was changed while it was being read: {difference}; "
+                    "bring it back and run the same command again"
+                )
+
+    def files(self) -> list[Path]:
+        """Return the shards, in order of name."""
+        return sorted({entry.path for entry in self.entries.values()})
+
+    def cut_files(self) -> list[Path]:
+        """Return the shards that are not there to their end, in order of name."""
+        end: dict[Path, int] = {}
+        for entry in self.entries.values():
+            end[entry.path] = max(entry.stop, end.get(entry.path, 0))
+        return sorted(
+            path
+            for path, stop in end.items()
+            if not path.is_file() or path.stat().st_size < stop
+        )
+
+    def digest(self) -> str:
+        """Return a digest of config, names, shapes, offsets and file sizes; not of the data."""
+        described = {
+            "config": self.config,
+            "tensors": [
+                [e.name, e.path.name, e.dtype, e.shape, e.start, e.stop]
+                for e in sorted(self.entries.values(), key=lambda entry: entry.name)
+            ],
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def other_files(self) -> list[Path]:
+        """Return the files beside config and weights, in folders too: tokenizer, code.
+
+        Hidden ones are left out, and so are weights that the index does not name:
+        transformers prefers a ``model.safetensors`` to the index beside it.
+        """
+        return _other_files(self.folder)
+
+
+def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
+    """Read and check config, index and headers of a folder.
+
+    Parameters
+    ----------
+    folder
+        Of a checkpoint.
+    with_data
+        False if shards may end anywhere after their headers, which is enough for a plan.
+
+    Raises
+    ------
+    UsageError
+        The folder is not a safetensors checkpoint.
+    DamagedError
+        Config, index, headers and files contradict each other.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json: it is not a model checkpoint")
+    config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
+    if (folder / INDEX).exists():
+        entries = _indexed(folder, with_data=with_data)
+    elif (folder / SINGLE).is_file():
+        entries = read_header(folder / SINGLE, with_data=with_data)
+    else:
+        raise UsageError(
+            f"{folder} has neither {SINGLE} nor {INDEX}: no safetensors weights"
+            + _pickles(folder)
+        )
+    if not entries:
+        raise DamagedError(f"{folder} holds no tensor")
+    _check_links(folder)
+    stamps = {path: Stamp.of(path) for path in {entry.path for entry in entries.values()}}
+    return Checkpoint(folder=folder, config=config, entries=entries, stamps=stamps)
+
+
+def _indexed(folder: Path, *, with_data: bool) -> dict[str, TensorEntry]:
+    """Return the entries of all shards that the index names, checked against it."""
+    weight_map = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(v, str) for v in weight_map.values()
+    ):
+        raise DamagedError(f"{folder / INDEX} has no weight_map of tensor names to files")
+    entries: dict[str, TensorEntry] = {}
+    for shard in sorted(set(weight_map.values())):
+        path = _inside(folder, shard)
+        for name, entry in read_header(path, with_data=with_data).items():
+            if name in entries:
+                raise DamagedError(
+                    f"tensor {name!r} is in {entries[name].path.name} and in {shard}"
+                )
+            if weight_map.get(name) != shard:
+                listed = weight_map.get(name, "no file")
+                raise DamagedError(f"tensor {name!r} is in {shard}, the index names {listed}")
+            entries[name] = entry
+    for name, shard in weight_map.items():
+        if name not in entries:
+            raise DamagedError(f"the index puts tensor {name!r} in {shard}, which lacks it")
+    return entries
+
+
+def _inside(folder: Path, shard: str) -> Path:
+    """Return the path of a shard; refuse names that leave the folder."""
+    if (
+        Path(shard).name != shard
+        or shard in {"", ".", ".."}
+        or not shard.endswith(".safetensors")
+    ):
+        raise DamagedError(
+            f"{folder / INDEX} names the file {shard!r}; only safetensors files in the folder "
+            "itself are read"
+        )
+    path = folder / shard
+    try:
+        found = path.is_file()
+    except OSError:  # a name longer than any file's
+        found = False
+    if not found:
+        raise DamagedError(f"{folder} lacks {shard}, which its index names: fetch it again")
+    return path
+
+
+def _other_files(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or inside == Path("config.json") or _WEIGHTS.fullmatch(path.name):
+            continue
+        if path.is_file():
+            found.append(path)
+    return found
+
+
+def _pickles(folder: Path) -> str:
+    """Name a file of weights that is never opened, if there is one."""
+    found = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if not found:
+        return ""
+    return f"; {found[0]} may hold code that runs when it is opened: convert it to safetensors"
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links to files elsewhere among those that are copied as they are.
+
+    A stranger's archive could thus have a file of this machine copied into an output, and
+    published. Config, index and shards may be links to anywhere: they are not copied but
+    parsed. The hub's cache is made of links to the ``blobs`` beside its ``snapshots``.
+
+    Raises
+    ------
+    UsageError
+        There is such a link.
+    """
+    real = folder.resolve()
+    homes = [real]
+    if real.parent.name == "snapshots":
+        homes.append(real.parent.parent / "blobs")
+    for path in _other_files(folder):
+        target = path.resolve()
+        if not any(target.is_relative_to(home) for home in homes):
+            raise UsageError(
+                f"{path} is a link to {target}, outside of the folder: replace it by a copy"
+            )
+
+
+def read_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object of bounded size."""
+    if not path.is_file() or path.stat().st_size > most:
+        raise DamagedError(f"{path} is not a file of at most {most} bytes")
+    try:
+        with files.reading(path):
+            value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,76 @@
+"""Which shards of a streamed source are on the disk, and when.
+
+A shard is fetched when the first layer needs it and deleted after the last one has; those
+with tensors outside the layers stay from the beginning to the end. For a source that is on
+the disk anyway nothing is fetched and nothing deleted.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ream_stream import files
+
+from .reader import Checkpoint
+
+
+class Supply:
+    """The shards of a source, layer by layer.
+
+    Parameters
+    ----------
+    source
+        What is read.
+    layers
+        Names of the tensors of each layer.
+    outside
+        Names of the others.
+    """
+
+    def __init__(
+        self, source: Checkpoint, layers: Sequence[Iterable[str]], outside: Iterable[str]
+    ) -> None:
+        self._source = source
+        self._always = self._files(outside)
+        self._layers = [self._files(names) for names in layers]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of shards on the disk at most; 0 if they are there anyway."""
+        if self._source.fetch is None:
+            return 0
+        size: dict[Path, int] = {}
+        for entry in self._source.entries.values():
+            size[entry.path] = max(entry.stop, size.get(entry.path, 0))
+        return max(
+            sum(size[path] for path in self._there(at)) for at in range(len(self._layers))
+        )
+
+    def bring(self, layer: int | None) -> None:
+        """Fetch what a layer needs, or with None what is outside the layers."""
+        if self._source.fetch is None:
+            return
+        needed = self._always | (set() if layer is None else self._layers[layer])
+        for path in sorted(needed):
+            if not path.is_file():
+                self._source.fetch(path)
+
+    def release(self, layer: int | None) -> None:
+        """Delete what nothing needs after a layer; with None what is there at all."""
+        if self._source.fetch is None:
+            return
+        later = set[Path]()
+        if layer is not None:
+            later = self._always.union(*self._layers[layer + 1 :])
+        for path in sorted(set(self._source.files()) - later):
+            files.remove(path)
+        if layer is None:
+            for folder in {path.parent for path in self._source.files()}:
+                files.remove(folder)
+
+    def _there(self, at: int) -> set[Path]:
+        """Return the shards on the disk while a layer is worked on."""
+        seen = set[Path]().union(*self._layers[: at + 1])
+        return self._always | self._layers[at] | (seen & set[Path]().union(*self._layers[at:]))
+
+    def _files(self, names: Iterable[str]) -> set[Path]:
+        return {self._source.entries[name].path for name in names}

@@ -1,0 +1,305 @@
+"""Comparisons carried out: options to trials, trials to tables and files."""
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ream_stream import files as durable
+from ream_stream.calibration.mix import MIXES, parts_of
+from ream_stream.calibration.packing import read_tokens
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.device import choose_device
+from ream_stream.errors import UsageError
+from ream_stream.evaluation.comparison import (
+    ALL,
+    ORIGINAL,
+    Bench,
+    Outcome,
+    Trial,
+    rows,
+    run_trials,
+    summary,
+)
+from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
+from ream_stream.events import Event, LayerDone, Started
+from ream_stream.host_memory import available_bytes
+from ream_stream.planning.planner import RAM_SHARE
+
+from .console import columns
+from .job import compute_dtype, num_experts
+from .token_cache import calibration_of, read_test_tokens
+from .variants import settings_of
+
+AXIS_MEASURE = "accuracy"
+"""What a sweep's axes are: percent of next tokens, of each domain."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """What is compared: each method on each mix, with each seed."""
+
+    experts: int
+    """Experts to keep."""
+
+    methods: tuple[str, ...]
+    """Keys of `variants.VARIANTS`."""
+
+    seeds: tuple[int, ...]
+    """Of the calibration's documents and of all that is drawn."""
+
+    group_size: int | None
+    """REAM's C; None for its default."""
+
+    mixes: tuple[str, ...] = ("",)
+    """Keys of `MIXES`; empty for the calibration as it is."""
+
+
+def bench_of(
+    source: Path,
+    folder: Path,
+    text: Sequence[str],
+    *,
+    text_field: str,
+    sequence_length: int,
+    max_tokens: int | None,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    ram: int | None,
+    stop_requested: Callable[[], int | None],
+) -> Bench:
+    """Read headers and test tokens."""
+    checkpoint, where = open_checkpoint(source), choose_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    tests = read_test_tokens(
+        parts_of(text),
+        checkpoint,
+        text_field=text_field,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+    )
+    return Bench(
+        source=checkpoint,
+        tests=tests,
+        folder=folder,
+        device=where,
+        dtype=compute_dtype(dtype, checkpoint, where),
+        threads=torch.get_num_threads(),
+        ram=int(RAM_SHARE * available_bytes()) if ram is None else ram,
+        stop_requested=stop_requested,
+    )
+
+
+def token_maker(
+    checkpoint: Checkpoint, values: Mapping[str, Any]
+) -> Callable[[str, int], Tokens]:
+    """Return what makes the calibration of a mix and a seed, each once."""
+    made: dict[tuple[str, int], Tokens] = {}
+    vocab_size = checkpoint.config.get("vocab_size")
+
+    def make(mix: str, seed: int) -> Tokens:
+        if (mix, seed) not in made:
+            wanted = calibration_of({**values, "mix": mix or values["mix"], "seed": seed})
+            if wanted is None:
+                raise UsageError("say what to calibrate on: --calibration")
+            made[mix, seed] = read_tokens(wanted, checkpoint.folder, vocab_size=vocab_size)
+        return made[mix, seed]
+
+    return make
+
+
+def trials_of(bench: Bench, grid: Grid, tokens: Callable[[str, int], Tokens]) -> list[Trial]:
+    """Return the trials of a grid."""
+    total = num_experts(bench.source)
+    return [
+        Trial(
+            name=name,
+            settings=settings_of(
+                name,
+                experts=grid.experts,
+                num_experts=total,
+                seed=seed,
+                compute_dtype=str(bench.dtype).removeprefix("torch."),
+                device_kind=bench.device.type,
+                group_size=grid.group_size,
+            ),
+            calibration=tokens(mix, seed),
+            mix=mix,
+        )
+        for mix in grid.mixes
+        for name in grid.methods
+        for seed in grid.seeds
+    ]
+
+
+def carry_out(bench: Bench, trials: Sequence[Trial], console: Console) -> tuple[Outcome, ...]:
+    """Run the trials that are left, saying a line for each layer."""
+    outcomes: tuple[Outcome, ...] = ()
+    for event in run_trials(bench, trials):
+        if isinstance(event, tuple):
+            outcomes = event
+        else:
+            _say(event, console)
+    return outcomes
+
+
+def _say(event: Event, console: Console) -> None:
+    if isinstance(event, Started):
+        console.print(f"compressing from layer {event.committed + 1} of {event.layers}")
+    elif isinstance(event, LayerDone):
+        console.print(f"  layer {event.layer + 1}: {sum(event.seconds.values()):.1f} s")
+
+
+def comparison_facts(bench: Bench, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return a comparison, for ``--json`` and `report`."""
+    return {
+        "kind": "comparison",
+        "source": str(bench.source.folder),
+        "tests": bench.tests.digest,
+        "predicted": outcomes[0].scores[ALL]["predicted"],
+        "summary": summary(outcomes),
+        "runs": list(rows(outcomes)),
+    }
+
+
+def comparison_table(outcomes: Sequence[Outcome]) -> Table:
+    """Return mean and spread of perplexities by domain, and what tells most beside them."""
+    listed = summary(outcomes)
+    domains = [name for name in listed[0]["scores"] if name != ALL] or [ALL]
+    several = len({each["mix"] for each in listed}) > 2
+    heads = [*(["mix"] if several else []), "", *domains, "nats more", "divergence", "same top"]
+    return columns(heads, [_table_row(each, domains, several=several) for each in listed])
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """Return the same table as Markdown."""
+    table = comparison_table(outcomes)
+    lines = zip(*(list(column.cells) for column in table.columns), strict=True)
+    heads = [str(column.header) for column in table.columns]
+    body = [heads, ["---"] * len(heads), *([str(cell) for cell in line] for line in lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body)
+
+
+def as_csv(outcomes: Sequence[Outcome]) -> str:
+    """Return every run and domain as a row of a CSV file."""
+    flat = list(rows(outcomes))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def sweep_facts(bench: Bench, grid: Grid, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return a sweep: points by method and mix, what they cover and what they follow.
+
+    A point is the mean over seeds of `AXIS_MEASURE` in percent, an axis a domain. The
+    corner of the hypervolumes is that of all points together, so they can be compared.
+    """
+    listed = [each for each in summary(outcomes) if each["name"] != ORIGINAL]
+    axes = [name for name in listed[0]["scores"] if name != ALL] or [ALL]
+    points = [
+        {
+            "name": each["name"],
+            "mix": each["mix"],
+            "point": tuple(100 * each["scores"][a][AXIS_MEASURE][0] for a in axes),
+            "spread": tuple(100 * each["scores"][a][AXIS_MEASURE][1] for a in axes),
+        }
+        for each in listed
+    ]
+    places = [each["point"] for each in points]
+    best, corner = set(front(places)), reference(places)
+    for number, each in enumerate(points):
+        each["on front"] = number in best
+    by_name = {name: [each for each in points if each["name"] == name] for name in grid.methods}
+    return {
+        "kind": "sweep",
+        "axes": axes,
+        "measure": f"{AXIS_MEASURE}, %",
+        "original": tuple(100 * outcomes[0].scores[a]["accuracy"]["value"] for a in axes),
+        "corner": corner,
+        "points": points,
+        "hypervolume": {
+            name: hypervolume([each["point"] for each in own], corner)
+            for name, own in by_name.items()
+        },
+        "correlations": {
+            name: {
+                weight: {
+                    axis: correlation(
+                        [MIXES[each["mix"]][weight] for each in own],
+                        [each["point"][number] for each in own],
+                    )
+                    for number, axis in enumerate(axes)
+                }
+                for weight in next(iter(MIXES.values()))
+            }
+            for name, own in by_name.items()
+        },
+    }
+
+
+def sweep_tables(known: Mapping[str, Any]) -> Iterator[Table]:
+    """Yield a sweep as tables: points, hypervolumes, correlations of weights and scores."""
+    axes = known["axes"]
+    heads = ("mix", "method", *(f"{axis} %" for axis in axes), "front")
+    yield columns(
+        heads,
+        [
+            (
+                each["mix"],
+                each["name"],
+                *(
+                    f"{value:.2f}" + (f" +- {error:.2f}" if error else "")
+                    for value, error in zip(each["point"], each["spread"], strict=True)
+                ),
+                "*" if each["on front"] else "",
+            )
+            for each in known["points"]
+        ],
+    )
+    volumes = known["hypervolume"].items()
+    yield columns(("method", "hypervolume"), [(name, f"{v:.2f}") for name, v in volumes])
+    yield columns(
+        ("method, share of", *(f"r with {axis}" for axis in axes)),
+        [
+            (f"{name}, {weight}", *("-" if r is None else f"{r:+.2f}" for r in found.values()))
+            for name, weights in known["correlations"].items()
+            for weight, found in weights.items()
+        ],
+    )
+
+
+def write_files(folder: Path, files: Mapping[str, str | dict[str, Any]]) -> None:
+    """Write results beside the trials' numbers."""
+    for name, content in files.items():
+        if isinstance(content, str):
+            durable.write_bytes(folder / name, content.encode())
+        else:
+            durable.write_json(folder / name, content)
+
+
+def _table_row(each: Mapping[str, Any], domains: Sequence[str], *, several: bool) -> list[str]:
+    def cell(domain: str, measure: str, digits: int) -> str:
+        found = each["scores"][domain][measure]
+        if found is None:
+            return "-"
+        return f"{found[0]:.{digits}f}" + (
+            f" +- {found[1]:.{digits}f}" if each["runs"] > 1 else ""
+        )
+
+    return [
+        *([each["mix"]] if several else []),
+        each["name"],
+        *(cell(domain, "perplexity", 2) for domain in domains),
+        *(cell(ALL, measure, 4) for measure in ("nats more", "divergence", "same top")),
+    ]

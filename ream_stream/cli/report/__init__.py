@@ -1,0 +1,1 @@
+"""The verb `report`: one self-contained page about an output."""

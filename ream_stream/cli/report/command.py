@@ -1,0 +1,70 @@
+"""The verb `report`."""
+
+from pathlib import Path
+
+import click
+
+from ream_stream.cli.params import Verb, exit_statuses, json_option, option
+
+
+@click.command("report", cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
+@click.argument("output", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@option(
+    "Content",
+    "--results",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What eval --json printed, or comparison.json or sweep.json; may be given for each.",
+)
+@option(
+    "Content",
+    "--work-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="The --work-dir of the run, if it had one.",
+)
+@option(
+    "Output",
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="report.html",
+    show_default=True,
+    metavar="FILE",
+    help="Where the page is written; one that is there is replaced.",
+)
+@json_option
+def report(
+    output: Path,
+    results: tuple[Path, ...],
+    work_dir: Path | None,
+    html: Path,
+    *,
+    as_json: bool,
+) -> None:
+    """Write one page about the compressed checkpoint in OUTPUT.
+
+    What was done, sizes, time and memory as planned and as measured, what each expert is
+    worth and which absorbed which, and the quality that was measured. The page needs no
+    network; --json prints the same numbers.
+
+    Example:
+
+    \b
+        ream-stream report ./Qwen3-23B
+        ream-stream report ./Qwen3-23B --results eval.json --results sweep.json --html a.html
+    """
+    from ream_stream import files
+    from ream_stream.cli.console import console, print_json
+    from ream_stream.cli.job import workspace_of
+
+    from .facts import gather, without_matrices
+    from .page import page
+
+    facts = gather(workspace_of(output, work_dir), results)
+    files.make_directory(html.parent)
+    files.write_bytes(html, page(facts).encode())
+    if as_json:
+        print_json(without_matrices(facts))
+    else:
+        console(stderr=False).print(f"wrote {html}", soft_wrap=True)

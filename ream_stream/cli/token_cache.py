@@ -1,0 +1,144 @@
+"""Token sets of the verbs: of text or from a file, and the one a run was begun with.
+
+A calibration set is kept in the work folder with what it was made from. A run
+that goes on uses it again, and is refused if the text or how it is cut differ:
+that is known without making tokens of the text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ream_stream import files
+from ream_stream.calibration.datasets import digest_of, open_documents
+from ream_stream.calibration.mix import Part, parts_of
+from ream_stream.calibration.packing import (
+    Calibration,
+    chat_renderer,
+    load_tokenizer,
+    pack_up_to,
+)
+from ream_stream.calibration.tokens import Tokens, first, from_file, joined
+from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.errors import UsageError
+
+_KEY = "request"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What texts are made into tokens by."""
+
+    texts: list[list[str | float | None]]
+    """Name, SHA-256 of the content, weight and field of each part; one alone has no name."""
+
+    text_field: str
+    min_characters: int
+    sequences: int
+    sequence_length: int
+    seed: int
+
+    @classmethod
+    def of(cls, wanted: Calibration) -> "Request":
+        """Return the request that a calibration makes; reads its files for their digests."""
+        several = len(wanted.parts) > 1
+        return cls(
+            texts=[
+                [part.name if several else "", digest_of(part), part.weight, part.field]
+                for part in wanted.parts
+            ],
+            text_field=wanted.text_field,
+            min_characters=wanted.min_characters,
+            sequences=wanted.num_sequences,
+            sequence_length=wanted.sequence_length,
+            seed=wanted.seed,
+        )
+
+
+def calibration_of(values: Mapping[str, Any]) -> Calibration | None:
+    """Return what the values of `calibration_options` ask for; None if they name no text."""
+    parts = parts_of(values["calibration"], mix=values["mix"])
+    if not parts:
+        return None
+    return Calibration(
+        parts=parts,
+        text_field=values["text_field"],
+        num_sequences=values["sequences"],
+        sequence_length=values["sequence_length"],
+        seed=values["seed"],
+        min_characters=values["min_characters"],
+    )
+
+
+def store(path: Path, tokens: Tokens, request: Request) -> None:
+    """Write tokens, with what they were made from."""
+    metadata = {**tokens.metadata(), _KEY: json.dumps(asdict(request))}
+    files.write_tensors(path, tokens.tensors(), metadata=metadata)
+
+
+def stored(path: Path, digest: str) -> Tokens | None:
+    """Return stored tokens of this digest; None if they are not there whole."""
+    try:
+        tokens = from_file(path)
+    except UsageError:
+        return None
+    return tokens if tokens.digest == digest else None
+
+
+def changed(request: Request, path: Path) -> str | None:
+    """Say what the tokens stored in `path` were made from differently; None if nothing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            then = json.loads((file.metadata() or {})[_KEY])
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
+    now = asdict(request)
+    names = [name for name in now if then.get(name) != now[name]]
+    return f"other {', '.join(names)}" if names else None
+
+
+def read_test_tokens(
+    parts: Sequence[Part],
+    checkpoint: Checkpoint,
+    *,
+    text_field: str,
+    sequence_length: int,
+    max_tokens: int | None,
+) -> Tokens:
+    """Read tokens to predict: token files, or texts in their own order, each a domain.
+
+    `max_tokens` is of each.
+
+    Raises
+    ------
+    UsageError
+        There are none that can be used.
+    """
+    vocab_size = checkpoint.config.get("vocab_size")
+    tokenizer = None if all(p.is_tokens for p in parts) else load_tokenizer(checkpoint.folder)
+
+    def made(part: Part) -> Tokens:
+        if tokenizer is None or part.is_tokens:
+            tokens = from_file(Path(part.source), vocab_size=vocab_size)
+            if max_tokens is None:
+                return tokens
+            rows = max(1, max_tokens // tokens.sequence_length)
+            return first(tokens, min(rows, tokens.num_sequences), description=part.source)
+        documents = open_documents(part, field=text_field, render=chat_renderer(tokenizer))
+        return pack_up_to(
+            (documents[number] for number in range(len(documents))),
+            tokenizer,
+            max_tokens=max_tokens,
+            sequence_length=sequence_length,
+            description=part.source,
+            vocab_size=vocab_size,
+        )
+
+    tokens = {part.name: made(part) for part in parts}
+    if len(parts) == 1:
+        return tokens[parts[0].name]
+    return joined(tokens, description=", ".join(part.source for part in parts))

@@ -1,0 +1,1 @@
+"""The run: layer after layer, each of them committed alone."""

@@ -1,0 +1,134 @@
+"""Which experts of a layer become which, and in which order their neurons are averaged.
+
+Letters in shapes: n sampled tokens, E experts, H hidden, I inner.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ream_stream.checkpoint.expert_stack import Tensors
+from ream_stream.errors import ReamStreamError
+from ream_stream.method.alignment import ALIGNMENTS, Matched, Neurons, Pair, align_all
+from ream_stream.method.grouping import GROUPINGS, Evidence
+from ream_stream.method.merging import MERGES
+from ream_stream.method.saliency import SALIENCIES, merge_weights
+from ream_stream.method.similarity import (
+    RANDOM,
+    distance,
+    expert_similarity,
+    gate_similarity,
+    random_distance,
+)
+from ream_stream.model.experts import StreamedExperts
+from ream_stream.rng import generator
+from ream_stream.settings import Method, Settings
+
+from .observer import Observer, TokenSample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """Which experts of a layer become which."""
+
+    saliency: tuple[float, ...]
+    """By source expert."""
+
+    domain_saliency: Mapping[str, tuple[float, ...]]
+    """The same of each domain's tokens alone; empty if there is one domain."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """Source experts of each new expert, centroid first, sorted by centroid."""
+
+    shares: tuple[tuple[float, ...], ...]
+    """Weights of a group's members, summing to 1."""
+
+    distance_EE: Tensor | None = field(default=None, repr=False, compare=False)
+    """What the groups were made from; None if experts were not compared."""
+
+
+def decide(
+    settings: Settings,
+    routing_groups: int,
+    observer: Observer,
+    mean_EH: Tensor | None,
+    layer: int,
+) -> Decision:
+    """Rank and group the experts of a layer.
+
+    Raises
+    ------
+    ReamStreamError
+        A statistic is not a finite number.
+    """
+    method = settings.method
+    saliency = SALIENCIES[method.saliency]
+    saliency_E, domains = saliency(observer.sums.total()), observer.sums.domains
+    # nothing to compare: experts are pruned, or all of them are kept
+    grouping = "none" if mean_EH is None else method.grouping
+    distance_EE = None
+    if mean_EH is not None:
+        gate_EE = (
+            None if observer.gram is None else gate_similarity(observer.gram.gram_EE.cpu())
+        )
+        distance_EE = distance(expert_similarity(mean_EH), gate_EE)
+        if method.similarity == RANDOM:
+            drawn = generator(settings.seed, layer, "distances")
+            distance_EE = random_distance(len(mean_EH), drawn)
+    try:
+        groups = GROUPINGS[grouping](
+            Evidence(saliency_E=saliency_E, distance_EE=distance_EE, mean_EH=mean_EH),
+            settings.experts,
+            group_size=method.group_size,
+            routing_groups=routing_groups,
+        )
+    except ValueError as error:
+        raise ReamStreamError(f"layer {layer}: {error}") from error
+    weight_E = merge_weights(saliency_E)
+    share = MERGES[method.merge]
+    return Decision(
+        saliency=tuple(saliency_E.tolist()),
+        domain_saliency={
+            name: tuple(saliency(sums).tolist())
+            for name, sums in domains.items()
+            if len(domains) > 1
+        },
+        groups=tuple(tuple(group) for group in groups),
+        shares=tuple(tuple(share(weight_E[group]).tolist()) for group in groups),
+        distance_EE=distance_EE,
+    )
+
+
+def alignment_orders(
+    method: Method,
+    decision: Decision,
+    experts: StreamedExperts,
+    tensors: Tensors,
+    sample: TokenSample | None,
+    threads: int,
+) -> Iterator[tuple[int, Matched]]:
+    """Yield, for every member that joins a centroid, the order its neurons take."""
+    alignment = ALIGNMENTS[method.alignment]
+    pairs = [(group[0], member) for group in decision.groups for member in group[1:]]
+    hidden_nH = (
+        sample.spread(method.alignment_tokens) if sample and alignment.activations else None
+    )
+    stack = experts.weights.stack
+
+    def neurons(expert: int) -> Neurons:
+        inner_nI = None
+        if hidden_nH is not None:
+            inner_nI = experts.inner(hidden_nH, experts.weights.load(expert)).float().cpu()
+        return Neurons(expert=stack.read(tensors, expert), activation_nI=inner_nI)
+
+    def load() -> Iterator[Pair]:
+        last, centroid = -1, None
+        for first, member in pairs:
+            if centroid is None or first != last:
+                last, centroid = first, neurons(first)
+            yield Pair(centroid=centroid, member=neurons(member))
+
+    orders = align_all(alignment, load(), threads=threads)
+    for (_, member), found in zip(pairs, orders, strict=True):
+        yield member, found

@@ -1,0 +1,208 @@
+"""What an output says of itself: digests of its shards, and which experts became which.
+
+`finish` writes the manifest as the last file of a run; it is read here without trust.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ream_stream.checkpoint.reader import read_object
+from ream_stream.errors import DamagedError
+from ream_stream.files import Written
+from ream_stream.method.grouping import centroids
+
+FORMAT = 1
+
+_BY_SALIENCY = frozenset({"ream", "mc-smoe", "none"})
+"""Groupings whose centroids are the most salient experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefitOutcome:
+    """What refitting a layer came to; see `events.Refitted`."""
+
+    penalty: float | None
+    """The one that was chosen; None if the layer was left as it was."""
+
+    lacking: float
+    """Squared error of the routed outputs before, as a share of the outputs' own squares."""
+
+    left: float
+    """What is left of that error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerGroups:
+    """One MoE layer."""
+
+    index: int
+    """Its position in the model."""
+
+    saliency: tuple[float, ...]
+    """By source expert."""
+
+    domains: Mapping[str, tuple[float, ...]]
+    """The same of each domain's calibration tokens alone; empty if there is one domain."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """Source experts of each new expert, centroid first."""
+
+    refit: RefitOutcome | None
+    """What refitting its down projections came to, if that was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The manifest of an output."""
+
+    fingerprint: Mapping[str, Any]
+    """Settings, and digests of source and calibration set."""
+
+    versions: Mapping[str, str]
+    """Of what the run was made with."""
+
+    before: int
+    """Experts of a source layer."""
+
+    after: int
+    """Experts of a layer now."""
+
+    files: Mapping[str, Written] = field(repr=False)
+    """The shards, by name."""
+
+    layers: tuple[LayerGroups, ...] = field(repr=False)
+    """The MoE layers."""
+
+    @property
+    def grouping(self) -> str:
+        """Key of `method.grouping.GROUPINGS`."""
+        return str(self.fingerprint["grouping"])
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of an output.
+
+    Raises
+    ------
+    DamagedError
+        It is missing, or not a manifest.
+    """
+    if not path.is_file():
+        raise DamagedError(
+            f"{path} is missing: the run that writes it has not finished, or the folder is not "
+            "an output of ream-stream"
+        )
+    value = read_object(path)
+    if value.get("format") != FORMAT:
+        raise DamagedError(f"{path} is of format {value.get('format')!r}, not {FORMAT}")
+    try:
+        return _manifest(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{path} is not a manifest of ream-stream: {error!r}") from error
+
+
+def group_problems(manifest: Manifest, routing_groups: int) -> Iterator[str]:
+    """Yield a sentence for each thing that is wrong with the groups of a layer.
+
+    Parameters
+    ----------
+    manifest
+        Of the output.
+    routing_groups
+        ``n_group`` of group-limited routers, otherwise 1.
+    """
+    for layer in manifest.layers:
+        for problem in _layer_problems(manifest, layer, routing_groups):
+            yield f"layer {layer.index}: {problem}"
+
+
+def _layer_problems(
+    manifest: Manifest, layer: LayerGroups, routing_groups: int
+) -> Iterator[str]:
+    members = [expert for group in layer.groups for expert in group]
+    kept = [group[0] for group in layer.groups if group]
+    everyone = set(range(manifest.before))
+    if len(layer.groups) != manifest.after or len(kept) != len(layer.groups):
+        yield f"{len(kept)} groups with members, the layer has {manifest.after} experts"
+    if len(set(members)) != len(members):
+        yield "an expert is in two groups"
+    if not everyone.issuperset(members):
+        yield f"an expert is not one of the source's 0 to {manifest.before - 1}"
+    if manifest.grouping == "none" and len(members) != len(layer.groups):
+        yield "experts were pruned, yet a group has several members"
+    if manifest.grouping != "none" and set(members) != everyone:
+        yield f"experts {sorted(everyone - set(members))[:8]} are in no group"
+    if kept != sorted(kept):
+        yield "groups are not in the order of their centroids"
+    if len(layer.saliency) != manifest.before or not all(map(math.isfinite, layer.saliency)):
+        yield f"it has no {manifest.before} finite saliencies"
+    elif manifest.grouping in _BY_SALIENCY and set(kept) != set(
+        _most_salient(layer.saliency, manifest.after, routing_groups)
+    ):
+        yield "the first members of the groups are not the most salient experts"
+
+
+def _most_salient(saliency: Sequence[float], keep: int, routing_groups: int) -> list[int]:
+    saliency_E = torch.tensor(saliency, dtype=torch.float64)
+    try:
+        return centroids(saliency_E, keep, routing_groups=routing_groups)
+    except ValueError:  # the counts do not fit, which other findings tell
+        return []
+
+
+def _manifest(value: Mapping[str, Any]) -> Manifest:
+    fingerprint = dict(value["fingerprint"])
+    if "grouping" not in fingerprint:
+        raise KeyError("grouping")
+    return Manifest(
+        fingerprint=fingerprint,
+        versions={str(key): str(text) for key, text in value["versions"].items()},
+        before=_count(value["experts"]["before"]),
+        after=_count(value["experts"]["after"]),
+        files={name: _file(name, file) for name, file in value["files"].items()},
+        layers=tuple(_layer(layer) for layer in value["layers"]),
+    )
+
+
+def _file(name: str, value: Mapping[str, Any]) -> Written:
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise ValueError(f"{name!r} is not the name of a shard")
+    if not re.fullmatch(r"[0-9a-f]{64}", value["sha256"]):
+        raise ValueError(f"{name} has no SHA-256")
+    return Written(name=name, size=_count(value["size"]), sha256=value["sha256"])
+
+
+def _layer(value: Mapping[str, Any]) -> LayerGroups:
+    return LayerGroups(
+        index=_count(value["index"]),
+        saliency=_numbers(value["saliency"]),
+        domains={str(k): _numbers(v) for k, v in value.get("domains", {}).items()},
+        groups=tuple(tuple(_count(expert) for expert in group) for group in value["groups"]),
+        refit=_refit(value.get("refitted")),
+    )
+
+
+def _refit(value: Mapping[str, Any] | None) -> RefitOutcome | None:
+    if value is None:
+        return None
+    lacking, left = _numbers([value["lacking"], value["left"]])
+    penalty = value["penalty"]
+    return RefitOutcome(
+        penalty=None if penalty is None else float(penalty), lacking=lacking, left=left
+    )
+
+
+def _numbers(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(number) for number in values)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is not a whole number")
+    return value

@@ -1,0 +1,293 @@
+"""What a layer tells about its experts while it runs.
+
+Letters in shapes: B sequences of a batch, L tokens of a sequence, T tokens of a
+batch, n sampled tokens, R rows of a block, K experts a token, E experts, H hidden,
+I inner.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.errors import NumbersError
+from ream_stream.method.saliency import RoutedSums
+from ream_stream.method.similarity import LogitGram, MeanActivations
+from ream_stream.model.experts import Routed, StreamedExperts
+from ream_stream.model.families import Family
+from ream_stream.model.finite import Excluded, is_finite
+from ream_stream.model.streamed_model import Batch
+from ream_stream.rng import generator
+
+SAMPLE_ROWS = 2048
+"""Sampled tokens that are run through an expert at once."""
+
+
+class TokenSample:
+    """Inputs and router scores of some calibration tokens, the same for every expert.
+
+    Parameters
+    ----------
+    tokens
+        The calibration set; padding is never drawn.
+    size
+        Tokens to draw; 0, or more than there are, means all of them.
+    seed, layer
+        What the draw is derived from.
+    """
+
+    def __init__(self, tokens: Tokens, size: int, *, seed: int, layer: int) -> None:
+        mask_SL = tokens.attention_mask_SL
+        position_n = torch.arange(tokens.input_ids_SL.numel())
+        if mask_SL is not None:
+            position_n = position_n[mask_SL.reshape(-1).bool()]
+        if 0 < size < len(position_n):
+            drawn = torch.randperm(len(position_n), generator=generator(seed, layer, "sample"))
+            position_n = position_n[drawn[:size].sort().values]
+        self.position_n = position_n
+        self.hidden_nH = torch.empty(0)
+        self.score_nE = torch.empty(0)
+
+    def take(self, start: int, hidden_TH: Tensor, score_TE: Tensor) -> None:
+        """Keep the rows of a batch whose first token has position `start`."""
+        total = len(self.position_n)
+        if not len(self.hidden_nH):
+            self.hidden_nH = hidden_TH.new_empty(total, hidden_TH.shape[1])
+            self.score_nE = score_TE.new_empty(total, score_TE.shape[1])
+        bounds = torch.tensor([start, start + len(hidden_TH)])
+        first, last = torch.searchsorted(self.position_n, bounds).tolist()
+        row = (self.position_n[first:last] - start).to(hidden_TH.device)
+        self.hidden_nH[first:last] = hidden_TH[row]
+        self.score_nE[first:last] = score_TE[row]
+
+    def drop(self, excluded: Excluded, length: int) -> None:
+        """Forget the tokens of excluded sequences, each of `length` tokens."""
+        if len(excluded) and len(self.hidden_nH):
+            sequence_n = self.position_n // length
+            keep_n = ~torch.isin(sequence_n, torch.tensor([*excluded]))
+            self.position_n = self.position_n[keep_n]
+            self.hidden_nH = self.hidden_nH[keep_n.to(self.hidden_nH.device)]
+            self.score_nE = self.score_nE[keep_n.to(self.score_nE.device)]
+
+    def spread(self, count: int) -> Tensor:
+        """Return the inputs of `count` of its tokens, or of all, evenly spread."""
+        total = len(self.hidden_nH)
+        return self.hidden_nH[torch.arange(min(count, total)) * total // min(count, total)]
+
+
+class SumsByDomain:
+    """Sums of routed tokens, kept apart by domain; their total is that of all tokens.
+
+    Parameters
+    ----------
+    tokens
+        The calibration set.
+    num_experts
+        E.
+    """
+
+    def __init__(self, tokens: Tokens, num_experts: int) -> None:
+        self._domain_S, self._length = tokens.domain_S, tokens.sequence_length
+        self._domain_T = torch.empty(0)
+        self.domains = {name: RoutedSums(num_experts) for name in tokens.domains}
+
+    def expect(self, start: int, count: int) -> None:
+        """Tell the position of the first of the coming tokens, and how many there are."""
+        rows = slice(start // self._length, (start + count) // self._length)
+        self._domain_T = self._domain_S[rows].repeat_interleave(self._length)
+
+    def update(
+        self,
+        topk_TK: Tensor,
+        gate_TK: Tensor,
+        score_TK: Tensor,
+        norm_TK: Tensor,
+        keep_T: Tensor | None,
+    ) -> None:
+        """Add the batch as `RoutedSums.update` does; `keep_T` tells which were no padding."""
+        parts = (topk_TK, gate_TK, score_TK, norm_TK)
+        domain_T = self._domain_T if keep_T is None else self._domain_T[keep_T.cpu()]
+        for number, sums in enumerate(self.domains.values()):
+            if len(self.domains) == 1:
+                sums.update(*parts)
+            elif len(row := (domain_T == number).nonzero().squeeze(1).to(topk_TK.device)):
+                sums.update(*(part[row] for part in parts))
+
+    def total(self) -> RoutedSums:
+        """Return the sums of all tokens."""
+        first, *others = self.domains.values()
+        total = RoutedSums.from_tensors(first.tensors())
+        for sums in others:
+            total.add(sums)
+        return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the total by name and, of several domains, each one's as ``NAME/domain``."""
+        tensors = self.total().tensors()
+        if len(self.domains) > 1:
+            for domain, sums in self.domains.items():
+                tensors |= {f"{name}/{domain}": t for name, t in sums.tensors().items()}
+        return tensors
+
+
+class Observer:
+    """Gathers what the decision is made from while a layer runs.
+
+    Parameters
+    ----------
+    family
+        For the router's score function.
+    num_experts
+        E.
+    sample
+        Filled along the way; None if experts are not compared.
+    tokens
+        The calibration set, for the domain of each sequence and the tokens that count.
+    excluded
+        Sequences that do not count; those with numbers that are not finite are added.
+    gate_term
+        Whether the router's logits are compared.
+    device
+        Where sums over tokens are kept.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        num_experts: int,
+        sample: TokenSample | None,
+        tokens: Tokens,
+        excluded: Excluded,
+        *,
+        gate_term: bool,
+        device: torch.device,
+    ) -> None:
+        self.sums = SumsByDomain(tokens, num_experts)
+        self.sample = sample
+        self.gram = LogitGram(num_experts, device=device) if gate_term else None
+        self._family = family
+        self._excluded, self._length = excluded, tokens.sequence_length
+        self._mask_SL = tokens.attention_mask_SL
+        self._late: dict[int, Tensor] = {}
+        self._logits_TE = torch.empty(0)
+        self._keep_T: Tensor | None = None
+        self._start = 0
+
+    @contextmanager
+    def listening(self, router: nn.Module, experts: StreamedExperts) -> Iterator[None]:
+        """Attach to the router and the experts for the length of the block."""
+
+        def keep_logits(_module: nn.Module, _args: Any, output: Any) -> None:  # noqa: ANN401
+            self._logits_TE = output[1 if self._family.scales_inputs else 0]
+
+        handle = router.register_forward_hook(keep_logits)
+        experts.listener = self._take
+        try:
+            yield
+        finally:
+            handle.remove()
+            experts.listener = None
+
+    def expect(self, batch: Batch, first: int) -> None:
+        """Tell the coming batch, and the position of its first token in the calibration set."""
+        sequence, count = first // self._length, len(batch.input_ids_BL)
+        self._keep_T = None
+        if self._mask_SL is not None:
+            self._keep_T = self._mask_SL[sequence : sequence + count].reshape(-1).bool()
+        self._start = first
+        self._leave_out(self._excluded.kept(sequence, count))
+        self.sums.expect(first, batch.input_ids_BL.numel())
+
+    def finish(self, layer: int) -> None:
+        """Forget what was sampled of excluded sequences, and check the sums.
+
+        Raises
+        ------
+        NumbersError
+            More sequences were excluded than may be, or a sum is not finite.
+        """
+        for first, bad_B in self._late.items():
+            self._excluded.note(layer, first, bad_B)
+        if self.sample is not None:
+            self.sample.drop(self._excluded, self._length)
+        for name, sum_E in self.sums.tensors().items():
+            if not is_finite(sum_E):
+                raise NumbersError(f"layer {layer}: the statistics {name} are not finite")
+
+    def _leave_out(self, kept_B: Tensor | None) -> None:
+        """Let no token of some sequences of the batch count."""
+        if kept_B is not None:
+            kept_T = kept_B.repeat_interleave(self._length)
+            self._keep_T = kept_T if self._keep_T is None else self._keep_T & kept_T
+
+    def _take(self, routed: Routed) -> None:
+        self._leave_out_bad(routed.hidden_TH, routed.norm_TK, self._logits_TE)
+        score_TE = self._family.score(self._logits_TE)
+        if self.sample is not None:
+            self.sample.take(self._start, routed.hidden_TH, score_TE)
+        index_TK, weight_TK, norm_TK = routed.index_TK, routed.weight_TK, routed.norm_TK
+        logits_TE = self._logits_TE
+        if self._keep_T is not None:
+            keep_T = self._keep_T.to(index_TK.device)
+            index_TK, weight_TK, norm_TK = index_TK[keep_T], weight_TK[keep_T], norm_TK[keep_T]
+            logits_TE, score_TE = logits_TE[keep_T], score_TE[keep_T]
+        # where the score is in the input already, it does not count once more
+        scored_TK = weight_TK if self._family.scales_inputs else score_TE.gather(1, index_TK)
+        self.sums.update(index_TK, weight_TK, scored_TK, norm_TK, self._keep_T)
+        if self.gram is not None:
+            # of probabilities the logarithm; tiny ones round to zero
+            smallest = torch.finfo(torch.float32).tiny
+            log = self._family.gives_scores
+            self.gram.update(logits_TE.clamp_min(smallest).log() if log else logits_TE)
+
+    def _leave_out_bad(self, *state_TX: Tensor) -> None:
+        """Leave out the sequences of the batch for which a number is not finite."""
+        first = self._start // self._length
+        for state in state_TX:
+            found_B = self._excluded.bad_rows(
+                first, state.reshape(-1, self._length, state.shape[-1])
+            )
+            if found_B is not None:
+                self._late[first] = (
+                    self._late.get(first, torch.zeros(1, dtype=torch.bool)) | found_B
+                )
+                self._leave_out(~found_B)
+
+
+def mean_outputs(
+    experts: StreamedExperts, sample: TokenSample, similarity: str, mean_EH: Tensor
+) -> Iterator[int]:
+    """Run every expert on the sampled tokens and fill in its mean output.
+
+    Parameters
+    ----------
+    experts
+        Of an open layer.
+    sample
+        Filled by an observer.
+    similarity
+        Key of `method.similarity.SIMILARITIES`.
+    mean_EH
+        Float64, filled row by row.
+
+    Yields
+    ------
+    int
+        Experts done.
+    """
+    hidden_nH, score_nE = sample.hidden_nH, sample.score_nE
+    for expert in range(len(mean_EH)):
+        loaded = experts.weights.load(expert)
+        inner = loaded.down_HI.shape[1]
+        means = MeanActivations(1, inner, similarity=similarity, device=hidden_nH.device)
+        for start in range(0, len(hidden_nH), SAMPLE_ROWS):
+            rows = slice(start, start + SAMPLE_ROWS)
+            means.add(0, experts.inner(hidden_nH[rows], loaded), score_nE[rows, expert])
+        # in float32 at least: rounding would blur experts that are nearly alike
+        mean_EH[expert] = loaded.down_HI.float() @ means.mean_EI()[0].float()
+        if loaded.down_bias_H is not None:
+            mean_EH[expert] += means.mean_weight_E()[0] * loaded.down_bias_H.double()
+        yield expert + 1

@@ -1,0 +1,180 @@
+"""What the tensors of the output are made of, by name: source bytes, or values that are made.
+
+Letters in shapes: I inner.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ream_stream.checkpoint.expert_stack import ExpertStack, Slot, Tensors, one_of
+from ream_stream.checkpoint.formats import Nvfp4, Stored
+from ream_stream.checkpoint.header import TensorEntry
+from ream_stream.checkpoint.quantized import tensors_of
+from ream_stream.checkpoint.shards import Content
+from ream_stream.errors import NumbersError
+from ream_stream.files import FileRange
+from ream_stream.method.expert import reorder_part
+from ream_stream.method.hash_routing import renumbered
+from ream_stream.method.merging import weighted_sum
+from ream_stream.model.finite import is_finite
+
+from .decision import Decision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unchanged:
+    """What is neither an expert's nor the router's: bytes of the source, or their floats."""
+
+    entries: Mapping[str, TensorEntry]
+    """The source's tensors."""
+
+    tensors: Tensors
+    """Their values."""
+
+    decoded: Mapping[str, Stored] = field(default_factory=dict)
+    """Matrices that are written as floats, by name of the floats."""
+
+    def content(self, name: str) -> Content:
+        """Return what is written under a name."""
+        if name in self.decoded:
+            return _decode(self.tensors, self.decoded[name])
+        return self.entries[name]
+
+    def origins(self, name: str) -> list[str]:
+        """Return the source's tensors that are written under a name."""
+        return tensors_of(self.decoded[name]) if name in self.decoded else [name]
+
+
+def _decode(tensors: Tensors, stored: Stored) -> Content:
+    if stored.count is None:
+        return tensors.matrix(stored, None, torch.bfloat16)
+    indices = range(stored.count)
+    return (tensors.matrix(stored, index, torch.bfloat16) for index in indices)
+
+
+def layer_content(
+    decision: Decision,
+    orders: Mapping[int, Tensor],
+    source: ExpertStack,
+    output: ExpertStack,
+    routers: Mapping[str, int],
+    table: str | None,
+    unchanged: Unchanged,
+) -> Callable[[str], Content]:
+    """Return a function that gives each tensor of a compressed layer, by output name.
+
+    Experts of groups of one are source bytes, with their scales, unless the output has
+    another format. A matrix of a merged expert is made when the first of its tensors is
+    asked for and held until another is; a tensor that holds all experts is given one
+    expert after another.
+    """
+    merged = _Merged(decision, orders, source, output, unchanged.tensors)
+    slots, entries, count = output.slots(), unchanged.entries, source.count
+    same = [old.stored.codec == new.stored.codec for old, new in merged.pairs]
+
+    def one(slot: Slot, number: int) -> Tensor | FileRange:
+        group = decision.groups[number]
+        if len(group) > 1 or not same[slot.matrix]:
+            return merged.tensors(slot.matrix, number)[slot.part.suffix]
+        matrix = source.matrices[slot.matrix]
+        entry = entries[matrix.place(group[0]) + slot.part.suffix]
+        start, stop = entry.start, entry.stop
+        if not matrix.numbered:
+            start, stop = one_of(entry, group[0], count)
+        return FileRange(path=entry.path, start=start, stop=stop)
+
+    def every(slot: Slot) -> Iterator[Tensor | FileRange]:
+        return (one(slot, number) for number in range(slot.count))
+
+    def content(name: str) -> Content:
+        if name in routers:
+            return routed_rows(unchanged.tensors[name], routers[name], decision, count)
+        if name == table:
+            row_EH = unchanged.tensors[next(iter(routers))]
+            return renumbered(unchanged.tensors[name], row_EH, decision.groups)
+        if name not in slots:
+            return unchanged.content(name)
+        slot = slots[name]
+        return every(slot) if slot.expert is None else iter([one(slot, slot.expert)])
+
+    return content
+
+
+def routed_rows(tensor: Tensor, axis: int, decision: Decision, count: int) -> Tensor:
+    """Return the rows of the centroids; those after the experts', of none, stay last."""
+    kept = torch.tensor([group[0] for group in decision.groups])
+    rest = torch.arange(count, tensor.shape[axis])
+    return tensor.index_select(axis, torch.cat([kept, rest]))
+
+
+class _Merged:
+    """Makes the stored tensors of merged experts, a matrix at a time."""
+
+    def __init__(
+        self,
+        decision: Decision,
+        orders: Mapping[int, Tensor],
+        source: ExpertStack,
+        output: ExpertStack,
+        tensors: Tensors,
+    ) -> None:
+        self._decision, self._orders = decision, orders
+        self._output, self._tensors = output, tensors
+        self.pairs = list(zip(source.matrices, output.matrices, strict=True))
+        self._last: tuple[tuple[int, int], dict[str, Tensor]] | None = None
+
+    def tensors(self, matrix: int, number: int) -> dict[str, Tensor]:
+        """Return all tensors of a matrix of a new expert, by suffix."""
+        if self._last is None or self._last[0] != (matrix, number):
+            self._last = None  # lets go of the last one first
+            self._last = (matrix, number), self._make(matrix, number)
+        return self._last[1]
+
+    def _make(self, matrix: int, number: int) -> dict[str, Tensor]:
+        output, kept = self._output.matrices[matrix], None
+        value_RC = self._matrix(matrix, number)
+        codec = output.stored.codec
+        if codec.scheme != "plain" and not is_finite(value_RC):
+            raise NumbersError(f"merging makes numbers of {output.place(number)} not finite")
+        if isinstance(codec, Nvfp4):
+            # engines run gate and up as one matrix, with one outer scale
+            coupled = [
+                value_RC if other is output else self._matrix(index, number)
+                for index, other in enumerate(self._output.matrices)
+                if other in self._output.coupled(matrix)
+            ]
+            kept = {codec.outer_suffix: codec.outer_scale(coupled)} if coupled else None
+        made = output.encode(value_RC, kept)
+        for part in output.activation:
+            made[part.suffix] = self._activation(matrix, number, part.suffix)
+        return made
+
+    def _matrix(self, matrix: int, number: int) -> Tensor:
+        """Return the weighted sum of the members of a group, in float32, as it lies."""
+        source, output = self.pairs[matrix]
+
+        def members() -> Iterator[list[Tensor]]:
+            for expert in self._decision.groups[number]:
+                parts = source.read(self._tensors, expert, torch.float32)
+                order_I = self._orders.get(expert)
+                yield [
+                    part if order_I is None else reorder_part(name, part, order_I)
+                    for name, part in parts.items()
+                ]
+
+        summed = weighted_sum(self._decision.shares[number], members())
+        return output.join(dict(zip(source.parts, summed, strict=True)))
+
+    def _activation(self, matrix: int, number: int, suffix: str) -> Tensor:
+        """Return the scale of activations that serves all members of a group."""
+        source = self.pairs[matrix][0]
+        values = []
+        for expert in self._decision.groups[number]:
+            value = self._tensors[source.place(expert) + suffix]
+            values.append(value if source.numbered else value[expert])
+        stacked = torch.stack(values)
+        # input_global_scale divides, so that the smallest has the widest range
+        return stacked.amin(0) if suffix == ".input_global_scale" else stacked.amax(0)

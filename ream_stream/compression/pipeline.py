@@ -1,0 +1,284 @@
+"""The run: layer after layer, each committed alone; what happened is yielded as events.
+
+`compress` is the whole job. Killed at any time, calling it again with the same
+arguments goes on after the last committed layer and ends in the same bytes.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from ream_stream import __version__, files
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.checkpoint.shards import write_shard
+from ream_stream.device import peak_bytes, release, restart_peak
+from ream_stream.errors import InterruptedRunError, OverBudgetError
+from ream_stream.events import Event, Finished, Halved, LayerDone, Started
+from ream_stream.host_memory import Gauge, gauge, return_freed_memory
+from ream_stream.model.finite import Excluded
+from ream_stream.model.streamed_model import StreamedModel
+from ream_stream.planning.plan import LayerPlan, Plan
+from ream_stream.planning.refit_memory import Solver
+
+from .finalize import MANIFEST, output_files, write_rest
+from .journal import Journal, LayerRecord, Workspace, check_fingerprint, load, save
+from .layer import Context, LayerJob
+from .output_tensors import Unchanged
+from .refit_activations import held_back
+
+StopRequest = Callable[[], int | None]
+"""Tells the number of a signal that asked the run to stop, or None."""
+
+
+def fingerprint(plan: Plan, tokens: Tokens) -> dict[str, Any]:
+    """Return all that decides the bytes of the output, by field."""
+    return {
+        "version": __version__,
+        "source": plan.source.digest(),
+        "calibration": tokens.digest,
+        **plan.settings.fields(),
+    }
+
+
+def compress(
+    plan: Plan,
+    tokens: Tokens,
+    workspace: Workspace,
+    *,
+    device: torch.device,
+    threads: int,
+    stop_requested: StopRequest = lambda: None,
+) -> Iterator[Event]:
+    """Compress the planned checkpoint, or go on with it.
+
+    Parameters
+    ----------
+    plan
+        From `planning.make_plan`.
+    tokens
+        The calibration set.
+    workspace
+        Where the output and the work files go; the caller holds its lock.
+    device
+        Where layers are run.
+    threads
+        For the assignments of the alignment.
+    stop_requested
+        Asked after every batch and expert.
+
+    Yields
+    ------
+    Event
+        What happened.
+
+    Raises
+    ------
+    OtherRunError
+        The folder holds a run with other settings or another source.
+    InterruptedRunError
+        A stop was requested; what was committed stays.
+    """
+    workspace.check_is_ours()
+    wanted = fingerprint(plan, tokens)
+    if workspace.journal.is_file():
+        journal = load(workspace)
+        check_fingerprint(journal, wanted, workspace.output)
+        if "solver" in journal.machine:
+            plan = replace(plan, solver=Solver(**journal.machine["solver"]))
+    else:
+        machine: dict[str, Any] = {
+            "batch_sequences": plan.batch_sequences,
+            "expert_blocks": plan.expert_blocks,
+            "threads": threads,
+        }
+        if plan.refits:
+            held_back(tokens, plan.settings.seed)  # refuses too few sequences
+            machine["solver"] = asdict(plan.solver)
+        journal = Journal(
+            fingerprint=wanted,
+            machine=machine,
+            files=output_files(plan),
+        )
+        save(workspace, journal)
+    workspace.check_committed(journal)
+    workspace.remove_strays(journal)
+    yield Started(layers=len(plan.layers), committed=len(journal.layers))
+    if plan.steady:
+        return_freed_memory()
+    seconds: dict[str, float] = {}
+    peak_device_bytes = 0
+    complete = (workspace.output / MANIFEST).is_file()
+    supply = plan.supply
+    with gauge() as meter:
+        if len(journal.layers) < len(plan.layers):
+            supply.release(len(journal.layers) - 1)
+            supply.bring(None)
+            with ExitStack() as stack:
+                context = _open(plan, tokens, workspace, journal, device, threads, stack)
+                for layer in plan.layers[len(journal.layers) :]:
+                    supply.bring(layer.keys.index)
+                    for event in _layer_that_fits(context, layer, journal, meter):
+                        yield event
+                        if isinstance(event, LayerDone):
+                            peak_device_bytes = max(peak_device_bytes, event.peak_device_bytes)
+                        _check_stop(stop_requested, journal, plan)
+                    supply.release(layer.keys.index)
+                seconds = context.seconds
+        if not complete:
+            start = time.perf_counter()
+            supply.bring(None)
+            _finish(plan, tokens, workspace, journal)
+            seconds["finish"] = time.perf_counter() - start
+        supply.release(None)
+        peak = meter.highest
+    yield Finished(
+        output_bytes=plan.output_bytes,
+        source_bytes=plan.source_bytes,
+        seconds=seconds,
+        peak_anonymous_bytes=peak,
+        peak_device_bytes=peak_device_bytes,
+        already_complete=complete,
+    )
+
+
+def _open(  # the parts of a context, each given once
+    plan: Plan,
+    tokens: Tokens,
+    workspace: Workspace,
+    journal: Journal,
+    device: torch.device,
+    threads: int,
+    stack: ExitStack,
+) -> Context:
+    """Build both models and open what is outside their layers."""
+    source = StreamedModel(plan.kept, plan.dtype, device)
+    output = StreamedModel(plan.output_checkpoint(workspace.output), plan.dtype, device)
+    stack.enter_context(source.open_outside())
+    stack.enter_context(output.open_outside())
+    return Context(
+        plan=plan,
+        tokens=tokens,
+        workspace=workspace,
+        source=source,
+        output=output,
+        batch_sequences=journal.machine["batch_sequences"],
+        expert_blocks=journal.machine["expert_blocks"],
+        threads=threads,
+        excluded=Excluded(tokens, (n for layer in journal.layers for n in layer.excluded)),
+    )
+
+
+def _layer_that_fits(
+    context: Context, layer: LayerPlan, journal: Journal, meter: Gauge
+) -> Iterator[Event]:
+    """Work on one layer, with half as much at once each time device memory is short.
+
+    Nothing of the layer is committed by then, so it begins again. The journal gets the
+    smaller batch first: it decides last bits, so a run that goes on must keep it.
+    """
+    while True:
+        try:
+            yield from _layer(context, layer, journal, meter)
+        except torch.OutOfMemoryError as error:
+            plan = context.plan
+            if context.batch_sequences == 1 and not plan.resident_experts:
+                raise OverBudgetError(
+                    f"layer {layer.keys.index} does not fit the device with one sequence at a "
+                    f"time ({str(error).splitlines()[0]}); run it with shorter sequences "
+                    "(--sequence-length) or --device cpu"
+                ) from error
+        else:
+            return
+        # here and not above: the error's traceback holds what was on the device
+        release(context.source.device)
+        context.batch_sequences = -(-context.batch_sequences // 2)
+        context.plan = replace(
+            plan,
+            batch_sequences=context.batch_sequences,
+            resident_experts=plan.resident_experts // 2,
+        )
+        journal.machine["batch_sequences"] = context.batch_sequences
+        save(context.workspace, journal)
+        yield Halved(
+            layer=layer.keys.index,
+            batch_sequences=context.batch_sequences,
+            resident_experts=context.plan.resident_experts,
+        )
+
+
+def _layer(
+    context: Context, layer: LayerPlan, journal: Journal, meter: Gauge
+) -> Iterator[Event]:
+    """Work on one layer and commit it."""
+    before, index, plan = dict(context.seconds), layer.keys.index, context.plan
+    meter.restart()
+    restart_peak(context.source.device)
+    plan.source.check_unchanged(layer.keys.names)
+    job = LayerJob(context, layer)
+    yield from job.steps()
+    plan.source.check_unchanged(layer.keys.names)
+    decision = job.decision
+    known = {number for done in journal.layers for number in done.excluded}
+    record = LayerRecord(
+        index=index,
+        shards=tuple(job.shards),
+        hidden=None if job.is_last else context.workspace.hidden(index + 1).name,
+        original=context.workspace.original(index + 1).name
+        if plan.follows and not job.is_last
+        else None,
+        statistics=job.statistics,
+        saliency=decision.saliency if decision else None,
+        domain_saliency=decision.domain_saliency if decision else {},
+        groups=decision.groups if decision else None,
+        refitted=job.refitted,
+        excluded=tuple(number for number in context.excluded if number not in known),
+    )
+    journal.layers.append(record)
+    save(context.workspace, journal)
+    files.remove(context.workspace.hidden(index))
+    if plan.follows:
+        files.remove(context.workspace.original(index))
+    groups = decision.groups if decision else ()
+    yield LayerDone(
+        layer=index,
+        experts_before=plan.num_experts if groups else 0,
+        experts_after=len(groups),
+        changed=sum(len(group) > 1 for group in groups),
+        refitted=job.refitted,
+        read_bytes=sum(plan.source.entries[name].nbytes for name in layer.keys.names),
+        written_bytes=sum(shard.size for shard in job.shards),
+        seconds={k: v - before.get(k, 0.0) for k, v in context.seconds.items()},
+        peak_anonymous_bytes=meter.peak,
+        peak_device_bytes=peak_bytes(context.source.device),
+        excluded=len(context.excluded),
+    )
+
+
+def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) -> None:
+    """Write what is outside the layers, then the files that make the output complete."""
+    with plan.source.open() as tensors:
+        unchanged = Unchanged(
+            entries=plan.source.entries, tensors=tensors, decoded=plan.decoded
+        )
+        for shard in plan.outside[len(journal.outside) :]:
+            written = write_shard(workspace.output, shard, unchanged.content)
+            plan.source.check_unchanged(
+                name for tensor in shard.tensors for name in unchanged.origins(tensor.name)
+            )
+            journal.outside.append(written)
+            save(workspace, journal)
+    write_rest(plan, tokens, workspace, journal)
+
+
+def _check_stop(stop_requested: StopRequest, journal: Journal, plan: Plan) -> None:
+    number = stop_requested()
+    if number is not None:
+        raise InterruptedRunError(
+            f"stopped after {len(journal.layers)} of {len(plan.layers)} layers; "
+            "run the same command again to go on",
+            signal_number=number,
+        )

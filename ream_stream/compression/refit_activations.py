@@ -1,0 +1,332 @@
+"""The tokens of a layer that is refitted, as its experts see them.
+
+The compressed layer is run once. Its experts' activations are kept, or what they are given
+to make them again in each pass; from then on nothing else of the layer is needed. Where it
+is run for the next layer the new down projections are applied to them, so that gate and up
+projections are not computed once more.
+
+Letters in shapes: B sequences of a batch, L tokens of a sequence, S sequences, T tokens
+of a batch, R rows of one expert, K experts a token, H hidden, I inner.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.errors import UsageError
+from ream_stream.method.normal_equations import Served
+from ream_stream.model.batch_store import Kept
+from ream_stream.model.experts import MAX_ROWS, Loaded, StreamedExperts
+from ream_stream.model.finite import Excluded
+from ream_stream.model.streamed_model import Batch
+from ream_stream.planning.refit_memory import HELD_BACK_SHARE
+from ream_stream.rng import generator
+
+
+def held_back(tokens: Tokens, seed: int) -> Tensor:
+    """Draw the sequences that a refit is judged by, (S,) bool; the same in every layer.
+
+    Of each domain the same share, so that the judgement does not hang on the draw.
+
+    Raises
+    ------
+    UsageError
+        There is one sequence of each domain.
+    """
+    stream = generator(seed, 0, "held back")
+    held_S = torch.zeros(tokens.num_sequences, dtype=torch.bool)
+    for domain in range(len(tokens.domains)):
+        own_S = torch.nonzero(tokens.domain_S == domain).squeeze(1)
+        drawn_S = own_S[torch.randperm(len(own_S), generator=stream)]
+        # of a few at least one, of one alone none: it is needed to fit
+        held_S[drawn_S[: max(len(own_S) > 1, round(HELD_BACK_SHARE * len(own_S)))]] = True
+    if not held_S.any():
+        raise UsageError(
+            "--refit holds back a tenth of the calibration sequences to judge by, and there is "
+            "but one of each domain; give more"
+        )
+    return held_S
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Portion:
+    """Some tokens of a batch, as their experts see them."""
+
+    served: list[Served]
+    """The tokens of each expert that may be changed."""
+
+    tokens: int
+    """How many there are, T."""
+
+    lacking: Callable[[], Tensor]
+    """Reads what the output lacks to the target, (T, H)."""
+
+
+class _Rows(NamedTuple):
+    """Where some tokens of a batch are in it, and where they go."""
+
+    row_R: Tensor
+    index_RK: Tensor
+    weight_RK: Tensor
+
+
+class _Visit(NamedTuple):
+    """Some tokens of a batch at one of their experts."""
+
+    which: int
+    """Of several `_Rows`."""
+
+    expert: int
+    loaded: Loaded
+
+    token_R: Tensor
+    """Which of the rows."""
+
+    row_R: Tensor
+    """The tokens in the batch."""
+
+    gate_R1: Tensor
+    """What the expert's output is multiplied by."""
+
+
+class RoutedTokens:
+    """What a compressed layer's experts are given, and what their outputs lack.
+
+    For each batch: `expect` it, run the layer with `outputs` in the place of its experts,
+    and `add` what the outputs lack. When the layer is open with new down projections, run
+    the same batches in order with `again` in that place.
+
+    Parameters
+    ----------
+    experts
+        Of the compressed layer, which is open.
+    changing
+        Those that may be refitted, by their number after compression.
+    held_S
+        From `held_back`.
+    mask_SL
+        0 for tokens that do not count; None if all do.
+    excluded
+        Sequences that are neither fitted nor judged by; what overflows here joins them.
+    layer
+        Which layer it is.
+    inputs
+        Where states are kept, so that activations can be made from them in each pass; None
+        to keep the activations.
+    lacking
+        Where what outputs lack is kept.
+    keeps_fitted
+        Whether that is asked for again of the tokens that are fitted.
+    """
+
+    def __init__(
+        self,
+        experts: StreamedExperts,
+        changing: Sequence[int],
+        held_S: Tensor,
+        mask_SL: Tensor | None,
+        excluded: Excluded,
+        layer: int,
+        inputs: Kept | None,
+        lacking: Kept,
+        *,
+        keeps_fitted: bool = True,
+    ) -> None:
+        self._experts: StreamedExperts | None = experts
+        self.changing = changing
+        self._held_S, self._mask_SL = held_S, mask_SL
+        self._excluded, self._layer = excluded, layer
+        self._inputs, self._lacking, self._keeps_fitted = inputs, lacking, keeps_fitted
+        self._batch: Batch
+        self._first = self._count = self._repeated = 0
+        self._given: tuple[Tensor, Tensor, Tensor]
+        self._now: list[_Rows]
+        self._sent: list[list[_Rows]] = []
+        self._served: list[list[dict[int, Served]]] = []
+        self.output_TH = torch.empty(0)
+        """What the experts gave for the batch that was run last, float32."""
+        self.energy = self.lacking = 0.0
+        """Squares of the targets of the tokens held back, and of what is lacking to them."""
+
+    @property
+    def experts(self) -> StreamedExperts:
+        """Those of the layer, while it is open."""
+        assert self._experts is not None
+        return self._experts
+
+    def reopened(self, experts: StreamedExperts | None) -> None:
+        """Tell that the layer was closed, None, or opened again."""
+        self._experts = experts
+
+    def expect(self, batch: Batch) -> None:
+        """Tell the coming batch."""
+        self._batch = batch
+        self._first += self._count
+        self._count = len(batch.input_ids_BL)
+
+    def outputs(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Stand in for the experts: return their outputs, (T, H); zeros for padding."""
+        self._given = (hidden_TH, index_TK, weight_TK.float())
+        self._now = self._split()
+        served: list[dict[int, Served]] = [{} for _ in self._now]
+        self._served.append(served)
+        return self._put_out(self._now, hidden_TH, served)
+
+    def again(self, hidden_TH: Tensor, _index_TK: Tensor, _weight_TK: Tensor) -> Tensor:
+        """Stand in for experts with other down projections, batch after batch."""
+        number, self._repeated = self._repeated, self._repeated + 1
+        made = self._served[number] if self._inputs is None else [{}, {}]
+        return self._put_out(self._sent[number], hidden_TH, made)
+
+    def add(self, lacking_TH: Tensor) -> Portion:
+        """Keep what the outputs lack to the target; return the tokens that are fitted.
+
+        Parameters
+        ----------
+        lacking_TH
+            Target less output, float32.
+
+        Raises
+        ------
+        NumbersError
+            More sequences overflow than may be.
+        """
+        hidden_TH, number = self._given[0], len(self._sent)
+        bad_B = self._excluded.bad_rows(
+            self._first, lacking_TH.view(*self._batch.input_ids_BL.shape, -1)
+        )
+        if bad_B is not None:
+            self._excluded.note(self._layer, self._first, bad_B)
+            self._now = self._split()
+            self._served[number] = self._serve(self._now, hidden_TH, range(self.experts.count))
+        fitted, held = self._now
+        held_RH = lacking_TH.index_select(0, held.row_R)
+        self.lacking += held_RH.square().sum(dtype=torch.float64).item()
+        target_RH = held_RH + self.output_TH.index_select(0, held.row_R)
+        self.energy += target_RH.square().sum(dtype=torch.float64).item()
+        fitted_RH = lacking_TH.index_select(0, fitted.row_R)
+        kept_RH = torch.cat([held_RH, fitted_RH]) if self._keeps_fitted else held_RH
+        self._lacking.put(number, kept_RH.to(hidden_TH.dtype))
+        portion = Portion(
+            served=self._that_change(self._served[number][0]),
+            tokens=len(fitted.row_R),
+            lacking=lambda: fitted_RH,
+        )
+        if self._inputs is not None:
+            self._inputs.put(number, hidden_TH)
+            self._served[number] = [{}, {}]
+        self._sent.append(self._now)
+        return portion
+
+    def fitted(self) -> Iterator[Portion]:
+        """Yield, batch by batch, the tokens that the solution sees."""
+        for number, (fitted, held) in enumerate(self._sent):
+            first = len(held.row_R)
+            yield self._portion(number, 0, slice(first, first + len(fitted.row_R)))
+
+    def held(self) -> Iterator[Portion]:
+        """Yield, batch by batch, the tokens that are held back."""
+        for number, (_, held) in enumerate(self._sent):
+            yield self._portion(number, 1, slice(0, len(held.row_R)))
+
+    def _portion(self, number: int, which: int, lacking: slice) -> Portion:
+        device, rows = self.experts.weights.device, self._sent[number][which]
+        served = self._served[number][which]
+        if self._inputs is not None:
+            hidden_TH = self._inputs.get(number).to(device)
+            (served,) = self._serve([rows], hidden_TH, self.changing)
+        return Portion(
+            served=self._that_change(served),
+            tokens=len(rows.row_R),
+            lacking=lambda: self._lacking.get(number)[lacking].to(device).float(),
+        )
+
+    def _that_change(self, served: Mapping[int, Served]) -> list[Served]:
+        """Return those of experts that may be changed, by their place among these."""
+        return [
+            served[expert]._replace(expert=place)
+            for place, expert in enumerate(self.changing)
+            if expert in served
+        ]
+
+    def _split(self) -> list[_Rows]:
+        """Return the tokens of the batch that are fitted, and those held back."""
+        sequences, length = self._batch.input_ids_BL.shape
+        batch = slice(self._first, self._first + sequences)
+        kept_B = self._excluded.kept(self._first, sequences)
+        held_T = self._held_S[batch].repeat_interleave(length)
+        real_T = torch.ones_like(held_T)
+        if self._mask_SL is not None:
+            real_T = self._mask_SL[batch].reshape(-1).bool()
+        if kept_B is not None:
+            real_T = real_T & kept_B.repeat_interleave(length)
+        hidden_TH, index_TK, weight_TK = self._given
+
+        def rows(which_T: Tensor) -> _Rows:
+            row_R = torch.nonzero(which_T).squeeze(1).to(hidden_TH.device)
+            return _Rows(
+                row_R, index_TK.index_select(0, row_R), weight_TK.index_select(0, row_R)
+            )
+
+        return [rows(real_T & ~held_T), rows(real_T & held_T)]
+
+    def _visits(self, sent: Sequence[_Rows], some: Iterable[int]) -> Iterator[_Visit]:
+        """Yield each of some experts with the rows that go to it, set after set of rows."""
+        experts = self.experts
+        slots = [dict(experts.dispatch(rows.index_RK, experts.count)) for rows in sent]
+        for expert in some:
+            if not any(expert in each for each in slots):
+                continue
+            loaded = experts.weights.load(expert)
+            for which, (rows, each) in enumerate(zip(sent, slots, strict=True)):
+                if expert in each:
+                    token_R = each[expert] // rows.index_RK.shape[1]
+                    gate_R1 = rows.weight_RK.reshape(-1)[each[expert], None]
+                    yield _Visit(which, expert, loaded, token_R, rows.row_R[token_R], gate_R1)
+
+    def _make(self, visit: _Visit, hidden_TH: Tensor) -> Served:
+        """Return the activations of an expert, times their gates."""
+        inner_RI = self.experts.activations(visit.loaded, hidden_TH, visit.row_R)
+        inner_RI[: len(visit.row_R)] *= visit.gate_R1.to(inner_RI.dtype)
+        return Served(visit.expert, visit.token_R, inner_RI)
+
+    def _serve(
+        self, sent: Sequence[_Rows], hidden_TH: Tensor, some: Iterable[int]
+    ) -> list[dict[int, Served]]:
+        """Return for each of several sets of rows the activations of some experts."""
+        served: list[dict[int, Served]] = [{} for _ in sent]
+        for visit in self._visits(sent, some):
+            served[visit.which][visit.expert] = self._make(visit, hidden_TH)
+        return served
+
+    def _put_out(
+        self, sent: Sequence[_Rows], hidden_TH: Tensor, served: Sequence[dict[int, Served]]
+    ) -> Tensor:
+        """Add up what all experts give, in `output_TH`; activations not yet there are made.
+
+        Those that are made join `served`.
+        """
+        self.output_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        for visit in self._visits(sent, range(self.experts.count)):
+            found = served[visit.which]
+            if visit.expert not in found:
+                found[visit.expert] = self._make(visit, hidden_TH)
+            self._add_outputs(visit, found[visit.expert].inner_RI)
+        return self.output_TH.to(hidden_TH.dtype)
+
+    def _add_outputs(self, visit: _Visit, inner_RI: Tensor) -> None:
+        loaded, row_R = visit.loaded, visit.row_R
+        # of equal size: products with a few rows left over are slow
+        size = -(-len(inner_RI) // -(-len(inner_RI) // MAX_ROWS))
+        parts = zip(torch.split(row_R, size), torch.split(inner_RI, size), strict=False)
+        for rows, part_RI in parts:
+            output_RH = functional.linear(part_RI, loaded.down_HI)[: len(rows)]
+            self.output_TH.index_add_(0, rows, output_RH.float())
+        if loaded.down_bias_H is not None:
+            bias_RH = visit.gate_R1 * loaded.down_bias_H.float()
+            self.output_TH.index_add_(0, row_R, bias_RH)

@@ -1,0 +1,245 @@
+"""A layer's refit in the run: passes over the calibration set for `method.refit`.
+
+Letters in shapes: T tokens of a batch, E kept experts, H hidden, I inner.
+"""
+
+import itertools
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ream_stream.checkpoint.header import DTYPES
+from ream_stream.events import Refitted
+from ream_stream.method.normal_equations import (
+    WIDENED_ROWS,
+    NormalMatrix,
+    NormalSums,
+    predict,
+    project,
+)
+from ream_stream.method.refit import Misfit, Refit, first_direction, select, solve
+from ream_stream.model.batch_store import Kept
+from ream_stream.planning.refit_memory import Solver
+from ream_stream.settings import Method
+
+from .refit_activations import Portion, RoutedTokens
+
+
+class _Passes:
+    """Products with the equations' matrix, each in a pass over the tokens that are fitted."""
+
+    def __init__(self, tokens: RoutedTokens) -> None:
+        self._tokens = tokens
+
+    def product(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        total_EIH = torch.zeros_like(change_EIH)
+        for portion in self._tokens.fitted():
+            predicted_TH = predict(portion.served, change_EIH, portion.tokens)
+            project(portion.served, predicted_TH, total_EIH)
+            yield
+        return total_EIH
+
+    def power(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        power_H = change_EIH.new_zeros(change_EIH.shape[2], dtype=torch.float64)
+        for portion in self._tokens.fitted():
+            predicted_TH = predict(portion.served, change_EIH, portion.tokens)
+            for some_RH in torch.split(predicted_TH, WIDENED_ROWS):
+                power_H += torch.linalg.vecdot(some_RH, some_RH, dim=0)
+            yield
+        return power_H
+
+
+class _Gathered:
+    """The same from the products of activations, gathered on the way."""
+
+    def __init__(self, matrix: NormalMatrix) -> None:
+        self.matrix = matrix
+
+    def product(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        yield
+        return self.matrix(change_EIH)
+
+    def power(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+        yield
+        return (change_EIH * self.matrix(change_EIH)).sum(dim=(0, 1), dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What came of the refit of a layer."""
+
+    outcome: Refitted
+    """In numbers."""
+
+    places: Mapping[int, int]
+    """Of experts that may be changed, by their number after compression."""
+
+    parts: int
+    """In which hidden channels were solved."""
+
+    results: Kept
+    """New down projections, part by part."""
+
+    @property
+    def helps(self) -> bool:
+        """Whether it is better, on the held-back tokens, than no change."""
+        return self.outcome.penalty is not None
+
+    def down(self, place: int) -> Tensor:
+        """Return the new down projection (H, I) of a refitted expert, to be stored."""
+        count = len(self.places)
+        return torch.cat([self.results.get(n * count + place) for n in range(self.parts)])
+
+
+class LayerRefit:
+    """The refit of one layer: `add` every batch, then `steps` makes it.
+
+    The penalty is the one whose first direction leaves least on the held-back tokens, so
+    trying several costs no pass over the others.
+
+    Parameters
+    ----------
+    tokens
+        Batches are added to both.
+    method
+        Penalties and iterations.
+    solver
+        How it is solved.
+    results
+        Where the new down projections are kept.
+    """
+
+    def __init__(
+        self, tokens: RoutedTokens, method: Method, solver: Solver, results: Kept
+    ) -> None:
+        self._tokens, self._method, self._solver = tokens, method, solver
+        self._results = results
+        self._weights = weights = tokens.experts.weights
+        # codes are made of what is solved for, in float32
+        plain = weights.stack.scheme == "plain"
+        self._solved = DTYPES[weights.stack.dtype] if plain else torch.float32
+        count, inner = len(tokens.changing), weights.stack.inner
+        self._columns = self._cut()
+        self._sums = NormalSums(
+            count,
+            inner,
+            self._columns[0].stop,
+            blocks=solver.preconditioner == "blocks",
+            device=weights.device,
+        )
+        self._operator: _Passes | _Gathered = _Passes(tokens)
+        if solver.gathered:
+            self._operator = _Gathered(NormalMatrix(count, inner, device=weights.device))
+        self._tried: dict[float, float] = {}
+        self._misfit = Misfit()
+        self._objectives = torch.zeros(method.refit_iterations + 1, dtype=torch.float64)
+
+    @property
+    def found(self) -> "Found":
+        """What came of it, once all steps are done."""
+        tokens, curve = self._tokens, self._objectives
+        helps = self._helps
+        outcome = Refitted(
+            penalty=select(self._tried) if helps else None,
+            lacking=tokens.lacking / tokens.energy if tokens.energy else 0.0,
+            left=self._misfit.share if helps else 1.0,
+            tried=tuple(self._tried.items()),
+            residuals=tuple((curve / curve[0]).tolist()) if helps else (),
+        )
+        places = {expert: place for place, expert in enumerate(tokens.changing)}
+        parts = self._solver.column_blocks
+        return Found(outcome=outcome, places=places, parts=parts, results=self._results)
+
+    @property
+    def _helps(self) -> bool:
+        """Whether what was found is better, on the held-back tokens, than no change."""
+        return select(self._tried) is not None and self._misfit.share < 1
+
+    @property
+    def passes(self) -> int:
+        """How often `steps` goes through the batches, at most."""
+        iterations = 0 if self._solver.gathered else self._method.refit_iterations
+        return self._solver.column_blocks * (2 + iterations)
+
+    def add(self, portion: Portion) -> None:
+        """Sum over the tokens of a batch that are fitted."""
+        self._sums.add(portion.served, portion.lacking()[:, self._columns[0]])
+        if isinstance(self._operator, _Gathered):
+            self._operator.matrix.add(portion.served, portion.tokens)
+
+    def steps(self) -> Iterator[None]:
+        """Solve; yield after each batch of each pass."""
+        for part, columns in enumerate(self._columns):
+            if part == 0:
+                yield from self._choose(columns)
+            else:
+                yield from self._turn_to(columns)
+            penalty = select(self._tried)
+            if penalty is None:
+                return
+            found = yield from solve(
+                self._sums,
+                self._operator,
+                penalty=penalty,
+                iterations=self._method.refit_iterations,
+                preconditioner=self._solver.preconditioner,
+            )
+            self._note(found)
+            count = len(self._tokens.changing)
+            for place in range(count):
+                down_HI = self._round(place, found.change_EIH[place], columns)
+                self._results.put(part * count + place, down_HI)
+            yield from self._judge({self._misfit: found.change_EIH}, columns)
+
+    def _cut(self) -> list[slice]:
+        hidden, parts = self._weights.stack.hidden, self._solver.column_blocks
+        # rounded up, so that the first is the largest
+        bounds = [-(-hidden * part // parts) for part in range(parts + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+    def _turn_to(self, columns: slice) -> Iterator[None]:
+        """Sum what other columns do not share, in a pass."""
+        self._sums.turn_to(columns.stop - columns.start)
+        for portion in self._tokens.fitted():
+            self._sums.add_target(portion.served, portion.lacking()[:, columns])
+            yield
+
+    def _choose(self, columns: slice) -> Iterator[None]:
+        """Try the first direction of each penalty, at its best length."""
+        misfits = {penalty: Misfit() for penalty in self._method.refit_lambda}
+        directions = {
+            misfit: first_direction(self._sums, penalty, self._solver.preconditioner)
+            for penalty, misfit in misfits.items()
+        }
+        yield from self._judge(directions, columns)
+        self._tried = {penalty: misfit.best_share for penalty, misfit in misfits.items()}
+
+    def _note(self, found: Refit) -> None:
+        """Add up the objective of all columns, iteration by iteration."""
+        curve = torch.tensor(found.objectives, dtype=torch.float64)
+        # what has arrived early stays where it is
+        missing = len(self._objectives) - len(curve)
+        self._objectives += torch.cat([curve, curve[-1:].expand(missing)])
+
+    def _round(self, place: int, change_IH: Tensor, columns: slice) -> Tensor:
+        """Return the new down projection; the change becomes what is stored of it.
+
+        Scales that columns share are taken of these columns alone, which is exact unless
+        they are solved in parts.
+        """
+        down_HI = self._weights.load(self._tokens.changing[place]).down_HI
+        old_HI = down_HI[columns].float()
+        new_HI = (old_HI + change_IH.T).to(self._solved)
+        change_IH.copy_((self._weights.stack.stored_down(new_HI) - old_HI).T)
+        return new_HI
+
+    def _judge(self, changes: Mapping[Misfit, Tensor], columns: slice) -> Iterator[None]:
+        """Measure what changes leave of the error on the tokens that are held back."""
+        for portion in self._tokens.held():
+            lacking_TH = portion.lacking()[:, columns]
+            for misfit, change_EIH in changes.items():
+                predicted_TH = predict(portion.served, change_EIH, portion.tokens)
+                misfit.add(lacking_TH, predicted_TH)
+            yield

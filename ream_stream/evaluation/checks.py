@@ -1,0 +1,336 @@
+"""What is true of a good output, except for the bytes of its tensors.
+
+Checks are small functions in a table. Each yields a sentence for every thing that
+is wrong, saying what and where.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ream_stream.checkpoint.expert_stack import ExpertStack
+from ream_stream.checkpoint.reader import (
+    INDEX,
+    MAX_JSON_BYTES,
+    Checkpoint,
+    open_checkpoint,
+    read_object,
+)
+from ream_stream.compression.finalize import MANIFEST
+from ream_stream.compression.manifest import Manifest, group_problems, read_manifest
+from ream_stream.files import PARTIAL
+from ream_stream.model.families import Family, family_of, text_config
+from ream_stream.model.streamed_model import StreamedModel
+
+from .consistency import dtype_problems, format_problems, list_problems
+
+
+class Subject:
+    """An output folder, read as far as a check asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Its manifest."""
+        return read_manifest(self.folder / MANIFEST)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Its config, index and headers."""
+        return open_checkpoint(self.folder)
+
+    @cached_property
+    def stacks(self) -> Mapping[str, ExpertStack]:
+        """Its experts by prefix, wherever they are in the model."""
+        return self.checkpoint.experts()
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return family_of(self.checkpoint.config)
+
+    @cached_property
+    def model(self) -> StreamedModel:
+        """The model class of its config, with its tensors' names and shapes."""
+        family_of(
+            self.checkpoint.config
+        )  # of others transformers says less clearly what is wrong
+        return StreamedModel(self.checkpoint, torch.bfloat16, torch.device("cpu"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One thing that is true of a good output."""
+
+    name: str
+    """What it is about."""
+
+    good: str
+    """The sentence if all is well."""
+
+    problems: Callable[[Subject], Iterator[str]]
+    """Yields what is wrong; may raise whatever a damaged file provokes."""
+
+    needs: tuple[str, ...] = ()
+    """Checks without which it tells nothing new."""
+
+
+def _manifest(subject: Subject) -> Iterator[str]:
+    manifest = subject.manifest
+    if not 1 <= manifest.after <= manifest.before:
+        yield f"{MANIFEST} says {manifest.after} experts of {manifest.before} are kept"
+    if manifest.fingerprint.get("experts") != manifest.after:
+        asked = manifest.fingerprint.get("experts")
+        yield f"{MANIFEST} says {asked!r} experts were asked for and {manifest.after} are kept"
+
+
+def _headers(subject: Subject) -> Iterator[str]:
+    subject.checkpoint.files()  # that it opens is the check
+    yield from ()
+
+
+def _sizes(subject: Subject) -> Iterator[str]:
+    for name, file in subject.manifest.files.items():
+        path = subject.folder / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != file.size:
+            yield f"{name} has {path.stat().st_size} bytes, the manifest says {file.size}"
+
+
+def _listed(subject: Subject) -> Iterator[str]:
+    indexed = {path.name for path in subject.checkpoint.files()}
+    listed = set(subject.manifest.files)
+    for name in sorted(indexed - listed):
+        yield f"{name} is in the index but not in the manifest"
+    for name in sorted(listed - indexed):
+        yield f"{name} is in the manifest but not in the index"
+
+
+def _strays(subject: Subject) -> Iterator[str]:
+    indexed = {path.name for path in subject.checkpoint.files()}
+    for path in sorted(subject.folder.iterdir()):
+        if path.name.endswith(PARTIAL):
+            yield f"{path.name} is left from a write that was cut off"
+        elif path.suffix == ".safetensors" and path.name not in indexed:
+            yield f"{path.name} is not in the index; a loader may read it all the same"
+
+
+def _total(subject: Subject) -> Iterator[str]:
+    if not (subject.folder / INDEX).is_file():
+        return
+    metadata = read_object(subject.folder / INDEX).get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(entry.nbytes for entry in subject.checkpoint.entries.values())
+    if said != total:
+        yield f"{INDEX} says total_size {said!r}, its tensors have {total} bytes"
+
+
+def _documents(subject: Subject) -> Iterator[str]:
+    for path in sorted(subject.folder.glob("*.json")):
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+            yield f"{path.name} is not a file of at most {MAX_JSON_BYTES} bytes"
+            continue
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            yield f"{path.name} is not valid JSON: {error}"
+
+
+def _model(subject: Subject) -> Iterator[str]:
+    model = subject.model
+    if not any(layer.stack for layer in model.layers):
+        yield "the model has no layer with experts"
+
+
+def _experts(subject: Subject) -> Iterator[str]:
+    config, counts = text_config(subject.checkpoint.config), _config_counts(subject)
+    if not counts:
+        keys = " or ".join(subject.family.count_keys)
+        yield f"config.json has no {keys}: readers will take their class's default"
+    for prefix, stack in subject.stacks.items():
+        for key, count in counts.items():
+            if count != stack.count:
+                yield (
+                    f"{prefix} has {stack.count} experts, config.json says "
+                    f"{key}={config[key]!r}"
+                )
+
+
+def _config_counts(subject: Subject) -> dict[str, Any]:
+    """Return what config.json says of the number of experts, by key.
+
+    A list that gives one number layer by layer is that number.
+    """
+    counts, config = {}, text_config(subject.checkpoint.config)
+    for key in subject.family.count_keys:
+        if key in config:
+            value = config[key]
+            uniform = isinstance(value, list) and value and all(v == value[0] for v in value)
+            counts[key] = value[0] if uniform else value
+    return counts
+
+
+def _lists(subject: Subject) -> Iterator[str]:
+    modules = [name for name, _ in subject.model.model.named_modules()]
+    most = max((stack.count for stack in subject.stacks.values()), default=0)
+    yield from list_problems(subject.checkpoint, modules, most)
+
+
+def _kept(subject: Subject) -> Iterator[str]:
+    for prefix, stack in subject.stacks.items():
+        if stack.count != subject.manifest.after:
+            yield (
+                f"{prefix} has {stack.count} experts, the manifest says "
+                f"{subject.manifest.after}"
+            )
+
+
+def _routers(subject: Subject) -> Iterator[str]:
+    entries = subject.checkpoint.entries
+    for stack in subject.stacks.values():
+        for name in subject.family.router_tensors(stack.block, entries)[0]:
+            entry = entries.get(name)
+            if entry is None:
+                yield f"{name} is missing"
+            elif stack.count not in entry.shape:
+                yield (
+                    f"{entry.name} has shape {entry.shape}, none of its axes is the layer's "
+                    f"{stack.count} experts"
+                )
+
+
+def _routing(subject: Subject) -> Iterator[str]:
+    config: Any = subject.model.text_config
+    groups = subject.family.groups(config)
+    taken = int(getattr(config, "topk_group", None) or groups)
+    for layer in subject.model.layers:
+        if layer.stack is None:
+            continue
+        count, top_k = layer.stack.count, subject.model.top_k
+        if top_k > count:
+            yield f"layer {layer.index} has {count} experts, tokens are sent to {top_k}"
+        if count % groups or (groups > 1 and count // groups < 2):
+            yield (
+                f"layer {layer.index} has {count} experts, which do not make {groups} equal "
+                "routing groups of 2 or more"
+            )
+        elif groups > 1 and taken * (count // groups) < top_k:
+            yield (
+                f"layer {layer.index}: tokens are sent to {top_k} experts of {taken} routing "
+                f"groups, which have {taken * (count // groups)}"
+            )
+
+
+def _groups(subject: Subject) -> Iterator[str]:
+    model, manifest = subject.model, subject.manifest
+    moe = [layer.index for layer in model.layers if layer.stack]
+    described = [layer.index for layer in manifest.layers]
+    if described != moe:
+        yield f"{MANIFEST} has groups for layers {described}, those with experts are {moe}"
+    yield from group_problems(manifest, subject.family.groups(model.text_config))
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        name="manifest",
+        good=f"{MANIFEST} is whole",
+        problems=_manifest,
+    ),
+    Check(
+        name="headers",
+        good="config, index and headers of all shards agree",
+        problems=_headers,
+    ),
+    Check(
+        name="sizes",
+        good="every shard has the size that the manifest says",
+        problems=_sizes,
+        needs=("manifest",),
+    ),
+    Check(
+        name="shards",
+        good="index and manifest name the same shards",
+        problems=_listed,
+        needs=("manifest", "headers"),
+    ),
+    Check(
+        name="strays",
+        good="no file is left over",
+        problems=_strays,
+        needs=("headers",),
+    ),
+    Check(
+        name="total",
+        good="the index tells the bytes of all tensors",
+        problems=_total,
+        needs=("headers",),
+    ),
+    Check(
+        name="documents",
+        good="all JSON files can be read",
+        problems=_documents,
+    ),
+    Check(
+        name="experts",
+        good="config.json tells the number of experts in every layer",
+        problems=_experts,
+        needs=("headers",),
+    ),
+    Check(
+        name="formats",
+        good="config.json tells of quantized tensors what there are",
+        problems=lambda subject: format_problems(subject.checkpoint),
+        needs=("headers", "experts"),
+    ),
+    Check(
+        name="dtypes",
+        good="no tensor has another dtype than in the other layers",
+        problems=lambda subject: dtype_problems(subject.checkpoint),
+        needs=("headers",),
+    ),
+    Check(
+        name="kept",
+        good="every layer has as many experts as the manifest says",
+        problems=_kept,
+        needs=("manifest", "headers", "experts"),
+    ),
+    Check(
+        name="routers",
+        good="every router chooses among the experts of its layer",
+        problems=_routers,
+        needs=("headers", "experts"),
+    ),
+    Check(
+        name="model",
+        good="transformers' class for config.json has a place for every tensor",
+        problems=_model,
+        needs=("headers",),
+    ),
+    Check(
+        name="lists",
+        good="quantization_config names no module that is gone",
+        problems=_lists,
+        needs=("headers", "experts", "model"),
+    ),
+    Check(
+        name="routing",
+        good="there are enough experts for every token",
+        problems=_routing,
+        needs=("headers", "model"),
+    ),
+    Check(
+        name="groups",
+        good="the manifest says where every expert is from",
+        problems=_groups,
+        needs=("manifest", "headers", "model"),
+    ),
+)
+"""Checks of the folder, in order."""

@@ -1,0 +1,294 @@
+"""Compressions of one checkpoint, each measured beside it and kept only as numbers.
+
+A trial is one compression. Its folder holds what is being made; the numbers go into
+``results/KEY.json`` when they are complete, and the compressed checkpoint goes away. The
+same call goes on after the last trial that was finished, inside the one that was not.
+What the original makes of the test tokens is computed once.
+"""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ream_stream import __version__, files
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.compression.journal import Workspace
+from ream_stream.compression.pipeline import compress
+from ream_stream.events import Event, Finished
+from ream_stream.planning.planner import make_plan
+from ream_stream.settings import Settings
+
+from .evaluate import Result, evaluate
+from .forward import identity
+from .memory import plan_evaluation
+
+ORIGINAL = "original"
+ALL = "all"
+"""Name of the scores of all domains together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One compression to be measured."""
+
+    name: str
+    """Of what is compared: a method, or a part of one that was changed."""
+
+    settings: Settings
+    """What it is compressed with, its seed included."""
+
+    calibration: Tokens
+    """What it is calibrated on."""
+
+    mix: str = ""
+    """Name of the calibration's mix, if several are compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """The numbers of a trial."""
+
+    name: str
+    """Of the trial, or `ORIGINAL`."""
+
+    mix: str
+    """Of its calibration."""
+
+    seed: int
+    """Of its settings."""
+
+    scores: Mapping[str, Mapping[str, Any]]
+    """`Result.facts` by domain, `ALL` included."""
+
+    seconds: float | None
+    """Time of the compression, if it was made in one go; None of the original."""
+
+    output_bytes: int | None
+    """Bytes of the compressed checkpoint's shards."""
+
+    fields: Mapping[str, Any]
+    """The settings."""
+
+    def value(self, domain: str, measure: str) -> float | None:
+        """Return one of `MEASURES` in a domain; None if it is not known there."""
+        return MEASURES[measure](self.scores[domain])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """What all trials of a comparison share."""
+
+    source: Checkpoint
+    """What is compressed."""
+
+    tests: Tokens
+    """What is predicted, domain by domain."""
+
+    folder: Path
+    """Where results are kept and trials are made."""
+
+    device: torch.device
+    """Where layers are run."""
+
+    dtype: torch.dtype
+    """What evaluations are run in."""
+
+    threads: int
+    """For the assignments of alignments."""
+
+    ram: int
+    """Host memory to stay within, bytes."""
+
+    stop_requested: Callable[[], int | None] = lambda: None
+    """Asked after every batch."""
+
+
+def run_trials(bench: Bench, trials: Sequence[Trial]) -> Iterator[Event | tuple[Outcome, ...]]:
+    """Carry out the trials that are left, and yield the outcomes of all as the last.
+
+    The first outcome is the original's, the others are in the trials' order.
+
+    Raises
+    ------
+    OverBudgetError, InterruptedRunError, ReamStreamError
+        As the runs and evaluations that it is made of.
+    """
+    files.make_directory(bench.folder / "results")
+    with files.lock(bench.folder / "lock"):
+        outcomes = []
+        for trial in [None, *trials]:
+            path = bench.folder / "results" / f"{_key(bench, trial)}.json"
+            if not path.is_file():
+                found: dict[str, Any] = {}
+                for event in _carry_out(bench, trial, path.stem):
+                    if isinstance(event, dict):
+                        found = event
+                    else:
+                        yield event
+                files.write_json(path, found)
+            # made or not: what a kill left after the numbers were written goes too
+            files.remove(_place(bench, path.stem))
+            outcomes.append(Outcome(**files.read_json(path)))
+        files.remove(bench.folder / "evaluate")
+        yield tuple(outcomes)
+
+
+def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """Return mean and standard deviation (of a single value 0); None if one is unknown."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
+
+
+def grouped(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    """Return the outcomes by mix and name, in order: those that differ in their seed."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.mix, outcome.name), []).append(outcome)
+    return groups
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return, for each mix and name, mean and spread of every measure in every domain."""
+    return [
+        {
+            "mix": mix,
+            "name": name,
+            "runs": len(group),
+            "scores": {
+                domain: {
+                    measure: spread([each.value(domain, measure) for each in group])
+                    for measure in MEASURES
+                }
+                for domain in group[0].scores
+            },
+        }
+        for (mix, name), group in grouped(outcomes).items()
+    ]
+
+
+def rows(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """Yield a flat row for each outcome and domain, as in a CSV file."""
+    for outcome in outcomes:
+        for domain in outcome.scores:
+            yield {
+                "mix": outcome.mix,
+                "name": outcome.name,
+                "seed": outcome.seed,
+                "domain": domain,
+                **{measure: outcome.value(domain, measure) for measure in MEASURES},
+            }
+
+
+def _nats_more(facts: Mapping[str, Any]) -> float | None:
+    return facts["difference"]["nats"] if "difference" in facts else 0.0
+
+
+def _divergence(facts: Mapping[str, Any]) -> float | None:
+    return facts["divergence"]["value"] if "divergence" in facts else 0.0
+
+
+def _agreement(facts: Mapping[str, Any]) -> float | None:
+    return facts["agreement"]["value"] if "agreement" in facts else 1.0
+
+
+MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "perplexity": lambda facts: facts["perplexity"],
+    "nats": lambda facts: facts["nats"],
+    "nats more": _nats_more,
+    "divergence": _divergence,
+    "accuracy": lambda facts: facts["accuracy"]["value"],
+    "same top": _agreement,
+    "effective rank": lambda facts: facts.get("effective_rank"),
+}
+"""Numbers of a trial, from `Result.facts`; the original is as good as itself."""
+
+
+def _carry_out(bench: Bench, trial: Trial | None, key: str) -> Iterator[Event | dict[str, Any]]:
+    """Make one trial, or measure the original, and yield its outcome's fields as the last."""
+    checkpoint, finished = bench.source, None
+    if trial is not None:
+        place = _place(bench, key)
+        plan = make_plan(
+            bench.source,
+            trial.settings,
+            trial.calibration.num_sequences,
+            trial.calibration.sequence_length,
+            ram=bench.ram,
+        )
+        workspace = Workspace(output=place, work=place / ".ream-stream")
+        with workspace.locked():
+            for event in compress(
+                plan,
+                trial.calibration,
+                workspace,
+                device=bench.device,
+                threads=bench.threads,
+                stop_requested=bench.stop_requested,
+            ):
+                yield event
+                finished = event if isinstance(event, Finished) else finished
+        checkpoint = open_checkpoint(place)
+    result: Result | None = None
+    for step in _measure(bench, checkpoint, trial):
+        if isinstance(step, Result):
+            result = step
+        else:
+            yield step
+    assert result is not None
+    whole = {ALL: result, **result.by_domain(bench.tests)}
+    outcome = Outcome(
+        name=trial.name if trial else ORIGINAL,
+        mix=trial.mix if trial else "",
+        seed=trial.settings.seed if trial else 0,
+        scores={name: each.facts() for name, each in whole.items()},
+        seconds=sum(finished.seconds.values()) if finished else None,
+        output_bytes=finished.output_bytes if finished else None,
+        fields=trial.settings.fields() if trial else {},
+    )
+    yield asdict(outcome)
+
+
+def _measure(
+    bench: Bench, checkpoint: Checkpoint, trial: Trial | None
+) -> Iterator[Event | Result]:
+    # the same batch for all: the original's states are used again
+    batch = plan_evaluation([bench.source] * 2, bench.tests, bench.dtype, bench.ram)
+    yield from evaluate(
+        checkpoint,
+        bench.tests,
+        bench.folder,
+        dtype=bench.dtype,
+        device=bench.device,
+        original=None if trial is None else bench.source,
+        batch_sequences=batch.batch_sequences,
+        keep_original=True,
+        stop_requested=bench.stop_requested,
+    )
+
+
+def _place(bench: Bench, key: str) -> Path:
+    return bench.folder / "trials" / key
+
+
+def _key(bench: Bench, trial: Trial | None) -> str:
+    """Return the name of a trial's results: all that they depend on."""
+    told = {
+        "version": __version__,
+        "source": identity(bench.source),
+        "tests": bench.tests.digest,
+        "dtype": str(bench.dtype),
+        "name": trial.name if trial else ORIGINAL,
+        "mix": trial.mix if trial else "",
+        "calibration": trial.calibration.digest if trial else None,
+        "settings": trial.settings.fields() if trial else None,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

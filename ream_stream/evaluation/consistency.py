@@ -1,0 +1,68 @@
+"""What config.json and the tensors say of how weights are stored, held against each other.
+
+Functions that yield a sentence for every contradiction, saying what and where.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from ream_stream.checkpoint.formats.codec import FLOATS
+from ream_stream.checkpoint.formats.ignored_modules import SKIP_KEYS, Modules, is_pattern
+from ream_stream.checkpoint.quantized import find_quantized
+from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.model.mtp import find_mtp
+
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+
+
+def format_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Compare whether there are quantized tensors with whether the config tells of any."""
+    described = checkpoint.quantization
+    quantized = find_quantized(checkpoint.entries, described)
+    if quantized and described is None:
+        yield f"{min(quantized)} is quantized, config.json has no quantization_config"
+    if described is not None and not quantized:
+        yield "config.json has a quantization_config, no tensor is quantized"
+
+
+def list_problems(
+    checkpoint: Checkpoint, modules: Iterable[str], num_experts: int
+) -> Iterator[str]:
+    """Find the modules that lists of the quantization_config name, and that are gone.
+
+    Parameters
+    ----------
+    checkpoint
+        What is looked at.
+    modules
+        Of transformers' class, which names some otherwise than the checkpoint does.
+    num_experts
+        Experts of a layer.
+    """
+    described = checkpoint.quantization or {}
+    listed = [(key, name) for key in SKIP_KEYS for name in described.get(key) or ()]
+    if not listed:
+        return
+    known = Modules([*checkpoint.entries, *modules], num_experts)
+    for key, name in listed:
+        if not is_pattern(str(name)) and str(name) not in known:
+            yield f"quantization_config names {name} in {key}: there is no such module"
+
+
+def dtype_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Find floats whose dtype is not that of the same tensor in most layers.
+
+    A correction bias that was rounded in one layer still loads, and routes otherwise.
+    """
+    apart = find_mtp(checkpoint.entries, checkpoint.config)
+    kinds: dict[str, list[str]] = {}
+    for name, entry in checkpoint.entries.items():
+        if entry.dtype in FLOATS and name not in apart:
+            kinds.setdefault(_NUMBER.sub(".N", name), []).append(name)
+    for names in kinds.values():
+        dtypes = Counter(checkpoint.entries[name].dtype for name in names)
+        usual, _ = dtypes.most_common(1)[0]
+        for name in names:
+            if (dtype := checkpoint.entries[name].dtype) != usual:
+                yield f"{name} is {dtype}, in most layers it is {usual}"

@@ -1,0 +1,321 @@
+"""What a checkpoint that does not fit in memory predicts, alone or beside its original.
+
+The model runs as it does in a compression: one layer at a time on all batches,
+hidden states on disk between two layers. What leaves the last layer is scored
+sequence by sequence, a bounded number of tokens at once, because the logits of
+a batch are larger than any layer where the vocabulary is large.
+
+Letters in shapes: S sequences, L tokens of a sequence, P scored positions,
+H hidden, V vocabulary, n sampled positions.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ream_stream import files
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.errors import InterruptedRunError, ReamStreamError, UsageError
+from ream_stream.events import Step
+from ream_stream.model.batches import Batches
+from ream_stream.model.families import family_of
+from ream_stream.model.hidden_states import HiddenStates
+from ream_stream.model.streamed_model import Batch
+from ream_stream.planning.allocation import MAX_BATCH_TOKENS
+
+from .forward import Passage
+from .metrics import Against, Evaluation, Mean, divergence, effective_rank, score
+
+LOGITS_BYTES = 64_000_000
+"""Logits of one model that exist at once, as float32."""
+
+RANK_TOKENS = 4096
+"""Positions at most whose states the effective rank is taken of, evenly spread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What an evaluation ends with."""
+
+    evaluation: Evaluation
+    """Of the checkpoint."""
+
+    against: Against | None
+    """Beside its original, if that was given."""
+
+    def only(self, rows: Sequence[int]) -> "Result":
+        """Return the result of some of the sequences, such as those of one domain."""
+        return Result(
+            evaluation=self.evaluation.only(rows),
+            against=self.against.only(rows) if self.against else None,
+        )
+
+    def by_domain(self, tokens: Tokens) -> dict[str, "Result"]:
+        """Return the result of each domain of the tokens; empty if there is one."""
+        if len(tokens.domains) < 2:
+            return {}
+        return {
+            name: self.only((tokens.domain_S == number).nonzero().squeeze(1).tolist())
+            for number, name in enumerate(tokens.domains)
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return the numbers as JSON can hold them."""
+        return self.evaluation.facts() | (self.against.facts() if self.against else {})
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    work: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    original: Checkpoint | None = None,
+    target_SL: Tensor | None = None,
+    batch_sequences: int | None = None,
+    keep_original: bool = False,
+    stop_requested: Callable[[], int | None] = lambda: None,
+) -> Iterator[Step | Result]:
+    """Score a checkpoint on tokens; stopped or killed, the same call goes on.
+
+    Parameters
+    ----------
+    checkpoint
+        A source or an output.
+    tokens
+        What it is to predict.
+    work
+        Folder for hidden states: for each checkpoint two boundaries at most, in a folder
+        of their own that is removed at the end.
+    dtype
+        What the model is run in: the result is then that of
+        ``from_pretrained(..., dtype=dtype)``.
+    device
+        Where it is run.
+    original
+        The checkpoint it is compared with, on the same tokens.
+    target_SL
+        Which tokens are scored; by default those that `scored` gives.
+    batch_sequences
+        Sequences that are run together; by default as many as give `MAX_BATCH_TOKENS`.
+    keep_original
+        Leave what the original's last layer gave in the work folder, or the checkpoint's
+        if it is alone, for the next evaluation beside it; the caller removes it.
+    stop_requested
+        Asked after every batch; the number of a signal ends the evaluation.
+
+    Yields
+    ------
+    Step or Result
+        Progress (phase ``propagate`` by batch, then ``score`` by sequence), and the
+        result as the last one.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model cannot be driven layer by layer.
+    UsageError
+        The tokens are not of this model's vocabulary, or none can be scored.
+    ReamStreamError
+        The model gives numbers that are not finite.
+    OtherRunError
+        Another evaluation uses the work folder.
+    InterruptedRunError
+        A stop was requested.
+    """
+    checkpoints = [checkpoint] if original is None else [checkpoint, original]
+    for each in checkpoints:
+        family_of(each.config)
+    target_SL = scored(tokens) if target_SL is None else target_SL
+    if not bool(target_SL.any()):
+        raise UsageError(f"{tokens.description}: no token has a token before it to predict it")
+    rows = batch_sequences or max(1, MAX_BATCH_TOKENS // tokens.sequence_length)
+    batch = min(tokens.num_sequences, rows)
+    folder = work / "evaluate"
+    passages = [
+        Passage(each, tokens, folder, batch=batch, dtype=dtype, device=device)
+        for each in checkpoints
+    ]
+    with _scratch(folder, passages, keep=passages[-1:] if keep_original else []):
+        for event in _Job(passages, tokens, target_SL).events():
+            yield event
+            check_stop(stop_requested)
+
+
+def scored(tokens: Tokens) -> Tensor:
+    """Return which tokens are scored, (S, L): those that follow a token and are no padding."""
+    mask_SL = tokens.attention_mask_SL
+    real_SL = (
+        torch.ones_like(tokens.input_ids_SL, dtype=torch.bool)
+        if mask_SL is None
+        else mask_SL.bool()
+    )
+    target_SL = torch.zeros_like(real_SL)
+    target_SL[:, 1:] = real_SL[:, 1:] & real_SL[:, :-1]
+    return target_SL
+
+
+def check_stop(stop_requested: Callable[[], int | None]) -> None:
+    """Raise if a signal asked to stop."""
+    number = stop_requested()
+    if number is not None:
+        raise InterruptedRunError(
+            "stopped; the same command with the same --work-dir goes on", signal_number=number
+        )
+
+
+class _Job:
+    """The passages of one evaluation, and the scores of what leaves them."""
+
+    def __init__(self, passages: Sequence[Passage], tokens: Tokens, target_SL: Tensor) -> None:
+        self.passages, self.tokens, self.target_SL = passages, tokens, target_SL
+        vocabulary = max(passage.vocabulary for passage in passages)
+        self.block = max(1, LOGITS_BYTES // (4 * vocabulary))
+        self.stride = -(-int(target_SL.sum()) // RANK_TOKENS)
+        self.seen = 0
+        self.sampled: list[Tensor] = []
+
+    def events(self) -> Iterator[Step | Result]:
+        """Run all layers, then score what leaves the last."""
+        for passage in self.passages:
+            with passage.model.open_outside():
+                for index, done in passage.run():
+                    yield Step(
+                        layer=index, phase="propagate", done=done, total=len(passage.batches)
+                    )
+        sequences = self.tokens.num_sequences
+        # nats and correct of each checkpoint; divergence and agreement of both
+        sums: list[list[float]] = []
+        with ExitStack() as stack:
+            for passage in self.passages:
+                stack.enter_context(passage.model.open_outside())
+            stack.enter_context(self._listening())
+            for row, (sequence, hidden) in enumerate(
+                _sequences(self.passages[0].batches, [p.leaving() for p in self.passages])
+            ):
+                sums.append(self._sums(sequence, hidden, self.target_SL[row], row))
+                yield Step(
+                    layer=self.passages[0].model.num_layers - 1,
+                    phase="score",
+                    done=row + 1,
+                    total=sequences,
+                )
+        yield self._result(sums)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Sample what enters the first checkpoint's output matrix, for the block."""
+        model: Any = self.passages[0].model.model
+        head = model.get_output_embeddings()
+
+        def take(_module: Any, args: Any) -> None:  # noqa: ANN401
+            hidden_PH = args[0][0]
+            first = -self.seen % self.stride
+            self.sampled.append(hidden_PH[first :: self.stride].to("cpu", torch.float32))
+            self.seen += len(hidden_PH)
+
+        handle = head.register_forward_pre_hook(take)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _sums(
+        self, sequence: Batch, hidden: Sequence[Tensor], target_L: Tensor, row: int
+    ) -> list[float]:
+        sums = [0.0] * (2 if len(self.passages) == 1 else 6)
+        for target_P in torch.split(target_L.nonzero().squeeze(1), self.block):
+            logits = [
+                passage.model.logits(sequence, state_LH[None], target_P - 1)[0].float()
+                for passage, state_LH in zip(self.passages, hidden, strict=True)
+            ]
+            found: list[float] = []
+            for logits_PV in logits:
+                token_P = sequence.input_ids_BL[0, target_P].to(logits_PV.device)
+                found += score(logits_PV, token_P)
+            if len(logits) > 1:
+                found += divergence(logits[1], logits[0])
+            sums = [total + each for total, each in zip(sums, found, strict=True)]
+        if not all(map(math.isfinite, sums)):
+            raise ReamStreamError(
+                f"what the model predicts for sequence {row} of {self.tokens.description} "
+                f"is not finite in {self.passages[0].model.dtype}; verify the checkpoint, or "
+                "use float32"
+            )
+        return sums
+
+    def _result(self, sums: Sequence[Sequence[float]]) -> Result:
+        count_S = tuple(self.target_SL.sum(dim=1).tolist())
+        means = [
+            Mean(total_S=tuple(total_S), count_S=count_S) for total_S in zip(*sums, strict=True)
+        ]
+        evaluation = Evaluation(
+            loss=means[0], accuracy=means[1], rank=effective_rank(torch.cat(self.sampled))
+        )
+        if len(means) == 2:
+            return Result(evaluation=evaluation, against=None)
+        against = Against(
+            original=Evaluation(loss=means[2], accuracy=means[3]),
+            loss=means[0].minus(means[2]),
+            divergence=means[4],
+            agreement=means[5],
+        )
+        return Result(evaluation=evaluation, against=against)
+
+
+def _sequences(
+    batches: Batches, states: Sequence[HiddenStates]
+) -> Iterator[tuple[Batch, list[Tensor]]]:
+    """Yield every sequence as a batch of its own, with what leaves the last layers (L, H)."""
+    for number, batch in enumerate(batches):
+        mask_BL = batch.attention_mask_BL
+        read = [each.read(number) for each in states]
+        for row in range(len(batch.input_ids_BL)):
+            one = slice(row, row + 1)
+            sequence = Batch(
+                input_ids_BL=batch.input_ids_BL[one],
+                attention_mask_BL=None if mask_BL is None else mask_BL[one],
+            )
+            yield sequence, [hidden_BLH[row] for hidden_BLH in read]
+
+
+@contextmanager
+def _scratch(
+    folder: Path, passages: Sequence[Passage], *, keep: Sequence[Passage]
+) -> Iterator[None]:
+    """Lock the folder for the block, which may go on with what an earlier one left there.
+
+    At the end all is removed but what is to be kept, or, if the block was interrupted,
+    what it may go on with. What belongs to other evaluations goes at once.
+    """
+    files.make_directory(folder)
+    with files.lock(folder / "lock"):
+        stays = {passage.folder for passage in passages}
+        try:
+            _remove_others(folder, stays)
+            yield
+        except InterruptedRunError:
+            raise
+        except BaseException:
+            stays = set()
+            raise
+        else:
+            stays = {passage.folder for passage in keep}
+        finally:
+            _remove_others(folder, stays)
+            if not stays:
+                files.remove(folder)
+
+
+def _remove_others(folder: Path, stays: set[Path]) -> None:
+    for path in folder.iterdir():
+        if path.name != "lock" and path not in stays:
+            files.remove(path)

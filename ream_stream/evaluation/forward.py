@@ -1,0 +1,188 @@
+"""All tokens through all layers of a model that stays as it is, and what is done of it.
+
+Order of writing, as in `journal`: the states that leave a layer, then the record that
+names the layer, and only then are the states that entered it deleted. A passage that was
+cut goes on after the last record.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ream_stream import __version__
+from ream_stream import files as durable
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.errors import UsageError
+from ream_stream.model.batches import Batches, advance
+from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
+from ream_stream.model.meta_model import get_tensor
+from ream_stream.model.streamed_model import StreamedModel
+
+_JOURNAL = "journal.json"
+
+
+class States:
+    """Hidden states of one or several runs over the same tokens, and a record of each layer.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    fingerprint
+        What must be the same to go on with what the folder holds; else it is discarded.
+    shape
+        Sequences, tokens, hidden size.
+    dtype
+        Of the states.
+    batch
+        Sequences of a batch.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        batch: int,
+    ) -> None:
+        self._folder, self._fingerprint = folder, dict(fingerprint)
+        self._store = (shape, dtype, batch)
+        self.records: list[Any] = []
+        path = folder / _JOURNAL
+        if path.is_file():
+            found = durable.read_json(path)
+            if found["fingerprint"] == self._fingerprint:
+                self.records = found["records"]
+        if not self.records:
+            durable.remove(folder)
+            durable.make_directory(folder)
+
+    def reader(self, run: str, boundary: int) -> HiddenStates | None:
+        """Open the states that enter a layer; None for the first, which takes embeddings."""
+        return HiddenStates(self._path(run, boundary), *self._store) if boundary else None
+
+    def writer(self, run: str, boundary: int) -> HiddenWriter:
+        """Begin the states that enter a layer."""
+        return HiddenWriter(self._path(run, boundary), *self._store)
+
+    def commit(self, record: object, runs: Sequence[str]) -> None:
+        """Record that a layer is done, and delete what entered it."""
+        self.records.append(record)
+        value = {"fingerprint": self._fingerprint, "records": self.records}
+        durable.write_json(self._folder / _JOURNAL, value)
+        for run in runs:
+            durable.remove(self._path(run, len(self.records) - 1))
+
+    def _path(self, run: str, boundary: int) -> Path:
+        return self._folder / f"{run}-{boundary:05d}"
+
+
+class Passage:
+    """One checkpoint over a token set.
+
+    Parameters
+    ----------
+    checkpoint
+        A source or an output.
+    tokens
+        What is run.
+    work
+        Folder in which it has a folder of its own.
+    batch
+        Sequences of a batch.
+    dtype, device
+        What the layers are run in, and where.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model cannot be driven layer by layer.
+    UsageError
+        The tokens are not of this model's vocabulary.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokens: Tokens,
+        work: Path,
+        *,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model = StreamedModel(checkpoint, dtype, device)
+        self.batches = Batches(tokens, batch)
+        embedding = self.model.model.get_input_embeddings()
+        self.vocabulary = len(get_tensor(embedding, "weight"))
+        check_vocabulary(tokens, self.vocabulary)
+        told = {"checkpoint": identity(checkpoint), **conditions(tokens, dtype, device, batch)}
+        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        self.folder = work / key[:16]
+        self._told = told
+        self._shape = (tokens.num_sequences, tokens.sequence_length, self.model.hidden_size)
+        self._states: States | None = None
+
+    def run(self) -> Iterator[tuple[int, int]]:
+        """Run the layers that are left, and yield each layer and the batches it has done."""
+        model, size = self.model, self.batches.size
+        states = States(self.folder, self._told, self._shape, model.dtype, size)
+        for index in range(len(states.records), model.num_layers):
+            entering, leaving = (
+                states.reader("states", index),
+                states.writer("states", index + 1),
+            )
+            with model.open_layer(index):
+                for done in advance(model, index, self.batches, entering, leaving):
+                    yield index, done
+            states.commit(None, ["states"])
+        self._states = states
+
+    def leaving(self) -> HiddenStates:
+        """Return what leaves the last layer, after `run` has ended."""
+        assert self._states is not None
+        states = self._states.reader("states", self.model.num_layers)
+        assert states is not None
+        return states
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what tells a checkpoint from others without reading its data."""
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files()
+    ]
+    return {
+        "folder": str(checkpoint.folder.resolve()),
+        "headers": checkpoint.digest(),
+        "files": [list(file) for file in files],
+    }
+
+
+def conditions(
+    tokens: Tokens, dtype: torch.dtype, device: torch.device, batch: int
+) -> dict[str, Any]:
+    """Return all else that the states of a passage depend on."""
+    return {
+        "tokens": tokens.digest,
+        "dtype": str(dtype),
+        "device": device.type,
+        "batch": batch,
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
+
+
+def check_vocabulary(tokens: Tokens, vocabulary: int) -> None:
+    """Refuse tokens that a model has no embedding for."""
+    largest = int(tokens.input_ids_SL.max())
+    if largest >= vocabulary:
+        raise UsageError(
+            f"{tokens.description}: it holds token {largest}, the "
+            f"checkpoint knows 0 to {vocabulary - 1}; it is from another tokenizer"
+        )

@@ -1,0 +1,156 @@
+"""Verification of an output: whether it is whole, and will load.
+
+No damaged file may crash it. What it knows is in the output itself, so it works
+on a copy of it on any machine.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ream_stream.errors import ReamStreamError, UsageError
+from ream_stream.model.finite import is_finite
+from ream_stream.planning.serving_limits import serving_notes
+
+from .checks import CHECKS, Subject
+from .load_checks import LOAD, RUN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """The result of one check, or one of the things that it found wrong."""
+
+    check: str
+    """Name of the check."""
+
+    ok: bool
+    """Whether all is well."""
+
+    message: str
+    """One sentence: what, and where."""
+
+    is_note: bool = False
+    """Whether it is no result, but something that the user may want to know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardCheck:
+    """One thing that is true of every shard, and needs its bytes."""
+
+    name: str
+    """What it is about."""
+
+    good: str
+    """The sentence if all is well, for ``{shard}``."""
+
+    problems: Callable[[Subject, str], Iterator[str]]
+    """Yields what is wrong with the shard of this name."""
+
+    needs: tuple[str, ...] = ()
+    """Checks without which it tells nothing new."""
+
+
+def verify(
+    output: Path, *, scan: bool = True, load: bool = False, run: bool = False
+) -> Iterator[Finding]:
+    """Check an output folder.
+
+    Parameters
+    ----------
+    output
+        The folder; its work files are not looked at.
+    scan
+        Whether to read all bytes, for digests and for numbers that are not finite. Without
+        it only headers and documents are read.
+    load
+        Whether to look for the place of every tensor in transformers' class, and for a tensor
+        for every place.
+    run
+        Whether to run some tokens through all layers.
+
+    Yields
+    ------
+    Finding
+        One for each check and shard that is good, one for each thing that is wrong. A
+        check that builds on one that failed is left out.
+
+    Raises
+    ------
+    UsageError
+        There is no such folder.
+    """
+    if not output.is_dir():
+        raise UsageError(f"{output} is not a folder")
+    subject, failed = Subject(output), set[str]()
+    for check in (*CHECKS, *([LOAD] if load else []), *([RUN] if run else [])):
+        if failed.isdisjoint(check.needs):
+            for finding in _findings(check.name, check.good, check.problems(subject)):
+                yield finding
+                failed |= set() if finding.ok else {finding.check}
+    yield from _notes(subject, failed)
+    if not scan or "headers" in failed:
+        return
+    for shard in [path.name for path in subject.checkpoint.files()]:
+        for each in SHARD_CHECKS:
+            if failed.isdisjoint(each.needs):
+                good = each.good.format(shard=shard)
+                yield from _findings(each.name, good, each.problems(subject, shard))
+
+
+def _notes(subject: Subject, failed: set[str]) -> Iterator[Finding]:
+    """Tell what servers make of the number of experts, if it is known and a new one."""
+    if failed.isdisjoint(("manifest", "headers", "experts", "kept")):
+        manifest = subject.manifest
+        if manifest.after != manifest.before:
+            for note in serving_notes(manifest.after):
+                yield Finding(check="serving", ok=True, is_note=True, message=note)
+
+
+def _findings(name: str, good: str, problems: Iterator[str]) -> Iterator[Finding]:
+    ok = True
+    try:
+        for problem in problems:
+            ok = False
+            yield Finding(check=name, ok=False, message=problem)
+    except (ReamStreamError, OSError) as error:
+        ok = False
+        yield Finding(check=name, ok=False, message=str(error))
+    except Exception as error:  # noqa: BLE001 - config.json reaches code that is not ours
+        ok = False
+        yield Finding(check=name, ok=False, message=f"it cannot be checked: {error!r}")
+    if ok:
+        yield Finding(check=name, ok=True, message=good)
+
+
+def _digest(subject: Subject, shard: str) -> Iterator[str]:
+    with (subject.folder / shard).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != subject.manifest.files[shard].sha256:
+        yield f"{shard} has SHA-256 {digest}, which is not the manifest's: its bytes changed"
+
+
+def _finite(subject: Subject, shard: str) -> Iterator[str]:
+    entries = subject.checkpoint.entries.values()
+    names = [entry.name for entry in entries if entry.path.name == shard]
+    with subject.checkpoint.open() as tensors:
+        for name in sorted(names):
+            if not is_finite(tensors[name]):
+                yield f"{name} in {shard} holds NaN or infinite numbers"
+
+
+SHARD_CHECKS: tuple[ShardCheck, ...] = (
+    ShardCheck(
+        name="digest",
+        good="{shard} has the bytes that were written",
+        problems=_digest,
+        needs=("manifest", "sizes", "shards"),
+    ),
+    ShardCheck(
+        name="finite",
+        good="{shard} holds finite numbers only",
+        problems=_finite,
+        needs=("headers",),
+    ),
+)
+"""Checks of each shard; one after the other, so that the second finds it in the page cache."""

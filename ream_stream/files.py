@@ -1,0 +1,399 @@
+"""The only module that creates, replaces or deletes files.
+
+Every file appears under its final name whole and durable, or not at all:
+
+1. it is written under ``NAME.partial`` in the same folder,
+2. its data is synced,
+3. it is renamed,
+4. the folder is synced, so that the rename itself survives a power cut.
+
+Folders (the chunks of a hidden-state store) are published the same way, after
+each file in them was synced. A ``.partial`` name therefore never holds
+anything of worth and may be deleted at any time.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from safetensors.torch import save
+from torch import Tensor
+
+from .checkpoint.background_hasher import Beside
+from .errors import DamagedError, OtherRunError, OverBudgetError, UsageError
+
+PARTIAL = ".partial"
+LOG_BYTES = 10_000_000
+"""Of a log that is put aside when a run opens it; a run of a day writes a tenth of it."""
+
+_COPY_BYTES = 1 << 22
+
+_NOT_COPIED = frozenset(
+    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+)
+"""What kernels say of files that they do not copy: other disks, FUSE, old ones."""
+
+Origin = tuple[int, int]
+"""An open file, and the offset of a piece in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRange:
+    """Bytes of an existing file, to be copied without passing through memory."""
+
+    path: Path
+    """The file they are in."""
+
+    start: int
+    """Offset of the first byte."""
+
+    stop: int
+    """Offset after the last byte."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What is on disk now."""
+
+    name: str
+    """File name, without its folder."""
+
+    size: int
+    """Bytes."""
+
+    sha256: str
+    """Digest of the whole file, hex."""
+
+
+def write_stream(path: Path, parts: Iterable[bytes | memoryview | FileRange]) -> Written:
+    """Write a file part after part; memory is that of the largest part in memory.
+
+    Raises
+    ------
+    OverBudgetError
+        The disk is full. Nothing is left under the final name.
+    """
+    size = 0
+    with _partial(path) as file, Beside(file) as beside:
+        for part in parts:
+            for piece, origin in _pieces(part):
+                # what comes from a file was read for the digest alone
+                beside.hash(piece, lasting=origin is not None)
+                _fill(file, piece, origin)
+                size += len(piece)
+                if origin is not None:
+                    beside.flush(len(piece))
+    return Written(name=path.name, size=size, sha256=beside.hexdigest())
+
+
+def write_bytes(path: Path, data: bytes) -> Written:
+    """Write a small file."""
+    return write_stream(path, [data])
+
+
+def write_json(path: Path, value: object) -> Written:
+    """Write a JSON document as people read it: indented, keys in the given order."""
+    return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Written:
+    """Write a small safetensors file."""
+    # not save_file: safetensors 0.8 neither syncs nor honors the umask, it leaves mode 0600
+    return write_bytes(path, save(dict(tensors), metadata={"format": "pt", **(metadata or {})}))
+
+
+def copy_file(source: Path, target: Path) -> Written:
+    """Copy a file's bytes; permissions are those of a new file."""
+    return write_stream(target, [FileRange(path=source, start=0, stop=source.stat().st_size)])
+
+
+def make_directory(path: Path) -> None:
+    """Create a folder and the missing ones above it, durably."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with space_for(path):
+        _make(path)
+        _sync_directory(path.parent)
+
+
+def adopt(partial: Path, path: Path) -> None:
+    """Sync a file that others wrote on the same disk, then give it its final name."""
+    with space_for(path):
+        with partial.open("rb") as file:
+            _sync(file.fileno())
+        _publish(partial, path)
+
+
+def publish_directory(partial: Path, path: Path) -> None:
+    """Sync all files of a folder, then give the folder its final name."""
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            with Path(folder, name).open("rb") as file:
+                _sync(file.fileno())
+        _sync_directory(Path(folder))
+    _publish(partial, path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it; a missing one is no error."""
+    if path.is_dir() and not path.is_symlink():
+        for entry in sorted(path.iterdir()):
+            remove(entry)
+        _remove_empty(path)
+    else:
+        _unlink(path)
+
+
+def remove_empty(path: Path) -> None:
+    """Delete a folder if there is nothing in it."""
+    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+        _remove_empty(path)
+
+
+def free_bytes(path: Path) -> int:
+    """Return what the file system of the nearest existing folder has free."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Tell whether what is written to either takes space from both."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def open_log(path: Path, older: Path) -> TextIO:
+    """Open a log for appending; each line reaches the kernel as it is written.
+
+    A large one is put aside as `older` first, in place of the one that was there.
+    """
+    if path.is_file() and path.stat().st_size > LOG_BYTES:
+        _replace(path, older)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def scratch_file() -> BinaryIO:
+    """Return an open file without a name, in the system's temporary folder: it ends with us."""
+    return tempfile.TemporaryFile()
+
+
+@contextmanager
+def space_for(path: Path) -> Iterator[None]:
+    """Turn a full disk met in the block into an error that says what to do.
+
+    Raises
+    ------
+    OverBudgetError
+        There is no space left for `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            error.filename = error.filename or str(path)
+            raise
+        raise OverBudgetError(
+            f"no space left for {path}: free some and run the same command again to resume"
+        ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Let errors of the disk met in the block name a file: that of a read names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Tell why nothing can be written where a folder is or would be; None if it can."""
+    folder = _existing(path)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return "its file system is read-only"
+    return None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[str | None]:
+    """Hold a lock file for the length of the block.
+
+    The kernel drops the lock with the process, so one left by a dead process
+    does not block. What that process wrote in it is given to the block.
+
+    Raises
+    ------
+    OtherRunError
+        A living process holds it.
+    UsageError
+        The file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in {errno.ENOLCK, errno.ENOTSUP}:
+                raise UsageError(
+                    f"the file system of {path.parent} has no locks: use another --work-dir"
+                ) from error
+            if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+                raise
+            raise OtherRunError(
+                f"{path.parent} is in use by {file.read().strip() or 'another process'}; "
+                "wait for that run or stop it"
+            ) from None
+        left_by = file.read().strip() or None
+        file.seek(0)
+        file.truncate()
+        with space_for(path):
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        try:
+            yield left_by
+        finally:
+            file.seek(0)
+            file.truncate()
+
+
+def lock_holder(path: Path) -> str | None:
+    """Return who holds a lock file, as it says itself; None if no one does."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+                    raise
+                return file.read().strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[BinaryIO]:
+    """Open ``NAME.partial`` for the block, then sync and publish it under its name."""
+    partial = path.with_name(path.name + PARTIAL)
+    with space_for(path):
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            _sync(file.fileno())
+        _publish(partial, path)
+
+
+def _pieces(
+    part: bytes | memoryview | FileRange,
+) -> Iterator[tuple[bytes | memoryview, Origin | None]]:
+    """Cut a part so that copying never holds more than a few megabytes.
+
+    Of a file's bytes the origin is told too: they are read for their digest, and copied by
+    the kernel.
+    """
+    if not isinstance(part, FileRange):
+        view = memoryview(part).cast("B")
+        for start in range(0, len(view), _COPY_BYTES):
+            yield view[start : start + _COPY_BYTES], None
+        return
+    with part.path.open("rb", buffering=0) as file:
+        file.seek(part.start)
+        left = part.stop - part.start
+        while left:
+            with reading(part.path):
+                piece = file.read(min(left, _COPY_BYTES))
+            if not piece:
+                raise DamagedError(
+                    f"{part.path} ends before byte {part.stop}: it was cut while it was read"
+                )
+            yield piece, (file.fileno(), part.stop - left)
+            left -= len(piece)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    _replace(partial, path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy(file: BinaryIO, size: int, origin: Origin) -> int:
+    """Let the kernel copy from file to file; return how much of it that did."""
+    source, start = origin
+    done = 0
+    file.flush()
+    try:
+        while hasattr(os, "copy_file_range") and done < size:
+            copied = os.copy_file_range(
+                source, file.fileno(), size - done, offset_src=start + done
+            )
+            if not copied:
+                break
+            done += copied
+    except OSError as error:
+        if error.errno not in _NOT_COPIED:
+            raise
+    return done
+
+
+# The primitives below are the only calls here that change a disk; the crash tests wrap them.
+
+
+def _fill(file: BinaryIO, piece: bytes | memoryview, origin: Origin | None = None) -> None:
+    done = _copy(file, len(piece), origin) if origin is not None else 0
+    file.write(memoryview(piece)[done:])
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network and FUSE file systems have no sync for folders
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+
+
+def _replace(partial: Path, path: Path) -> None:
+    os.replace(partial, path)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _make(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+
+
+def _remove_empty(path: Path) -> None:
+    path.rmdir()
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is of any type
+    """Read a JSON document."""
+    with reading(path):
+        data = path.read_bytes()
+    return json.loads(data)

@@ -1,0 +1,71 @@
+"""Batches of tokens and their hidden states, through one layer after the other."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ream_stream.calibration.tokens import Tokens
+
+from .finite import CheckedWriter
+from .hidden_states import HiddenStates, HiddenWriter
+from .streamed_model import Batch, StreamedModel
+
+
+class Batches:
+    """A token set cut into batches of `size` sequences; the last may be smaller."""
+
+    def __init__(self, tokens: Tokens, size: int) -> None:
+        self._tokens, self.size = tokens, size
+
+    def __len__(self) -> int:
+        return -(-self._tokens.num_sequences // self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        mask_SL = self._tokens.attention_mask_SL
+        for start in range(0, self._tokens.num_sequences, self.size):
+            rows = slice(start, start + self.size)
+            yield Batch(
+                input_ids_BL=self._tokens.input_ids_SL[rows],
+                attention_mask_BL=None if mask_SL is None else mask_SL[rows],
+            )
+
+
+def advance(
+    model: StreamedModel,
+    index: int,
+    batches: Batches,
+    entering: HiddenStates | None,
+    leaving: HiddenWriter | CheckedWriter,
+) -> Iterator[int]:
+    """Run an open layer on all batches and publish what leaves it.
+
+    Parameters
+    ----------
+    model
+        Its layer `index` is open.
+    index
+        The layer.
+    batches
+        What is run.
+    entering
+        The states that enter the layer; None for layer 0, which takes the embeddings.
+    leaving
+        Where the states that leave it go.
+
+    Yields
+    ------
+    int
+        Batches done.
+    """
+    for number, batch, hidden_BLH in with_states(batches, entering):
+        leaving.write(number, model.run_layer(index, batch, hidden_BLH))
+        yield number + 1
+    leaving.publish()
+
+
+def with_states(
+    batches: Batches, entering: HiddenStates | None
+) -> Iterator[tuple[int, Batch, Tensor | None]]:
+    """Yield each batch with its number and the states (B, L, H) that enter a layer."""
+    for number, batch in enumerate(batches):
+        yield number, batch, None if entering is None else entering.read(number)

@@ -1,0 +1,141 @@
+"""The experts of a layer in blocks: blocks outside, batches inside.
+
+A layer that the page cache cannot hold would be read from disk again for each batch.
+So its experts are cut into blocks that it can hold, and all batches are run through one
+block before the next is read. What a batch takes from one pass to the next is the norms
+of its experts' outputs, while statistics are taken, and the sum of these outputs, where
+they are needed. With one block there is one pass, and nothing is taken along.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .attention_cache import Playback
+from .batch_store import Kept
+from .batches import Batches, with_states
+from .experts import Part, StreamedExperts
+from .hidden_states import HiddenStates
+from .streamed_model import Batch, StreamedModel
+
+
+def cut_experts(count: int, blocks: int) -> list[range]:
+    """Cut experts into at most so many blocks of nearly equal size, none of them empty."""
+    blocks = min(count, blocks)
+    return [range(count * i // blocks, count * (i + 1) // blocks) for i in range(blocks)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """Passes of all batches through one open layer."""
+
+    model: StreamedModel
+    """The layer is open in it."""
+
+    index: int
+    """Of the layer."""
+
+    experts: StreamedExperts | None
+    """The layer's; None if it has none."""
+
+    blocks: int
+    """Passes over experts, at most."""
+
+    playback: Playback | None
+    """Of what its mixers return; None if they run in every pass."""
+
+    sums: Kept | None = None
+    """Where outputs of blocks are added up; None if they are not asked for."""
+
+    hears_sums: bool = False
+    """Whether hooks of the experts want their outputs even if only listening."""
+
+    def __len__(self) -> int:
+        return 1 if self.experts is None else len(self._parts(self.experts))
+
+    def run(
+        self,
+        batches: Batches,
+        entering: HiddenStates | None,
+        *,
+        expect: Callable[[int, Batch], None] = lambda _number, _batch: None,
+        only_listening: bool = False,
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Run all batches through all blocks.
+
+        Parameters
+        ----------
+        batches
+            What is run.
+        entering
+            The states that enter the layer; None for layer 0.
+        expect
+            Told of each batch before it is run.
+        only_listening
+            Run the layer as far as its experts, for their listener.
+
+        Yields
+        ------
+        tuple
+            A batch's number, and what leaves the layer: None if only listening, and in
+            all passes but the last.
+        """
+        parts = [None] if len(self) == 1 else self._parts(self.experts)  # type: ignore[arg-type]
+        norms: dict[int, Tensor] = {}
+        for experts in parts:
+            mixers = self.model.mixers(self.index) if self.playback else []
+            with self.playback.through(mixers) if self.playback else nullcontext():
+                for number, batch, hidden_BLH in with_states(batches, entering):
+                    expect(number, batch)
+                    yield (
+                        number,
+                        self._whole(batch, hidden_BLH, only_listening=only_listening)
+                        if experts is None
+                        else self._part(experts, number, batch, hidden_BLH, norms),
+                    )
+
+    def _parts(self, experts: StreamedExperts) -> list[range]:
+        return cut_experts(experts.count, self.blocks)
+
+    def _whole(
+        self, batch: Batch, hidden_BLH: Tensor | None, *, only_listening: bool
+    ) -> Tensor | None:
+        if not only_listening:
+            return self.model.run_layer(self.index, batch, hidden_BLH)
+        self.model.observe_layer(self.index, batch, hidden_BLH, sums=self.hears_sums)
+        return None
+
+    def _part(
+        self,
+        experts: range,
+        number: int,
+        batch: Batch,
+        hidden_BLH: Tensor | None,
+        norms: dict[int, Tensor],
+    ) -> Tensor | None:
+        """Run one batch through one block; return what leaves the layer after the last."""
+        streamed, sums, device = self.experts, self.sums, self.model.device
+        assert streamed is not None
+        is_last = experts.stop == streamed.count
+        part = Part(experts=experts, is_last=is_last)
+        if number in norms:
+            part.norm_S = norms[number].to(device)
+        if sums is not None and experts.start:
+            part.sum_TH = sums.get(number).to(device)
+        streamed.part = part
+        try:
+            if sums is None:
+                self.model.observe_layer(self.index, batch, hidden_BLH)
+            elif is_last:
+                return self.model.run_layer(self.index, batch, hidden_BLH)
+            else:
+                self.model.observe_layer(self.index, batch, hidden_BLH, sums=True)
+        finally:
+            streamed.part = None
+        if part.norm_S is not None and streamed.listener is not None:
+            norms[number] = part.norm_S.cpu()
+        if sums is not None and part.sum_TH is not None:
+            sums.put(number, part.sum_TH)
+        return None

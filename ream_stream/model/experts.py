@@ -1,0 +1,391 @@
+"""The experts of a layer, run one by one from mapped tensors.
+
+`StreamedExperts` takes the place of a layer's ``experts`` module. It is called
+as every family calls it, ``(hidden_states, top_k_index, top_k_weights)``, and
+gives the bits of transformers' grouped product, but holds the weights of one
+expert at a time instead of a fused copy of all of them.
+
+Letters in shapes: T tokens, K experts a token, E experts, R rows routed to one
+expert, S = T * K slots, H hidden, I inner.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ream_stream.checkpoint.expert_stack import ExpertStack, Send, Tensors, stay
+from ream_stream.device import Lanes
+
+from .llama4 import EXPERTS
+
+ROW_MULTIPLE = 64
+"""Rows of a bf16 product on the CPU are rounded up to a multiple of this.
+
+oneDNN compiles and keeps a kernel for every number of rows: 6 ms and 0.9 MB
+each, a gigabyte after a few layers. Rows do not change each other's bits.
+"""
+
+
+MAX_ROWS = 1024
+"""Tokens that an expert is run on at once.
+
+A router may send all tokens of a batch to one expert, and a promise about memory has to
+count that: with a bound it is a small part of a large batch. More rows are no faster.
+"""
+
+
+WITHOUT_FLAGS = frozenset({EXPERTS, "Step3p7Experts"})
+"""Classes of experts that run in code of their own, not in transformers' grouped product."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routed:
+    """What the experts of one layer saw and did for one batch."""
+
+    hidden_TH: Tensor
+    """Inputs of the experts."""
+
+    index_TK: Tensor
+    """Experts of each token."""
+
+    weight_TK: Tensor
+    """Coefficients the model multiplies the outputs by."""
+
+    norm_TK: Tensor
+    """L2 norms of the outputs before that multiplication, float32."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Part:
+    """What one batch brings to and takes from the pass over one block of experts."""
+
+    experts: range
+    """The block; experts outside of it are passed over."""
+
+    is_last: bool = True
+    """Whether the listener hears of the batch, and the layer goes on with the sum."""
+
+    norm_S: Tensor | None = None
+    """Norms of the outputs of this block and those before; None before the first."""
+
+    sum_TH: Tensor | None = None
+    """Weighted outputs of this block and those before, float32; None before the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """What a family's experts module makes of the weights; flags of transformers."""
+
+    is_gated: bool = True
+    """Whether there is a gate projection beside the up projection."""
+
+    is_interleaved: bool = False
+    """Whether rows of gate and up take turns; otherwise all of gate comes first."""
+
+    is_transposed: bool = False
+    """Whether products are made with inputs as rows, which decides their last bits."""
+
+    has_bias: bool = False
+    """Whether both products are followed by biases."""
+
+    adds_in_turn: bool = False
+    """Whether experts' outputs are added up one after the other, in the model's dtype."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Form":
+        """Return the form of an experts module."""
+        name = type(module).__name__
+        if name in WITHOUT_FLAGS:
+            return cls(is_transposed=name == EXPERTS, adds_in_turn=name != EXPERTS)
+        return cls(
+            is_gated=bool(getattr(module, "has_gate", True)),
+            is_interleaved=not getattr(module, "is_concatenated", True),
+            is_transposed=bool(getattr(module, "is_transposed", False)),
+            has_bias=bool(getattr(module, "has_bias", False)),
+        )
+
+
+class Loaded(NamedTuple):
+    """The weights of one expert."""
+
+    gate_up: Tensor
+    """Gate and up projection, (2I, H); without a gate (I, H)."""
+
+    down_HI: Tensor
+    """Down projection."""
+
+    gate_up_bias: Tensor | None = None
+    """Added to the first product, if the family has biases."""
+
+    down_bias_H: Tensor | None = None
+    """Added to the second."""
+
+
+class ExpertWeights:
+    """Weights of single experts in the dtype and on the device they are run in.
+
+    Buffers are reused: what `load` returned is overwritten by the next `load`.
+
+    Parameters
+    ----------
+    tensors, stack
+        Where they are.
+    dtype, device
+        What they are run in.
+    form
+        What the family's module makes of them.
+    beside
+        Whether the next expert is loaded beside the products of the last; by default on
+        devices that compute on their own.
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        stack: ExpertStack,
+        dtype: torch.dtype,
+        device: torch.device,
+        form: Form | None = None,
+        *,
+        beside: bool | None = None,
+    ) -> None:
+        self.stack = stack
+        self.dtype, self.device = dtype, device
+        self._tensors = tensors
+        self.form = form or Form()
+        self.resident = 0
+        self._kept: dict[int, Loaded] = {}
+        beside = device.type != "cpu" if beside is None else beside
+        self._shared = [self._buffers() for _ in range(Lanes.COUNT if beside else 1)]
+        self._lanes = Lanes(device, Lanes.room(stack.sizes)) if beside else None
+
+    def _buffers(self) -> tuple[Loaded, dict[str, Tensor]]:
+        """Return room for the weights of one expert, whole and by part."""
+        stack, form, dtype, device = self.stack, self.form, self.dtype, self.device
+        rows = stack.inner * (2 if form.is_gated else 1)
+
+        def empty(outputs: int, inputs: int) -> Tensor:
+            shape = (inputs, outputs) if form.is_transposed else (outputs, inputs)
+            matrix = torch.empty(shape, dtype=dtype, device=device)
+            return matrix.T if form.is_transposed else matrix
+
+        def bias(length: int) -> Tensor | None:
+            return torch.empty(length, dtype=dtype, device=device) if form.has_bias else None
+
+        loaded = Loaded(
+            empty(rows, stack.hidden),
+            empty(stack.hidden, stack.inner),
+            bias(rows),
+            bias(stack.hidden),
+        )
+        parts = {"down": loaded.down_HI}
+        for suffix, both in (("", loaded.gate_up), ("_bias", loaded.gate_up_bias)):
+            if both is not None:
+                gate, up = (both[0::2], both[1::2]) if form.is_interleaved else both.chunk(2)
+                split = {"gate": gate, "up": up} if form.is_gated else {"up": both}
+                parts |= {part + suffix: value for part, value in split.items()}
+        if loaded.down_bias_H is not None:
+            parts["down_bias"] = loaded.down_bias_H
+        return loaded, parts
+
+    def _loading(self, *, fresh: bool) -> AbstractContextManager[tuple[int, Send]]:
+        """Return which buffers are loaded, and what brings tensors to the device."""
+        if self._lanes is None:
+            return nullcontext((0, stay))
+        return self._lanes.load(fresh=fresh)
+
+    def turn_to(self, experts: range) -> None:
+        """Let go of experts that were kept, but for those of a block."""
+        self._kept = {e: loaded for e, loaded in self._kept.items() if e in experts}
+
+    def load(self, expert: int) -> Loaded:
+        """Return the weights of an expert; the first `resident` ones of a block are kept."""
+        if expert in self._kept:
+            return self._kept[expert]
+        keeps = len(self._kept) < self.resident
+        fresh = self._buffers() if keeps else None
+        with self._loading(fresh=keeps) as (lane, send):
+            loaded, parts = fresh or self._shared[lane]
+            for matrix in self.stack.matrices:
+                found = matrix.read(self._tensors, expert, self.dtype, send)
+                for part, value in found.items():
+                    # copied even where the dtype is right: the last bits of a product with
+                    # one row depend on the weights' alignment, accidental in a mapped file
+                    parts[part].copy_(value)
+        if keeps:
+            self._kept[expert] = loaded
+        if expert + 1 < self.stack.count:
+            self._tensors.ahead(self.stack, expert + 1)
+        return loaded
+
+
+class StreamedExperts(nn.Module):
+    """Stands in for the ``experts`` module of one layer."""
+
+    def __init__(self, original: nn.Module, weights: ExpertWeights) -> None:
+        super().__init__()
+        self.weights = weights
+        self.listener: Callable[[Routed], None] | None = None
+        self.only_listening = False
+        self.part: Part | None = None
+        self.dispatch: Callable[[Tensor, int], Iterable[tuple[int, Tensor]]] = slots_by_expert
+        # float32 products on the CPU are of another library, which compiles nothing
+        self._rounds_up = weights.device.type == "cpu" and weights.dtype != torch.float32
+        form = weights.form
+        self._activate: Any = _activation(original, form)
+
+    def inner(self, hidden_RH: Tensor, loaded: Loaded) -> Tensor:
+        """Return act(gate) * up, (R, I): what the down projection is applied to."""
+        product = functional.linear(hidden_RH, loaded.gate_up)
+        if loaded.gate_up_bias is not None:
+            product.add_(loaded.gate_up_bias)
+        inner_RI: Tensor = self._activate(product)
+        return inner_RI
+
+    def _run(self, expert: int, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
+        """Return one expert's outputs (R, H) for some rows of the batch."""
+        loaded = self.weights.load(expert)
+        padded_R = _round_up(token_R) if self._rounds_up else token_R
+        inner_RI = self.inner(hidden_TH.index_select(0, padded_R), loaded)
+        output_RH = functional.linear(inner_RI, loaded.down_HI)[: len(token_R)]
+        return output_RH if loaded.down_bias_H is None else output_RH.add_(loaded.down_bias_H)
+
+    @property
+    def count(self) -> int:
+        """Experts of the layer."""
+        return self.weights.stack.count
+
+    def activations(self, loaded: Loaded, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
+        """Return `inner` of one expert for some rows of the batch.
+
+        Where rows are rounded up so are these, with zeros.
+        """
+        padded_R = _round_up(token_R) if self._rounds_up else token_R
+        inner_RI = torch.cat(
+            [
+                self.inner(hidden_TH.index_select(0, part_R), loaded)
+                for part_R in padded_R.chunk(-(-len(padded_R) // MAX_ROWS))
+            ]
+        )
+        inner_RI[len(token_R) :] = 0
+        return inner_RI
+
+    def _outputs(self, hidden_TH: Tensor, weight_TK: Tensor) -> "_Slots | _Sums | None":
+        """Return what outputs of experts go into; None if only listening."""
+        if self.only_listening:
+            return None
+        if self.part is not None:
+            return _Sums(hidden_TH, weight_TK.shape[1], self.part)
+        if not self.weights.form.adds_in_turn:
+            return _Slots(hidden_TH, weight_TK)
+        part = Part(experts=range(self.count), sum_TH=torch.zeros_like(hidden_TH))
+        return _Sums(hidden_TH, weight_TK.shape[1], part)
+
+    def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts, (T, H); zeros if only listening.
+
+        The order of all operations is that of transformers' grouped product:
+        each weighted output goes to the slot it was routed through, and the
+        slots of a token are summed at once. Where experts are run in blocks they
+        are added up expert after expert, which may change the last bits; so they
+        are where the family's own code does that.
+        """
+        tokens, top_k = index_TK.shape
+        part, weight_S = self.part or Part(experts=range(self.count)), weight_TK.reshape(-1)
+        if part.norm_S is None:
+            part.norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
+        self.weights.turn_to(part.experts)
+        norm_S, outputs = part.norm_S, self._outputs(hidden_TH, weight_TK)
+        for expert, slots in self.dispatch(index_TK, self.count):
+            if expert not in part.experts:
+                continue
+            # of equal size: a product with one row left over would have other last bits
+            for slot_R in slots.chunk(-(-len(slots) // MAX_ROWS)):
+                output_RH = self._run(expert, hidden_TH, slot_R // top_k)
+                if self.listener is not None:
+                    norm_R = torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)
+                    norm_S.index_copy_(0, slot_R, norm_R)
+                if outputs is not None:
+                    outputs.add(slot_R, output_RH * weight_S[slot_R, None])
+        if self.listener is not None and part.is_last:
+            self.listener(
+                Routed(
+                    hidden_TH=hidden_TH,
+                    index_TK=index_TK,
+                    weight_TK=weight_TK,
+                    norm_TK=norm_S.view(tokens, top_k),
+                )
+            )
+        if outputs is None:
+            return torch.zeros_like(hidden_TH)
+        return outputs.total().to(hidden_TH.dtype)
+
+
+class _Slots:
+    """Weighted outputs where they were routed through, to be summed at once."""
+
+    def __init__(self, hidden_TH: Tensor, weight_TK: Tensor) -> None:
+        (_, hidden), (tokens, top_k) = hidden_TH.shape, weight_TK.shape
+        dtype = torch.promote_types(hidden_TH.dtype, weight_TK.dtype)
+        self._slots_TKH = hidden_TH.new_empty(tokens, top_k, hidden, dtype=dtype)
+
+    def add(self, slot_R: Tensor, weighted_RH: Tensor) -> None:
+        self._slots_TKH.view(-1, weighted_RH.shape[1]).index_copy_(0, slot_R, weighted_RH)
+
+    def total(self) -> Tensor:
+        return self._slots_TKH.sum(dim=1)
+
+
+class _Sums:
+    """Weighted outputs of expert after expert, added up in float32 unless a sum is given."""
+
+    def __init__(self, hidden_TH: Tensor, top_k: int, part: Part) -> None:
+        if part.sum_TH is None:
+            part.sum_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        self._sum_TH, self._top_k = part.sum_TH, top_k
+
+    def add(self, slot_R: Tensor, weighted_RH: Tensor) -> None:
+        # no token is in it twice, so the order of additions is that of the experts
+        weighted_RH = weighted_RH.to(self._sum_TH.dtype)
+        self._sum_TH.index_add_(0, slot_R // self._top_k, weighted_RH)
+
+    def total(self) -> Tensor:
+        return self._sum_TH
+
+
+def _activation(original: Any, form: Form) -> Callable[[Tensor], Tensor]:  # noqa: ANN401
+    """Return what a family makes of the first product, (R, 2I) or (R, I): (R, I)."""
+    own = getattr(original, "_apply_gate", None)
+
+    def activate(product: Tensor) -> Tensor:
+        if form.is_gated and own is None:
+            gate_RI, up_RI = product.chunk(2, dim=-1)
+            gated_RI: Tensor = original.act_fn(gate_RI) * up_RI
+            return gated_RI
+        inner_RI: Tensor = own(product) if own and form.is_gated else original.act_fn(product)
+        return inner_RI
+
+    return activate
+
+
+def _round_up(token_R: Tensor) -> Tensor:
+    """Return the rows with the first repeated up to the next multiple of `ROW_MULTIPLE`."""
+    missing = -len(token_R) % ROW_MULTIPLE
+    return torch.cat([token_R, token_R[:1].expand(missing)]) if missing else token_R
+
+
+def slots_by_expert(index_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield each expert that has tokens, with the slots t * K + k routed to it."""
+    # the same call as transformers': the order of rows decides the last bits of a product
+    sorted_S, slot_S = torch.sort(index_TK.reshape(-1))
+    bounds = torch.searchsorted(sorted_S, torch.arange(num_experts + 1, device=sorted_S.device))
+    for expert, (start, stop) in enumerate(
+        zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    ):
+        if start < stop:
+            yield expert, slot_S[start:stop]

@@ -1,0 +1,245 @@
+"""What the code cannot read from headers or from transformers, family by family.
+
+A new family is one entry here and one tiny checkpoint in the tests.
+"""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ream_stream.errors import UnsupportedModelError
+
+Scores = Callable[[Tensor], Tensor]
+
+
+def _softmax(logits_TE: Tensor) -> Tensor:
+    return torch.softmax(logits_TE.float(), dim=-1)
+
+
+def _sigmoid(logits_TE: Tensor) -> Tensor:
+    return torch.sigmoid(logits_TE.float())
+
+
+def _root_softplus(logits_TE: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(logits_TE.float()).sqrt()
+
+
+def _groups(config: Any) -> int:  # noqa: ANN401
+    for key in ("n_group", "num_expert_group"):
+        if getattr(config, key, None):
+            return int(getattr(config, key))
+    return 1
+
+
+def _deepseek_v2_groups(config: Any) -> int:  # noqa: ANN401
+    return _groups(config) if config.topk_method == "group_limited_greedy" else 1
+
+
+_EXPERTS = ("num_experts", "num_local_experts")
+_LOCAL = ("num_local_experts", "num_experts")
+_ROUTED = ("n_routed_experts",)
+_GATE = ("gate.weight",)
+_BIASED = ("gate.weight", "gate.e_score_correction_bias")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One Hugging Face ``model_type``; of a wrapper, that of its text decoder."""
+
+    count_keys: tuple[str, ...] = _EXPERTS
+    """Keys of config.json that may hold the number of routed experts."""
+
+    count_lists: tuple[str, ...] = ()
+    """Keys of lists in which the same number may stand again."""
+
+    routers: tuple[str, ...] = _GATE
+    """Router-side tensors, as they are named inside the MoE block on disk; one axis is E."""
+
+    table: str | None = None
+    """Experts by token id, (V, K), in layers that choose by it: there in the place of the last
+    of `routers`."""
+
+    score: Scores = _softmax
+    """Router scores over all experts, before top-k, in float32, from the logits."""
+
+    gives_scores: bool = False
+    """Whether the router's first output is the scores, not the logits."""
+
+    scales_inputs: bool = False
+    """Whether the router scales what goes into experts; its second output is the logits."""
+
+    groups: Callable[[Any], int] = _groups
+    """Groups of experts the router selects in, from the transformers config."""
+
+    def router_tensors(self, block: str, names: Container[str]) -> tuple[list[str], str | None]:
+        """Return the router-side tensors of a layer, and its table if it chooses by one.
+
+        Parameters
+        ----------
+        block
+            Prefix of its MoE block.
+        names
+            Of all tensors of the checkpoint.
+        """
+        routers = [block + suffix for suffix in self.routers]
+        if self.table is None or (table := block + self.table) not in names:
+            return routers, None
+        return routers[:-1], table
+
+
+def _deepseek(**fields: Any) -> Family:  # noqa: ANN401
+    """Return a family with the router of DeepSeek-V3: sigmoid, and a bias for the choice."""
+    given = {"count_keys": _ROUTED, "routers": _BIASED, "score": _sigmoid, **fields}
+    return Family(**given)
+
+
+_GRANITE = Family(count_keys=_LOCAL, routers=("router.layer.weight",))
+
+FAMILIES: Mapping[str, Family] = {
+    "qwen3_moe": Family(),
+    "qwen2_moe": Family(),
+    "qwen3_next": Family(),
+    "qwen3_5_moe_text": Family(),
+    "qwen3_vl_moe_text": Family(),
+    "olmoe": Family(),
+    "flex_olmo": Family(),
+    "mixtral": Family(count_keys=_LOCAL),
+    "minimax": Family(count_keys=_LOCAL),
+    "phimoe": Family(count_keys=_LOCAL),
+    "mellum": Family(count_keys=_LOCAL),
+    "gpt_oss": Family(count_keys=_LOCAL, routers=("router.weight", "router.bias")),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "granitemoehybrid": _GRANITE,
+    "granitemoe_swa": Family(count_keys=_LOCAL, routers=("router.weight",)),
+    "jamba": Family(routers=("router.weight",)),
+    "hunyuan_v1_moe": Family(routers=("gate.wg.weight",)),
+    "ernie4_5_moe": Family(
+        count_keys=("moe_num_experts",),
+        count_lists=("moe_capacity",),
+        routers=("gate.weight", "moe_statics.e_score_correction_bias"),
+    ),
+    "gemma4_text": Family(
+        routers=("router.proj.weight", "router.per_expert_scale"),
+        score=lambda scores_TE: scores_TE.float(),
+        gives_scores=True,
+    ),
+    "llama4_text": Family(
+        count_keys=_LOCAL, routers=("router.weight",), score=_sigmoid, scales_inputs=True
+    ),
+    "deepseek_v2": Family(count_keys=_ROUTED, groups=_deepseek_v2_groups),
+    "deepseek_v3": _deepseek(),
+    "deepseek_v32": _deepseek(),
+    "deepseek_v4": _deepseek(
+        routers=("gate.weight", "gate.bias"), table="gate.tid2eid", score=_root_softplus
+    ),
+    "kimi_k2": _deepseek(),
+    "glm4_moe": _deepseek(),
+    "glm4v_moe_text": _deepseek(),
+    "glm4_moe_lite": _deepseek(),
+    "glm_moe_dsa": _deepseek(),
+    "dots1": _deepseek(),
+    "solar_open": _deepseek(),
+    "mimo_v2_flash": _deepseek(),
+    "axk1": _deepseek(),
+    "axk2": _deepseek(),
+    "nemotron_h": _deepseek(),
+    "kimi_linear": _deepseek(count_keys=_EXPERTS),
+    "bailing_hybrid": _deepseek(
+        count_keys=_EXPERTS, routers=("gate.weight", "gate.expert_bias")
+    ),
+    "exaone_moe": _deepseek(
+        count_keys=_EXPERTS, routers=("gate.weight", "e_score_correction_bias")
+    ),
+    "laguna": _deepseek(
+        count_keys=_EXPERTS, routers=("gate.weight", "experts.e_score_correction_bias")
+    ),
+    "afmoe": _deepseek(count_keys=_EXPERTS, routers=("router.gate.weight", "expert_bias")),
+    "hy_v3": _deepseek(count_keys=_EXPERTS, routers=("router.gate.weight", "expert_bias")),
+    "lfm2_moe": _deepseek(count_keys=_EXPERTS, routers=("gate.weight", "expert_bias")),
+    "minimax_m2": _deepseek(
+        count_keys=_LOCAL, routers=("gate.weight", "e_score_correction_bias")
+    ),
+    "step3p5": _deepseek(
+        count_keys=("moe_num_experts", "n_routed_experts"),
+        routers=("gate.weight", "router_bias"),
+    ),
+    "flint": _deepseek(count_keys=_EXPERTS, routers=_GATE),
+}
+"""By model type; each has a tiny checkpoint in tests/tiny.py."""
+
+REFUSED: Mapping[str, str] = {
+    "aria": "its experts have names of their own (fc1, fc2)",
+    "aria_text": "its experts have names of their own (fc1, fc2)",
+    "beam": "no published checkpoint was seen",
+    "cohere2_moe": "its router scores the chosen experts alone, by a rule of the config",
+    "dbrx": "transformers runs its experts in a way of its own",
+    "ernie4_5_vl_moe": "it has two sets of experts of different widths in one layer",
+    "hy_v4": "its layers pass more than hidden states on",
+    "inkling_text": "its shared experts are routed too",
+    "inkling2_text": "it stores gate and up rows in turn, in tensors of its own names",
+    "jetmoe": "its attention has experts too",
+    "kolibri1": "its router's bias is outside the block of experts",
+    "longcat_flash": "transformers 5.23 loads no published checkpoint of it, nor what would be "
+    "made of one: its class wants gates of the experts that only return their input",
+    "minimax_m3_vl_text": "no published layout was seen",
+    "qwen4_exp": "no published layout was seen",
+    "step3": "transformers has no class for it",
+    "switch_transformers": "it is an encoder and a decoder",
+    "nllb-moe": "it is an encoder and a decoder",
+}
+"""Families with experts that are not supported, and why."""
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a config.json.
+
+    Raises
+    ------
+    UnsupportedModelError
+        It is not in the table.
+    """
+    model_type = str(text_config(config).get("model_type"))
+    if model_type in REFUSED:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported: {REFUSED[model_type]}"
+        )
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+            + (
+                "; code that comes with a checkpoint is never run"
+                if "auto_map" in config
+                else ""
+            )
+        )
+    return FAMILIES[model_type]
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of config.json that describes the text decoder: all, but in wrappers."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def with_expert_count(config: Mapping[str, Any], family: Family, count: int) -> dict[str, Any]:
+    """Return config.json with another number of experts and nothing else changed.
+
+    A count given layer by layer stays a list. The document is patched as raw
+    JSON: saving it through transformers would rename keys.
+    """
+    patched = dict(config)
+    if text_config(config) is not config:
+        patched["text_config"] = with_expert_count(text_config(config), family, count)
+    before = {config[key] for key in family.count_keys if isinstance(config.get(key), int)}
+    for key in family.count_keys:
+        if key in patched:
+            old = patched[key]
+            patched[key] = [count] * len(old) if isinstance(old, Sequence) else count
+    for key in family.count_lists:
+        if isinstance(patched.get(key), list):
+            patched[key] = [count if each in before else each for each in patched[key]]
+    return patched

@@ -1,0 +1,403 @@
+"""The model of a checkpoint, one layer of it at a time.
+
+The class is built on the meta device: names and shapes, no data. To run layer l
+on a batch, the model's OWN forward is called with the batch's ``input_ids`` and
+``attention_mask``. Every decoder layer's ``forward`` is replaced on the instance:
+layers other than l return what they get, layer l takes the hidden states it is
+fed, runs, and its output ends the forward. Masks, rotary embeddings, position ids
+and per-layer arguments come from the family's own code; none of it is written
+again here.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ream_stream.checkpoint.expert_stack import Tensors
+from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.errors import DamagedError, UnsupportedModelError
+from ream_stream.host_memory import bound_kernel_caches, trim
+
+from .experts import ExpertWeights, Form, StreamedExperts
+from .llama4 import route_scaled
+from .meta_model import (
+    build_skeleton,
+    embed_rows,
+    final_norm,
+    find_decoder,
+    find_fused_experts,
+    get_tensor,
+    mixes_states,
+    passes_selection,
+    path_of,
+    project_pieces,
+    put_tensor,
+    states_axis,
+)
+from .mtp import find_wiring
+from .tensor_map import TensorMap
+
+
+class _StopForwardError(Exception):
+    """Ends a forward once the layer in question has run."""
+
+    def __init__(self, output: Tensor | None) -> None:
+        super().__init__()
+        self.output = output
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Sequences that are run together."""
+
+    input_ids_BL: Tensor
+    """Token ids."""
+
+    attention_mask_BL: Tensor | None
+    """1 for tokens, 0 for padding; None if there is no padding."""
+
+
+class StreamedModel:
+    """A causal language model that never has more than one layer in memory.
+
+    Parameters
+    ----------
+    checkpoint
+        Config and tensors. Tensors of a layer are needed only when it is loaded.
+    dtype
+        What the layers are run in: the model is then equal to
+        ``from_pretrained(..., dtype=dtype)``.
+    device
+        Where they are run.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model cannot be driven layer by layer.
+    DamagedError
+        The checkpoint lacks tensors of the model, or they have other shapes.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        bound_kernel_caches()
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        layers = checkpoint.config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(checkpoint.entries):
+            raise DamagedError(
+                f"config.json says {layers} layers, there are {len(checkpoint.entries)} tensors"
+            )
+        stacks = checkpoint.experts()
+        self._mtp = find_wiring(stacks, checkpoint.config)
+        self.model = build_skeleton(checkpoint.config, dtype, device, self._mtp)
+        layers_path, self._decoder = find_decoder(self.model)
+        self.final_norm = final_norm(self.model, layers_path) if self._mtp else None
+        """What a multi-token-prediction layer is behind; None if there is none."""
+        self._is_tuple = passes_selection(self.model, self._decoder)
+        self._states = states_axis(self._decoder[0])
+        self._active: int | None = None
+        self._feed: Tensor | None = None
+        self._only_feed = False
+        for index, module in enumerate(self._decoder):
+            route_scaled(module)
+            module.forward = self._relay(index, module.forward)
+        self.map = TensorMap(checkpoint, self.model, self._mtp)
+        """Which tensors of the checkpoint go where."""
+        self.layers, self.quantized = self.map.layers, self.map.quantized
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, dense ones included; those for multi-token prediction are not."""
+        return self.map.num_layers
+
+    @property
+    def text_config(self) -> Any:  # noqa: ANN401 - a config of transformers
+        """Return the config of the text decoder: the model's own, but in wrappers."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of what goes from layer to layer; several states of a token are one row."""
+        return math.prod(self._states) * self._width
+
+    @property
+    def _width(self) -> int:
+        embedding: Any = self.model
+        return int(embedding.get_input_embeddings().weight.shape[1])
+
+    @property
+    def outside_names(self) -> list[str]:
+        """Return all tensors of the checkpoint that belong to no decoder layer, sorted."""
+        inside = {name for layer in self.layers for name in layer.names}
+        return sorted(set(self.checkpoint.entries) - inside)
+
+    def router(self, index: int) -> nn.Module:
+        """Return the router module of an MoE layer."""
+        for module in self._decoder[index].modules():
+            if type(module).__name__.endswith(("Router", "HunYuanMoEV1Gate")):
+                return module
+        raise UnsupportedModelError(f"layer {index} has experts but no router")
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token is sent to, in the layer where they are most."""
+        routers = [self.router(layer.index) for layer in self.layers if layer.stack]
+        return max(
+            int(getattr(router, "top_k", None) or self.text_config.top_k_experts)
+            for router in routers
+        )
+
+    @contextmanager
+    def open_outside(self) -> Iterator[None]:
+        """Load what is outside the layers for the length of the block.
+
+        The embedding and the output matrix stay in the mapped file: only the
+        rows that a batch touches, or a piece at a time, are copied.
+        """
+        with ExitStack() as stack:
+            tensors = stack.enter_context(self.checkpoint.open())
+            model: Any = self.model
+            embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+            large = {id(embedding.weight), id(head.weight)}
+            small = {
+                target: found
+                for target, found in self.map.outside.items()
+                if id(get_tensor(self.model, target)) not in large
+            }
+            self._fill(small, tensors)
+            stack.callback(self._drop, small)
+            (table,) = self.map.outside[path_of(self.model, embedding) + ".weight"]
+            embedding.padding_idx = None
+            rows = self._read(tensors, table, self.dtype)
+            embedding.forward = embed_rows(embedding, rows, self.dtype, self.device)
+            (matrix,) = self.map.outside.get(path_of(self.model, head) + ".weight", (table,))
+            head.forward = project_pieces(head.bias, self._read(tensors, matrix, self.dtype))
+            yield
+
+    @contextmanager
+    def open_layer(
+        self, index: int, checkpoint: Checkpoint | None = None
+    ) -> Iterator[StreamedExperts | None]:
+        """Load one layer for the length of the block; give its experts, if it has any.
+
+        At the end its parameters are dropped, the files unmapped and the freed
+        memory is given back.
+
+        Parameters
+        ----------
+        index
+            The layer.
+        checkpoint
+            Where its tensors are, if that is not where the model's are.
+        """
+        keys, layer = self.layers[index], self._decoder[index]
+        try:
+            with (checkpoint or self.checkpoint).open() as tensors:
+                self._fill(keys.dense, tensors)
+                streamed = None
+                if keys.stack is not None:
+                    path, original = find_fused_experts(layer)
+                    weights = ExpertWeights(
+                        tensors, keys.stack, self.dtype, self.device, Form.of(original)
+                    )
+                    streamed = StreamedExperts(original, weights)
+                    layer.set_submodule(path, streamed)
+                try:
+                    yield streamed
+                finally:
+                    if keys.stack is not None:
+                        layer.set_submodule(path, original)
+                    self._drop(keys.dense)
+        finally:
+            trim()
+
+    def run_layer(self, index: int, batch: Batch, hidden_BLH: Tensor | None) -> Tensor:
+        """Run an open layer on one batch.
+
+        Parameters
+        ----------
+        index
+            The layer.
+        batch
+            The batch's tokens; the model makes masks and positions from them.
+        hidden_BLH
+            What leaves the layer before; None for layer 0, which takes the embeddings.
+
+        Returns
+        -------
+        Tensor
+            What leaves it, (B, L, H).
+        """
+        if index >= self.num_layers:
+            assert hidden_BLH is not None
+            hidden_BLH = self._with_next_tokens(index, batch, hidden_BLH)
+        self._active, self._feed = index, hidden_BLH
+        try:
+            self._forward(batch)
+        except _StopForwardError as stop:
+            if stop.output is not None:
+                return stop.output
+            raise
+        finally:
+            self._active = self._feed = None
+        raise UnsupportedModelError(f"the model's forward never called layer {index}")
+
+    def observe_layer(
+        self, index: int, batch: Batch, hidden_BLH: Tensor | None, *, sums: bool = False
+    ) -> None:
+        """Run an open layer as far as its experts, for what their listener hears.
+
+        Parameters
+        ----------
+        index, batch, hidden_BLH
+            As in `run_layer`.
+        sums
+            Whether the experts' outputs are added up as well, for hooks of the module.
+        """
+        module = self._decoder[index]
+        experts = next(m for m in module.modules() if isinstance(m, StreamedExperts))
+
+        def stop(*_: Any) -> None:  # noqa: ANN401
+            raise _StopForwardError(None)
+
+        experts.only_listening = not sums
+        handle = experts.register_forward_hook(stop)
+        try:
+            self.run_layer(index, batch, hidden_BLH)
+        except _StopForwardError:
+            pass
+        finally:
+            experts.only_listening = False
+            handle.remove()
+
+    def logits(
+        self, batch: Batch, hidden_BLH: Tensor, position_P: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits from what leaves the last layer.
+
+        Parameters
+        ----------
+        batch
+            The batch's tokens.
+        hidden_BLH
+            What leaves the last layer.
+        position_P
+            Which positions of every sequence; None for all.
+
+        Returns
+        -------
+        Tensor
+            (B, P, V), or (B, L, V).
+        """
+        self._active, self._feed, self._only_feed = self.num_layers - 1, hidden_BLH, True
+        # 0 is transformers' word for all positions
+        keep = 0 if position_P is None else position_P.to(self.device)
+        try:
+            logits: Tensor = self._forward(batch, logits_to_keep=keep).logits
+        finally:
+            self._active, self._feed, self._only_feed = None, None, False
+        return logits
+
+    def mixers(self, index: int) -> list[nn.Module]:
+        """Return the costly parts of a layer beside the block that holds its experts.
+
+        These are its direct children with matrices, attention in its various
+        forms: their outputs do not depend on the experts, so they can be kept
+        and played back when the layer runs again with other experts.
+        """
+        experts = find_fused_experts(self._decoder[index])[1]
+        apart = {experts, self.router(index)}
+        return [
+            child
+            for child in self._decoder[index].children()
+            if apart.isdisjoint(child.modules())
+            # cheap, and what it returns is several tensors
+            and not mixes_states(child)
+            and any(p.dim() > 1 for p in child.parameters())
+        ]
+
+    def _experts(self, index: int) -> StreamedExperts:
+        modules = self._decoder[index].modules()
+        return next(module for module in modules if isinstance(module, StreamedExperts))
+
+    def _forward(self, batch: Batch, **options: Any) -> Any:  # noqa: ANN401
+        mask, whole = batch.attention_mask_BL, cast(Any, self.model)
+        embedding = whole.get_input_embeddings()
+        if embedding.weight.is_meta:  # Llama 4 moves ids to where the table is
+            rows = torch.empty(0, self._width, dtype=self.dtype, device=self.device)
+            embedding.weight = nn.Parameter(rows, requires_grad=False)
+        with torch.no_grad():
+            return self.model(
+                input_ids=batch.input_ids_BL.to(self.device),
+                attention_mask=None if mask is None else mask.to(self.device),
+                # a cache written twice is silently wrong for linear attention
+                use_cache=False,
+                **options,
+            )
+
+    def _relay(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def relayed(hidden_BLH: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            if index != self._active:
+                return (hidden_BLH, None) if self._is_tuple else hidden_BLH
+            if self._feed is not None:
+                hidden_BLH = self._apart(self._feed)
+            if self._only_feed:
+                return (hidden_BLH, None) if self._is_tuple else hidden_BLH
+            output = forward(hidden_BLH, *args, **kwargs)
+            if self._is_tuple:
+                output = output[0]
+            if not isinstance(output, Tensor):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} passes more than hidden states between layers"
+                )
+            raise _StopForwardError(output.flatten(2))
+
+        return relayed
+
+    def _apart(self, hidden_BLH: Tensor) -> Tensor:
+        """Return what the model's own layers take: with an axis of states, if it has one."""
+        return hidden_BLH.to(self.device).reshape(*hidden_BLH.shape[:2], *self._states, -1)
+
+    @torch.no_grad()
+    def _with_next_tokens(self, index: int, batch: Batch, hidden_BLH: Tensor) -> Tensor:
+        """Return what enters a multi-token-prediction layer.
+
+        The last token of a sequence is given the first for want of a next one: only tokens
+        behind it see that, and `calibration.tokens.followed` tells which count.
+        """
+        model: Any = self.model
+        layer: Any = self._decoder[index]
+        assert self.final_norm is not None
+        hidden_BLH = self._apart(hidden_BLH)
+        if layer.next_token.is_normed:
+            hidden_BLH = self.final_norm(hidden_BLH)
+        next_BL = batch.input_ids_BL.to(self.device).roll(-1, dims=1)
+        joined_BLH: Tensor = layer.next_token(hidden_BLH, model.get_input_embeddings()(next_BL))
+        return joined_BLH.flatten(2)
+
+    def _read(self, tensors: Tensors, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a tensor: floats as they are stored, others decoded to `dtype`."""
+        if name not in self.quantized:
+            return tensors[name]
+        stored = self.quantized[name]
+        return tensors.matrix(stored, None, dtype, lambda part: part.to(self.device))
+
+    def _fill(self, keys: Mapping[str, tuple[str, ...]], tensors: Tensors) -> None:
+        plan = self.model._get_dtype_plan(self.dtype)
+        for target, names in keys.items():
+            dtype = next(
+                (plan[p] for p in plan if p in target), get_tensor(self.model, target).dtype
+            )
+            values = [self._read(tensors, name, dtype) for name in names]
+            value = values[0] if len(values) == 1 else torch.cat(values)
+            put_tensor(self.model, target, value.to(self.device, dtype))
+
+    def _drop(self, keys: Iterable[str]) -> None:
+        for target in keys:
+            put_tensor(self.model, target, get_tensor(self.model, target).to("meta"))

@@ -1,0 +1,1 @@
+"""From headers alone: what a run writes, holds in memory and costs, or a refusal."""

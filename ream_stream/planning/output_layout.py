@@ -1,0 +1,171 @@
+"""Lays out the files of the output: each layer's tensors, their shapes, and config.json."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ream_stream.checkpoint.expert_stack import ExpertStack
+from ream_stream.checkpoint.formats import Modules, Stored, rename_skipped
+from ream_stream.checkpoint.header import TensorEntry
+from ream_stream.checkpoint.quantized import tensors_of
+from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.checkpoint.shards import PlannedTensor, Shard, cut, name_shards
+from ream_stream.errors import DamagedError
+from ream_stream.model.families import Family, with_expert_count
+from ream_stream.model.mtp import without_mtp
+from ream_stream.model.streamed_model import StreamedModel
+from ream_stream.model.tensor_map import LayerKeys, shape_of
+from ream_stream.settings import Settings
+
+from .plan import LayerPlan
+
+FORMAT_KEYS = ("quantization_config", "expert_dtype")
+"""Keys of config.json that tell how weights are stored."""
+
+
+def lay_out(
+    model: StreamedModel,
+    family: Family,
+    num_experts: int,
+    settings: Settings,
+    decoded: Mapping[str, Stored],
+) -> tuple[tuple[LayerPlan, ...], tuple[Shard, ...]]:
+    """Return the layers of the output and the shards of what is outside them.
+
+    Parameters
+    ----------
+    model
+        The source's layers.
+    family
+        Which tensors are the router's.
+    num_experts
+        Experts of a source layer.
+    settings
+        How many are kept, in which dtype, in shards of which size.
+    decoded
+        Quantized matrices beside the experts that are written as floats.
+
+    Raises
+    ------
+    DamagedError
+        A router-side tensor is not there, or has no axis of experts.
+    """
+    entries = model.checkpoint.entries
+    routers = [_routers(layer, family, entries, num_experts) for layer in model.layers]
+    stacks = [_output_stack(layer.stack, settings) for layer in model.layers]
+    groups = []
+    for layer, stack, axes in zip(model.layers, stacks, routers, strict=True):
+        planned = _unchanged(layer.dense_tensors(), entries, decoded)
+        if stack is not None:
+            planned = [_resized(t, axes.get(t.name), settings, num_experts) for t in planned]
+            planned += [
+                PlannedTensor(name=name, dtype=slot.part.dtype, shape=slot.shape)
+                for name, slot in stack.slots().items()
+            ]
+        groups.append(sorted(planned, key=lambda tensor: tensor.name))
+    groups.append(_unchanged(model.outside_names, entries, decoded))
+    shards = name_shards([cut(group, settings.max_shard_bytes) for group in groups])
+    layers = tuple(
+        LayerPlan(
+            keys=keys,
+            shards=tuple(files),
+            stack=stack,
+            routers=axes,
+            table=family.router_tensors(stack.block, entries)[1] if stack else None,
+        )
+        for keys, files, stack, axes in zip(
+            model.layers, shards[:-1], stacks, routers, strict=True
+        )
+    )
+    return layers, tuple(shards[-1])
+
+
+def _output_stack(stack: ExpertStack | None, settings: Settings) -> ExpertStack | None:
+    if stack is None:
+        return None
+    stack = stack.resized(settings.experts)
+    return stack.decoded("BF16") if _decodes(stack, settings) else stack
+
+
+def _decodes(stack: ExpertStack, settings: Settings) -> bool:
+    return settings.dtype == "bfloat16" and stack.scheme != "plain"
+
+
+def decoded_matrices(model: StreamedModel) -> dict[str, Stored]:
+    """Return the quantized matrices that are no expert's of a layer, by name of the floats."""
+    experts = {name for layer in model.layers if layer.stack for name in layer.stack.slots()}
+    return {
+        name: stored
+        for name, stored in model.quantized.items()
+        if experts.isdisjoint(tensors_of(stored))
+    }
+
+
+def output_config(
+    source: Checkpoint, family: Family, settings: Settings, names: Iterable[str]
+) -> dict[str, Any]:
+    """Return config.json of the output, whose tensors and modules have these names."""
+    config = with_expert_count(source.config, family, settings.experts)
+    if settings.mtp == "drop":
+        config = without_mtp(config)
+    if source.quantization:
+        known = Modules(names, settings.experts)
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and isinstance(part.get("quantization_config"), dict):
+                part["quantization_config"] = rename_skipped(
+                    part["quantization_config"], lambda name: name if name in known else None
+                )
+    if settings.dtype == "bfloat16":
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                for key in FORMAT_KEYS:
+                    part.pop(key, None)
+    return config
+
+
+def _routers(
+    layer: LayerKeys, family: Family, entries: Mapping[str, TensorEntry], num_experts: int
+) -> dict[str, int]:
+    """Return the router-side tensors of a layer with their axis of experts."""
+    if layer.stack is None:
+        return {}
+    found = {}
+    for name in family.router_tensors(layer.stack.block, entries)[0]:
+        if name not in entries:
+            raise DamagedError(f"layer {layer.index} has experts but no {name}")
+        if num_experts not in entries[name].shape:
+            raise DamagedError(
+                f"{name} has shape {entries[name].shape}, no axis of {num_experts}"
+            )
+        found[name] = entries[name].shape.index(num_experts)
+    return found
+
+
+def _unchanged(
+    names: Iterable[str],
+    entries: Mapping[str, TensorEntry],
+    decoded: Mapping[str, Stored],
+) -> list[PlannedTensor]:
+    """Return tensors as they are in the source, or their floats in place of quantized ones."""
+    names = list(names)
+    coded = {name: plain for plain, s in decoded.items() for name in tensors_of(s)}
+    planned = [
+        PlannedTensor(name=name, dtype=entries[name].dtype, shape=entries[name].shape)
+        for name in names
+        if name not in coded
+    ]
+    for plain in sorted({coded[name] for name in names if name in coded}):
+        shape = shape_of(plain, decoded, entries)
+        planned.append(PlannedTensor(name=plain, dtype="BF16", shape=shape))
+    return planned
+
+
+def _resized(
+    tensor: PlannedTensor, axis: int | None, settings: Settings, num_experts: int
+) -> PlannedTensor:
+    """Return a router-side tensor with as many experts as are kept."""
+    if axis is None:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] -= num_experts - settings.experts
+    return replace(tensor, shape=tuple(shape))

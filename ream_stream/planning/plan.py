@@ -1,0 +1,243 @@
+"""What a run will read, write and hold, as data; `planning.py` makes it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ream_stream.checkpoint.expert_stack import ExpertStack
+from ream_stream.checkpoint.formats import Stored
+from ream_stream.checkpoint.header import TensorEntry
+from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.checkpoint.shard_fetcher import Supply
+from ream_stream.checkpoint.shards import Shard
+from ream_stream.model.families import Family
+from ream_stream.model.tensor_map import LayerKeys
+from ream_stream.settings import Settings
+
+from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE, Solver
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """One decoder layer of the output, or a multi-token-prediction layer."""
+
+    keys: LayerKeys
+    """Its tensors in the source."""
+
+    shards: tuple[Shard, ...]
+    """Its files in the output."""
+
+    stack: ExpertStack | None
+    """Its experts in the output; None in a dense layer."""
+
+    routers: Mapping[str, int]
+    """Router-side tensors, with their axis of experts; empty in a dense layer."""
+
+    table: str | None = None
+    """Its table of experts by token id, if it chooses by one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All that is known before a run starts."""
+
+    settings: Settings
+    """What was asked for."""
+
+    source: Checkpoint
+    """What is read."""
+
+    kept: Checkpoint = field(repr=False)
+    """The same without layers that are left out."""
+
+    config: Mapping[str, Any]
+    """config.json of the output."""
+
+    family: Family
+    """The model's family."""
+
+    num_experts: int
+    """Experts of a source layer."""
+
+    top_k: int
+    """Experts a token is sent to."""
+
+    routing_groups: int
+    """Groups the router selects in, otherwise 1."""
+
+    layers: tuple[LayerPlan, ...]
+    """Decoder layers, in order, and behind them a multi-token-prediction layer with experts."""
+
+    outside: tuple[Shard, ...]
+    """Shards of what is outside the layers."""
+
+    decoded: Mapping[str, Stored] = field(repr=False)
+    """Quantized matrices beside the experts that are written as floats, by their names then."""
+
+    sequences: int
+    """Calibration sequences."""
+
+    sequence_length: int
+    """Tokens of a sequence."""
+
+    batch_sequences: int
+    """Sequences that are run together."""
+
+    hidden_size: int
+    """H."""
+
+    expert_blocks: int
+    """Blocks that a layer's experts are run in; with 1, all batches see all of them."""
+
+    resident_experts: int
+    """Experts that stay on the device between batches."""
+
+    memory: Mapping[str, int] = field(repr=False)
+    """Anonymous host memory at its peak, by part, bytes."""
+
+    solver: Solver
+    """How a refit is solved, if there is one."""
+
+    device_memory: Mapping[str, int] = field(repr=False)
+    """Device memory at its peak, by part, bytes; empty if layers run on the processor."""
+
+    scratch: Mapping[str, int] = field(repr=False)
+    """What is kept on disk from pass to pass over a layer, by part, bytes."""
+
+    steady: bool
+    """Whether freed memory goes back to the kernel at once: with a stated budget."""
+
+    @property
+    def moe_layers(self) -> list[LayerPlan]:
+        """Layers that have experts."""
+        return [layer for layer in self.layers if layer.keys.stack]
+
+    @property
+    def refits(self) -> bool:
+        """Whether the experts that stay are refitted."""
+        return self.settings.refits(self.num_experts)
+
+    @property
+    def refit_repeats(self) -> float:
+        """How often a refit makes activations again, in passes over all tokens."""
+        if self.memory.get(ACTIVATIONS):
+            return 0.0
+        iterations = 0 if self.solver.gathered else self.settings.method.refit_iterations
+        blocks = self.solver.column_blocks
+        return HELD_BACK_SHARE + blocks * (iterations + HELD_BACK_SHARE) + blocks - 1
+
+    @property
+    def follows(self) -> bool:
+        """Whether the original model's own states are carried beside the others."""
+        return self.settings.follows(self.num_experts)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of the calibration set."""
+        return -(-self.sequences // self.batch_sequences)
+
+    @property
+    def hidden_shape(self) -> tuple[int, int, int]:
+        """Shape of the hidden states at a boundary."""
+        return self.sequences, self.sequence_length, self.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers are run in."""
+        dtype: torch.dtype = getattr(torch, self.settings.compute_dtype)
+        return dtype
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states at one boundary."""
+        tokens = self.sequences * self.sequence_length
+        return tokens * self.hidden_size * self.dtype.itemsize
+
+    @property
+    def boundary_bytes(self) -> int:
+        """Bytes of all hidden states at one boundary, the original model's too if carried."""
+        return self.hidden_bytes * (2 if self.follows else 1)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source's tensors."""
+        return sum(entry.nbytes for entry in self.source.entries.values())
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the output's shards."""
+        shards = [shard for layer in self.layers for shard in layer.shards]
+        return sum(shard.nbytes for shard in [*shards, *self.outside])
+
+    @property
+    def disk(self) -> dict[str, int]:
+        """Bytes on disk at the high-water mark, by part."""
+        return {
+            "shards": self.output_bytes,
+            "other files": sum(path.stat().st_size for path in self.source.other_files()),
+            "hidden states": 2 * self.boundary_bytes,
+            "layer before its refit": self.staged_bytes,
+            "streamed shards": self.supply.peak_bytes,
+            **self.scratch,
+        }
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk at the high-water mark."""
+        return sum(self.disk.values())
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the largest layer, if it is written once more to be refitted."""
+        if not self.refits:
+            return 0
+        return max(sum(s.nbytes for s in layer.shards) for layer in self.moe_layers)
+
+    def keeps(self, part: str) -> bool:
+        """Tell whether something is kept from pass to pass, in memory or on disk."""
+        return bool(self.memory.get(part) or self.scratch.get(part))
+
+    @property
+    def supply(self) -> Supply:
+        """The source's shards, layer by layer."""
+        names = [tensor.name for shard in self.outside for tensor in shard.tensors]
+        return Supply(self.source, [layer.keys.names for layer in self.layers], names)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Anonymous host memory at its peak."""
+        return sum(self.memory.values())
+
+    def output_checkpoint(self, folder: Path) -> Checkpoint:
+        """Return the output as a checkpoint whose layer l is on disk once it was written.
+
+        What is outside the layers is taken from the source.
+        """
+        entries = {}
+        for layer in self.layers:
+            for shard in layer.shards:
+                position = len(shard.header())
+                for tensor in shard.tensors:
+                    entries[tensor.name] = TensorEntry(
+                        name=tensor.name,
+                        path=folder / shard.name,
+                        dtype=tensor.dtype,
+                        shape=tensor.shape,
+                        start=position,
+                        stop=position + tensor.nbytes,
+                    )
+                    position += tensor.nbytes
+        inside = {name for layer in self.layers for name in layer.keys.names}
+        outside = {n: e for n, e in self.kept.entries.items() if n not in inside}
+        config = dict(self.config)
+        if self.source.quantization:  # tells how what is taken from the source is stored
+            config["quantization_config"] = self.source.quantization
+        return Checkpoint(
+            folder=folder,
+            config=config,
+            entries={**entries, **outside},
+            stamps=self.source.stamps,
+        )

@@ -1,0 +1,64 @@
+"""What servers ask of the number of experts, beyond what the model's own code asks.
+
+A checkpoint with another number is whole and loads in transformers: the fast kernels of
+servers do not take it, and some of them have no others.
+"""
+
+from collections.abc import Callable
+from math import lcm
+
+from ream_stream.errors import UsageError
+
+DIVISOR = 4
+"""Of every count that the routing kernels of TensorRT-LLM and FlashInfer take."""
+
+_LIKED: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (
+        lambda count: count % DIVISOR == 0,
+        f"a multiple of {DIVISOR}: routing kernels of TensorRT-LLM and FlashInfer refuse them",
+    ),
+    (
+        lambda count: count & (count - 1) == 0,
+        "a power of two, which the fused gates of SGLang (384 aside) and AITER (ROCm) are for",
+    ),
+    (
+        lambda count: count % 8 == 0,
+        "a multiple of 8: vLLM refuses to divide them among 8 devices (expert parallelism)",
+    ),
+)
+"""What a count had better be, and who says so."""
+
+
+def check_served(experts: int, num_experts: int, routing_groups: int) -> None:
+    """Refuse to keep a number of experts that the routing kernels of some servers refuse.
+
+    Parameters
+    ----------
+    experts
+        Experts kept in each MoE layer.
+    num_experts
+        Those of the source; to keep all of them changes nothing for a server.
+    routing_groups
+        ``n_group`` of group-limited routers, otherwise 1.
+
+    Raises
+    ------
+    UsageError
+        One sentence: which number, who refuses it, which numbers do, and the option.
+    """
+    if experts % DIVISOR and experts != num_experts:
+        multiple = lcm(DIVISOR, routing_groups)
+        raise UsageError(
+            f"--experts {experts}: the routing kernels of TensorRT-LLM and FlashInfer take "
+            f"multiples of {DIVISOR} only; keep a multiple of {multiple}, or give --any-count "
+            "if what serves the model takes others"
+        )
+
+
+def serving_notes(experts: int) -> list[str]:
+    """Return a sentence for each thing that is slower, or refused, with so many experts."""
+    return [
+        f"{experts} experts a layer are not {liked}"
+        for is_liked, liked in _LIKED
+        if not is_liked(experts)
+    ]

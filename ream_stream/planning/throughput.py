@@ -1,0 +1,273 @@
+"""How fast this machine does what a run consists of, and how long the run will take.
+
+Measured in about a second, in the run's own shapes and with its threads; less for a
+small run, which should not wait for its estimate. Nothing is written.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional
+
+from ream_stream.checkpoint.expert_stack import ExpertMatrix, ExpertStack, Send, stay
+from ream_stream.checkpoint.formats import Plain, Stored
+from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.host_memory import available_bytes, trim
+from ream_stream.model.experts import ExpertWeights, Form, StreamedExperts, slots_by_expert
+from ream_stream.rng import generator
+
+from .cost import Work, total, work_of
+from .plan import Plan
+
+ASSUMED_READ = 1e9
+"""Bytes a second, where the tensors are not there to be read."""
+
+UNCOUNTED = 1.4
+"""What norms, softmax, routing and statistics add to the time of products.
+
+1.4 to 1.9 on the 106M-parameter benchmark and the built-in checkpoint; wide models less.
+"""
+
+_SAMPLED_BYTES = 64 << 20  # more than a processor's caches hold
+_FEWEST_EXPERTS = 4
+_BLOCK = 4 << 20
+_MATCHED = 256
+_MATCHING_EXPONENT = 2.5
+_CODED_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What this machine does in a second."""
+
+    expert: float
+    """Operations of experts on as many rows as a batch sends to each, loading included."""
+
+    product: float
+    """Operations of a product with many rows."""
+
+    float32: float
+    """The same in float32."""
+
+    matching: float
+    """Assignments of I neurons, on all threads together."""
+
+    merge: float
+    """Numbers of experts merged."""
+
+    read: float
+    """Bytes read from the source; what the page cache has of it is part of the sample."""
+
+    read_measured: bool
+    """False if the source's tensors are not there: `ASSUMED_READ`."""
+
+    digest: float
+    """Bytes of shards digested. Writing itself is taken to be as fast as reading."""
+
+    decode: float | None = None
+    """Numbers of quantized matrices decoded; None if there are none."""
+
+    encode: float | None = None
+    """Numbers encoded in the format of the output; None if it has none."""
+
+    def seconds(self, work: Work) -> float:
+        """Return about how long some work takes."""
+        return (
+            (work.read_bytes - work.cached_bytes + work.written_bytes) / self.read
+            + work.written_bytes / self.digest
+            + work.expert_flop / self.expert * UNCOUNTED
+            + work.product_flop / self.product * UNCOUNTED
+            + work.float32_flop / self.float32
+            + work.matchings / self.matching
+            + work.merged_numbers / self.merge
+            + (work.decoded_numbers / self.decode if self.decode else 0)
+            + (work.encoded_numbers / self.encode if self.encode else 0)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What a run has to do, and about how long that takes here."""
+
+    work: Mapping[str, Work]
+    """By phase."""
+
+    rates: Rates = field(repr=False)
+    """Of this machine."""
+
+    @property
+    def total(self) -> Work:
+        """The work of all phases."""
+        return total(self.work.values())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """About how long each phase takes."""
+        return {phase: self.rates.seconds(work) for phase, work in self.work.items()}
+
+
+def forecast(plan: Plan, device: torch.device, threads: int, *, committed: int = 0) -> Forecast:
+    """Work out what is left of a run, and measure the machine for it."""
+    cache = max(0, available_bytes() - plan.memory_bytes)
+    work = work_of(plan, cache_bytes=cache, committed=committed)
+    # a fiftieth of a run at 100 GFLOP/s
+    limit = min(0.3, 0.02 + total(work.values()).flop / 5e12)
+    return Forecast(work=work, rates=measure(plan, device, threads, limit))
+
+
+def measure(plan: Plan, device: torch.device, threads: int, limit: float) -> Rates:
+    """Measure each rate for `limit` seconds, or once if that takes longer."""
+    stack = next(layer.keys.stack for layer in plan.layers if layer.keys.stack)
+    expert, product = _products(plan, stack, device, limit)
+    wide = torch.ones(512, 512)
+    read = _read_rate(plan.source, limit)
+    side = min(_MATCHED, stack.inner)
+    cost = torch.rand(side, side, generator=generator(0, 0, "rates")).numpy()
+    growth = (stack.inner / side) ** _MATCHING_EXPONENT
+    matching = _rate(lambda: linear_sum_assignment(cost), 1.0, limit / 2)
+    stored = torch.ones(1 << 20).to(DTYPES[stack.dtype])
+    added = torch.zeros(1 << 20)
+    data = bytes(1 << 20)
+    decode, encode = _coding(plan, device, limit / 2)
+    rates = Rates(
+        expert=expert,
+        product=product,
+        float32=_rate(lambda: functional.linear(wide, wide), 2 * 512**3, limit / 2),
+        matching=matching * threads / growth,
+        merge=_rate(lambda: added.add_(stored.float(), alpha=0.5), 1 << 20, limit / 4),
+        read=read or ASSUMED_READ,
+        read_measured=read is not None,
+        digest=_rate(lambda: hashlib.sha256(data), 1 << 20, limit / 4),
+        decode=decode,
+        encode=encode,
+    )
+    trim()
+    return rates
+
+
+class _Filled:
+    """Stands in for mapped tensors: some experts, all of the same numbers."""
+
+    def __init__(self, stack: ExpertStack, count: int) -> None:
+        self._matrices = {
+            (matrix.place(expert), None if matrix.numbered else expert): self._fill(matrix)
+            for matrix in stack.matrices
+            for expert in range(count)
+        }
+
+    @staticmethod
+    def _fill(matrix: ExpertMatrix) -> Tensor:
+        stored = matrix.stored
+        plain = isinstance(stored.codec, Plain)
+        dtype = DTYPES[matrix.tensors[0].dtype] if plain else torch.bfloat16
+        return torch.full((stored.rows, stored.cols), 0.01, dtype=dtype)
+
+    def ahead(self, stack: ExpertStack, expert: int) -> None:
+        """All of them are there."""
+
+    def matrix(
+        self, stored: Stored, index: int | None, _dtype: torch.dtype, send: Send = stay
+    ) -> Tensor:
+        matrix_RC = self._matrices[stored.prefix, index]
+        # what is decoded takes time of its own
+        return send(matrix_RC) if isinstance(stored.codec, Plain) else matrix_RC
+
+
+def _products(
+    plan: Plan, stack: ExpertStack, device: torch.device, limit: float
+) -> tuple[float, float]:
+    """Return the rates of experts as they are run, and of a product with many rows."""
+    numbers = 3 * stack.hidden * stack.inner
+    held = numbers * DTYPES[stack.dtype].itemsize
+    count = min(plan.num_experts, max(_FEWEST_EXPERTS, _SAMPLED_BYTES // held))
+    tensors: Any = _Filled(stack, count)
+    original: Any = SimpleNamespace(act_fn=functional.silu)
+    form = Form(is_gated=stack.is_gated, has_bias=stack.has_bias)
+    experts = StreamedExperts(original, ExpertWeights(tensors, stack, plan.dtype, device, form))
+    experts.listener = lambda _routed: None
+    batch = plan.batch_sequences * plan.sequence_length
+    slots = max(1, batch * plan.top_k * count // plan.num_experts)
+    tokens = -(-slots // plan.top_k)
+    stream = generator(0, 0, "rates")
+    # some experts are sent several times what others are: each number of rows costs anew
+    share_E = torch.randn(count, generator=stream).softmax(0)
+    drawn = torch.multinomial(share_E, tokens * plan.top_k, replacement=True, generator=stream)
+    index_TK = drawn.view(tokens, plan.top_k).to(device)
+    hidden_TH = torch.full((tokens, stack.hidden), 0.1, dtype=plan.dtype, device=device)
+    weight_TK = torch.ones(tokens, plan.top_k, dtype=plan.dtype, device=device)
+    experts.dispatch = lambda index_TK, _num_experts: slots_by_expert(index_TK, count)
+    with torch.no_grad():
+        run = _rate(
+            # one number is asked for, so that a device that works on its own is waited for
+            lambda: experts(hidden_TH, index_TK, weight_TK)[0, 0].item(),
+            2 * numbers * len(drawn),
+            limit,
+        )
+        many_RH = hidden_TH[:1].expand(min(batch, 1024), -1).contiguous()
+        loaded = experts.weights.load(0)
+        inner = 4 * stack.hidden * stack.inner * len(many_RH)
+        many = _rate(lambda: experts.inner(many_RH, loaded)[0, 0].item(), inner, limit)
+    return run, many
+
+
+def _coding(
+    plan: Plan, device: torch.device, limit: float
+) -> tuple[float | None, float | None]:
+    """Return the rates of decoding on the device and of encoding on the processor."""
+    layers = [layer.keys for layer in plan.layers]
+    stored = [s for keys in layers for s in keys.quantized.values()]
+    stored += [m.stored for keys in layers if keys.stack for m in keys.stack.matrices]
+    coded = next((each for each in reversed(stored) if each.codec.scheme != "plain"), None)
+    if coded is None:
+        return None, None
+    rows, cols = min(coded.rows, _CODED_ROWS), coded.cols
+    drawn_RC = torch.randn(rows, cols, generator=generator(0, 0, "rates"))
+    parts = {suffix: part.to(device) for suffix, part in coded.codec.encode(drawn_RC).items()}
+    decode = _rate(
+        lambda: coded.codec.decode(parts, rows, cols, plan.dtype)[0, 0].item(),
+        rows * cols,
+        limit,
+    )
+    if plan.settings.dtype == "bfloat16":
+        return decode, None
+    return decode, _rate(lambda: coded.codec.encode(drawn_RC), rows * cols, limit)
+
+
+def _rate(work: Callable[[], object], amount: float, limit: float) -> float:
+    """Return the amount done a second in the median of as many calls as `limit` allows."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while not times or time.perf_counter() - begin < limit:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return amount / max(1e-9, sorted(times)[len(times) // 2])
+
+
+def _read_rate(source: Checkpoint, limit: float) -> float | None:
+    """Return bytes a second of blocks from all over the source; None if there are none."""
+    if source.cut_files():
+        return None
+    blocks: list[tuple[Path, int]] = []
+    for path in source.files():
+        size = path.stat().st_size
+        blocks += [(path, start) for start in range(0, size, _BLOCK)]
+    order = torch.randperm(len(blocks), generator=generator(0, 0, "rates")).tolist()
+    begin, done = time.perf_counter(), 0
+    for number in order:
+        path, start = blocks[number]
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            done += len(file.read(_BLOCK))
+        if time.perf_counter() - begin > limit:
+            break
+    return done / max(1e-9, time.perf_counter() - begin)
