@@ -65,7 +65,7 @@ smoke: ## install the wheel without development extras, and run it
 	cd $(SMOKE) && venv/bin/ream-stream demo --quick
 
 docs: $(STAMP) ## write docs/cli.md from the command line's own help
-	$(BIN)/python tools/make_cli_docs.py
+	$(BIN)/python tools/docs/make_cli_docs.py
 
 docker: ## build the image ream-stream:VERSION; PIP_EXTRA_INDEX_URL= gives torch with CUDA
 	docker build -t ream-stream:$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
@@ -74,4 +74,4 @@ docker: ## build the image ream-stream:VERSION; PIP_EXTRA_INDEX_URL= gives torch
 clean: ## remove the environment and everything that was built
 	rm -rf .venv build dist *.egg-info demo-output bench-output compare-output sweep-output
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find ream_stream tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ream_stream tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,6 +25,7 @@ TOP_LEVEL = {
     "LICENSE",
     "Makefile",
     "README.md",
+    "benchmarks",
     "constraints.txt",
     "docs",
     "pyproject.toml",

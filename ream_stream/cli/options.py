@@ -2,7 +2,7 @@
 
 `plan` and `compress` take the same options. The names of methods are written
 here again because their tables import torch, which every ``--help`` would wait
-for; tests/test_cli.py compares them with the tables.
+for; tests/cli/test_cli.py compares them with the tables.
 """
 
 from collections.abc import Callable, Mapping

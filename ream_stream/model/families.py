@@ -169,7 +169,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "flint": _deepseek(count_keys=_EXPERTS, routers=_GATE),
 }
-"""By model type; each has a tiny checkpoint in tests/tiny.py."""
+"""By model type; each has a tiny checkpoint in tests/support/tiny.py."""
 
 REFUSED: Mapping[str, str] = {
     "aria": "its experts have names of their own (fc1, fc2)",

@@ -1,7 +1,7 @@
 """A model class without data, and how its parts are found and filled.
 
 Private names of transformers used here are its key mapping and the context that
-`from_pretrained` builds models in; tests/test_model.py is the contract.
+`from_pretrained` builds models in; tests/model/test_streamed_model.py is the contract.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

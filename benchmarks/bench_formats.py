@@ -2,7 +2,7 @@
 
 Run on an otherwise idle machine, or take the best of many rounds::
 
-    python tools/bench_formats.py --threads 2 --rounds 10
+    python benchmarks/bench_formats.py --threads 2 --rounds 10
 
 Speed is parameters a second, the best round. Errors are root mean squares of
 the difference over those of the matrix; ``usual`` is the error by the rule that

@@ -4,7 +4,7 @@ Each input is a valid file with some bytes or JSON values changed, cut, doubled 
 another belongs. It must be read or refused with one of the project's own errors, in the memory
 of a few times its size. One that is not is kept with temporary files.
 
-    python tools/fuzz.py --seconds 60 --seed 1
+    python tools/stress/fuzz.py --seconds 60 --seed 1
 
 Where atheris is installed it chooses what is changed further, by the lines of the parsers
 that an input reaches; otherwise each input is a change of the valid file.

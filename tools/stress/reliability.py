@@ -1,6 +1,6 @@
 """Print the numbers of docs/reliability.md: what is tried, and how often.
 
-    python tools/reliability.py
+    python tools/stress/reliability.py
 
 Kill points are counted in a run of the tests' tiny checkpoint; everything else in the tables
 and parameters of the tests themselves. Nothing is tried here: `make test-all` does that.
@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "compression"))
 
 import conftest  # noqa: F401 - its profile of hypothesis
 import test_crash
@@ -40,10 +42,10 @@ def kill_points() -> None:
 
 
 FILES = {
-    "bad checkpoints and wishes": "tests/test_bad_input.py",
-    "hostile files": "tests/test_hostile.py",
-    "numbers that are not finite": "tests/test_finite.py",
-    "the hub and what goes wrong with it": "tests/test_hub.py",
+    "bad checkpoints and wishes": "tests/compression/test_bad_input.py",
+    "hostile files": "tests/compression/test_hostile.py",
+    "numbers that are not finite": "tests/model/test_finite.py",
+    "the hub and what goes wrong with it": "tests/checkpoint/test_hub.py",
 }
 
 

@@ -5,7 +5,7 @@ Makes a 20.4 GB Qwen3-MoE checkpoint (`make_large.py`: layers of 4.8 GB), runs t
 that process from outside every 20 ms. Prints what was planned, what was measured, by whom,
 and where the time went. Needs 45 GB of disk, which it frees at its end.
 
-    python tools/bench_memory.py [--folder DIR] [--ram 1.5GiB] [--threads 2] [--tokens 16 128]
+    python benchmarks/bench_memory.py [--ram 1.5GiB] [--threads 2] [--tokens 16 128]
 """
 
 import argparse

@@ -37,7 +37,7 @@ ROOMS = (74_000_000, 103_000_000, 144_000_000)
 """Of three budgets, what is above the interpreter's own: for half of the tokens at once,
 for all of them, and to keep what attention gives as well."""
 
-SCRIPT = Path(__file__).with_name("measure.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "measure.py"
 UNTUNED = {
     **os.environ,
     "PYTHONPATH": str(Path(ream_stream.__file__).parent.parent),

@@ -6,7 +6,7 @@ pruning (REAP), each in a process of its own, and prints seconds by phase, the p
 anonymous memory, the products' GFLOP/s and the machine's own rate in the same run. With
 --refit also both followed by a refit, and what that takes as a share of the run without it.
 
-    python tools/bench_compress.py [--threads 1] [--compute-dtype auto] [--refit]
+    python benchmarks/bench_compress.py [--threads 1] [--compute-dtype auto] [--refit]
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Measure what compression costs the built-in checkpoint, in three domains of held-out text.
 
-    python tools/bench_quality.py methods       REAM and REAP at 24 and 16 of 32 experts
-    python tools/bench_quality.py similarity    REAM at 16, similarity from 512 tokens to all
-    python tools/bench_quality.py compare       five methods, three seeds, 24 and 16 experts
-    python tools/bench_quality.py ablation      REAM with one part changed at a time, the same
-    python tools/bench_quality.py controls      random groups, no alignment, REAP's variants
-    python tools/bench_quality.py refit         REAM and REAP, and the same refitted
-    python tools/bench_quality.py sweep         REAM and REAP on the paper's ten mixes, 24
+    python benchmarks/bench_quality.py methods    REAM and REAP at 24 and 16 of 32 experts
+    python benchmarks/bench_quality.py similarity REAM at 16, similarity from 512 tokens to all
+    python benchmarks/bench_quality.py compare    five methods, three seeds, 24 and 16 experts
+    python benchmarks/bench_quality.py ablation   REAM with one part changed at a time, the same
+    python benchmarks/bench_quality.py controls   random groups, no alignment, REAP's variants
+    python benchmarks/bench_quality.py refit      REAM and REAP, and the same refitted
+    python benchmarks/bench_quality.py sweep      REAM and REAP on the paper's ten mixes, 24
 
 The second takes groups of at most 3: with the default size of a group all dropped experts
 join the most salient one here, whatever the similarity says. The last five keep what they

@@ -1,6 +1,6 @@
 """Run a command where the kernel lets it have no more memory than it is given.
 
-    python tools/limited.py 800MB -- ream-stream compress SOURCE OUTPUT --keep 75% ...
+    python tools/stress/limited.py 800MB -- ream-stream compress SOURCE OUTPUT --keep 75% ...
 
 A cgroup (version 1 or 2) is made for it if this machine allows that. Its limit counts pages of
 files too, but those the kernel takes back: it is what `docker run --memory` does. Otherwise

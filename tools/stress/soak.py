@@ -3,7 +3,7 @@
 A model of 100 layers is compressed once undisturbed, and then by processes of which each is
 killed after a random time, a few hundred milliseconds, without any warning.
 
-    python tools/soak.py --layers 100 --seed 1
+    python tools/stress/soak.py --layers 100 --seed 1
 
 It prints how often it was killed, how often with nothing committed since the last kill, and
 whether the two outputs are the same; its exit status is 1 if they are not.

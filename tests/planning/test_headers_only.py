@@ -14,7 +14,7 @@ from ream_stream.__main__ import main
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import DamagedError
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools" / "fixtures"
 
 
 def tool(name):

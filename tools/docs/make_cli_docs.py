@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-_PATH = Path(__file__).parents[1] / "docs" / "cli.md"
+_PATH = Path(__file__).parents[2] / "docs" / "cli.md"
 _WIDTH = 96
 _HEAD = """\
 # Command line

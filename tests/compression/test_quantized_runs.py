@@ -10,7 +10,7 @@ import tiny
 import torch
 from quantized import PUBLISHED
 from test_pipeline import by_expert, groups_by_layer, same_bits
-from test_refitting import outcomes
+from test_refit_layer import outcomes
 from tiny import CPU, forward_in_transformers, forward_streamed, run, settings, some_tokens
 
 from ream_stream.checkpoint.reader import open_checkpoint

@@ -156,11 +156,11 @@ def test_an_unfinished_run_is_cleaned_only_by_force(words, tmp_path, monkeypatch
 def test_work_files_can_be_removed_when_a_run_is_done(words, tmp_path, finished):
     assert main(words(tmp_path / "output", "--remove-work")) == 0
     assert not (tmp_path / "output" / ".ream-stream").exists()
-    assert files(tmp_path / "output") == files(finished)
+    assert contents(tmp_path / "output") == contents(finished)
 
 
 def test_a_clean_killed_anywhere_leaves_the_checkpoint_and_can_be_repeated(finished, tmp_path):
-    whole = files(finished)
+    whole = contents(finished)
 
     def clean(output):
         return main(["clean", str(output)])

@@ -9,8 +9,8 @@ The same is told of a checkpoint of 3 GB with experts of Qwen3-30B's shape, whic
 that writing it is copying: what was written a second is divided by the rate of copying a file
 and syncing it.
 
-    python tools/bench_roofline.py [--threads 1] [--folder DIR]
-    python tools/bench_roofline.py --kernels
+    python benchmarks/bench_roofline.py [--threads 1] [--folder DIR]
+    python benchmarks/bench_roofline.py --kernels
 
 With --kernels nothing is compressed: GFLOP/s of products in bf16 and float32 are told, and
 what the first product with each new number of rows takes in bf16, of time and of memory.

@@ -27,7 +27,7 @@ from ream_stream.compression import journal
 from ream_stream.errors import DamagedError, ReamStreamError, UnsupportedModelError, UsageError
 from ream_stream.model.meta_model import build_skeleton
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "stress"))
 from fuzz import Parsers
 
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('it-ran').write_text('')\n"

@@ -4,7 +4,7 @@ The defaults have layers of Qwen3-235B-A22B's shape, 128 experts and 4.8 GB of t
 each: four layers and the embeddings are 20.4 GB. Weights are slices of one block of random
 numbers, each from a place of its own: experts differ, and a gigabyte takes a second or two.
 
-    python tools/make_large.py FOLDER [--layers 4] [--experts 128] [--hidden 4096] ...
+    python benchmarks/make_large.py FOLDER [--layers 4] [--experts 128] [--hidden 4096] ...
 """
 
 import argparse

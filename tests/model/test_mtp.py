@@ -13,7 +13,7 @@ import quantized
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_footprint import LENGTH, SEQUENCES, Really
+from test_activation_memory import LENGTH, SEQUENCES, Really
 from test_pipeline import by_expert, groups_by_layer, output_in_transformers, same_bits
 from test_pipeline import sliced_by_hand as sliced
 from test_wrappers import write as write_wrapper

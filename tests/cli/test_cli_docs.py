@@ -2,7 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[1] / "tools" / "make_cli_docs.py"
+TOOL = Path(__file__).parents[2] / "tools/docs/make_cli_docs.py"
 
 
 def test_the_page_of_the_command_line_is_what_the_command_line_says():

@@ -1,9 +1,9 @@
 """Measure what refitting the kept experts gains on the built-in checkpoint.
 
-    python tools/bench_refit.py methods RESULTS       every method with and without refit
-    python tools/bench_refit.py robustness RESULTS    absent domains, tokens, penalties
-    python tools/bench_refit.py quantized RESULTS     with experts stored in FP8 and INT4
-    python tools/bench_refit.py show RESULTS          the tables of what is there so far
+    python benchmarks/bench_refit.py methods RESULTS       every method with and without refit
+    python benchmarks/bench_refit.py robustness RESULTS    absent domains, tokens, penalties
+    python benchmarks/bench_refit.py quantized RESULTS     with experts stored in FP8 and INT4
+    python benchmarks/bench_refit.py show RESULTS          the tables of what is there so far
 
 Each run draws 192 sequences of 256 tokens, equally from three domains, with documents
 shuffled by the seed, and is scored in nats a token above the original on 16,384 held-out
