@@ -90,6 +90,10 @@ class Settings:
     max_shard_bytes: int = 5_000_000_000
     """Size of a shard, unless one tensor alone is larger."""
 
+    def merges(self, num_experts: int) -> bool:
+        """Tell whether experts are merged, rather than pruned or all kept."""
+        return self.method.grouping != "none" and self.experts < num_experts
+
     def refits(self, num_experts: int) -> bool:
         """Tell whether experts are refitted: where all of them stay nothing is lacking."""
         return self.method.refit != "none" and self.experts < num_experts

@@ -246,7 +246,7 @@ class LayerJob:
     def _observer(self) -> Observer:
         """Make an observer of what the method needs, and no more."""
         plan, method = self.plan, self.plan.settings.method
-        compares = method.grouping != "none" and plan.settings.experts < plan.num_experts
+        compares = plan.settings.merges(plan.num_experts)
         sample = None
         if compares:
             sample = TokenSample(
