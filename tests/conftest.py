@@ -1,6 +1,7 @@
-"""What every test relies on: no network, one thread, the same hypothesis draws each time."""
+"""What every test relies on: no network, one thread, the same draws each time."""
 
 import os
+import random
 from functools import cache
 
 # before anything imports huggingface_hub, which reads it once
@@ -8,10 +9,40 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
-settings.register_profile("ream-stream", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("ream-stream")
+SEED = "REAM_STREAM_SEED"
+"""Draws of hypothesis are from this number, which runs with the slow tests draw themselves."""
+
+settings.register_profile(
+    "drawn",
+    database=None,
+    deadline=None,
+    print_blob=True,
+    # whether a machine is busy decides nothing
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("same", settings.get_profile("drawn"), derandomize=True)
+
+# Hypothesis also draws the numbers and texts that stand in the modules imported so far: which
+# they are depends on the tests that ran before in this process, and on the folder's name.
+providers._get_local_constants = lambda: providers._local_constants
+
+
+def pytest_configure(config):
+    """Draw the same inputs each time, or others with the slow tests."""
+    if SEED not in os.environ and config.option.markexpr != "not slow":
+        # workers inherit it
+        os.environ[SEED] = str(random.SystemRandom().randrange(2**32))
+    if SEED in os.environ:
+        config.option.hypothesis_seed = os.environ[SEED]
+    settings.load_profile("drawn" if SEED in os.environ else "same")
+
+
+def pytest_report_header():
+    """Tell how the same inputs are drawn again."""
+    return f"{SEED}={os.environ[SEED]}" if SEED in os.environ else None
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +63,9 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws without a generator does not depend on the tests before."""
+    torch.manual_seed(0)

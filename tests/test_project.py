@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis.internal.conjecture.providers import HypothesisProvider
 from packaging.requirements import Requirement
 
 import ream_stream
@@ -205,3 +206,7 @@ def test_every_data_file_of_the_package_is_packaged(tracked):
     packaged = {path for pattern in patterns for path in package.glob(pattern)}
     data = [ROOT / name for name in tracked if name.startswith("ream_stream/")]
     assert [path for path in data if path.suffix != ".py" and path not in packaged] == []
+
+
+def test_inputs_drawn_do_not_depend_on_the_modules_imported_so_far():
+    assert list(HypothesisProvider(None)._local_constants) == []
