@@ -1,38 +1,26 @@
 """Documents of a part, whatever it is stored as.
 
-What cannot be read at any place is unpacked once, into a file without a name: a
-compressed file to what is in it, a table to JSON lines. The rest is `TextFile`'s.
-
-- ``.jsonl`` and text, also as ``.gz`` and ``.zst``
-- ``.parquet``, if pyarrow is installed
-- a folder with such records: all of them; another folder: each text file is a document
+- a file of text or of records, by its suffix (`readers`)
+- a folder with records: all of them; another folder: each text file is a document
 - ``hf:OWNER/NAME/PATTERN``: files of a data set on the hub, as a folder of them
 """
 
-import gzip
 import hashlib
-import importlib
-import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
-from functools import partial
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from tempfile import gettempdir
-from typing import Any, BinaryIO
 
-from ream_stream import files as durable
 from ream_stream.errors import UsageError
 
 from .mix import HUB, Part
+from .readers import READ, RECORDS, UNPACKERS, kind_of, open_content
 from .text import Documents, Render, TextFile, check_length
 
-_COPY_BYTES = 1 << 20
 _FILE_BYTES = 1 << 24
 """Larger files of a folder are data, not text that somebody wrote."""
-_UNPACKED_BYTES, _UNPACKED_RATIO = 1 << 24, 100
-"""What a text unpacks to at most; what is made to fill a disk unpacks to a thousand times."""
+_RECORDS_ONLY = frozenset({".jsonl", ".ndjson", ".parquet"})
+_ABOUT = frozenset({"readme", "license", "licence"})
 
 
 def open_documents(
@@ -64,8 +52,7 @@ def open_documents(
     if not path.is_dir():
         return opened(path)
     files = _files(path)
-    records = [each for each in files if kind_of(each) == ".jsonl"]
-    if records:
+    if records := _records(files):
         return Chained([opened(each) for each in records])
     return TextFolder(path, files, min_characters=min_characters)
 
@@ -97,14 +84,6 @@ def digest_of(part: Part) -> str:
     for each in _files(path):
         digest.update(f"{each.relative_to(path).as_posix()}\n{_file_digest(each)}\n".encode())
     return digest.hexdigest()
-
-
-def kind_of(path: Path) -> str:
-    """Return the suffix that decides how a file's content is read: ``.jsonl`` or its own."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return ".jsonl"
-    return Path(path.stem).suffix.lower() if suffix in UNPACKERS else suffix
 
 
 class Chained:
@@ -142,7 +121,7 @@ class TextFolder:
             if text is not None and check_length(text, min_characters):
                 self._paths.append(file)
         if not self._paths:
-            raise UsageError(f"{path}: there is no text in it")
+            raise UsageError(f"{path}: there is no text in it; {READ}")
 
     def __len__(self) -> int:
         """Return the number of files."""
@@ -167,24 +146,31 @@ class TextFolder:
 
 
 def _file(path: Path, field: str, min_characters: int, render: Render | None) -> TextFile:
-    unpack = UNPACKERS.get(path.suffix.lower())
+    content, unit = open_content(path, field)
     return TextFile(
         path,
-        field=field if kind_of(path) == ".jsonl" else None,
-        content=None if unpack is None else _unpacked(unpack(path, field)),
+        field=field if kind_of(path) in RECORDS else None,
+        content=content,
+        unit=unit,
         min_characters=min_characters,
         render=render,
     )
 
 
-def _unpacked(pieces: Iterable[bytes]) -> BinaryIO:
-    with ExitStack() as stack:
-        content = stack.enter_context(durable.scratch_file())
-        for piece in pieces:
-            with durable.space_for(Path(gettempdir())):
-                content.write(piece)
-        stack.pop_all()
-        return content
+def _records(files: Sequence[Path]) -> list[Path]:
+    """Return the files that make a folder a data set; none if it is one of text files.
+
+    JSON and tables also lie beside code: uncompressed ones count only if there is nothing
+    else but files about them.
+    """
+    kinds = [(path, kind_of(path)) for path in files]
+    sure = [
+        path
+        for path, kind in kinds
+        if kind in _RECORDS_ONLY or (kind in RECORDS and path.suffix.lower() in UNPACKERS)
+    ]
+    others = [p for p, kind in kinds if kind not in RECORDS and p.stem.lower() not in _ABOUT]
+    return sure or ([] if others else [path for path, kind in kinds if kind in RECORDS])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -222,72 +208,3 @@ def _fetch(wanted: str) -> Path:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"{HUB}{wanted}: it cannot be fetched ({reason})") from error
     return Path(folder)
-
-
-def _gunzip(path: Path, field: str) -> Iterator[bytes]:
-    del field
-    return _copied(path, partial(gzip.open, path, "rb"))
-
-
-def _unzstd(path: Path, field: str) -> Iterator[bytes]:
-    """Decompress with Python 3.14's own module, or with zstandard if it is installed."""
-    del field
-    for module in ("compression.zstd", "zstandard"):
-        try:
-            library: Any = importlib.import_module(module)
-        except ModuleNotFoundError:
-            continue
-        return _copied(path, partial(library.open, path, "rb"))
-    raise UsageError(
-        f"{path}: this Python cannot read zstd; install zstandard, or unpack the file"
-    )
-
-
-def _copied(path: Path, opened: Callable[[], Any]) -> Iterator[bytes]:
-    """Yield what a compressed file holds, piece by piece."""
-    try:
-        most, total = _UNPACKED_BYTES + _UNPACKED_RATIO * path.stat().st_size, 0
-        with closing(opened()) as file:
-            for piece in iter(lambda: file.read(_COPY_BYTES), b""):
-                if (total := total + len(piece)) > most:
-                    raise UsageError(f"{path}: it unpacks to more than {most} bytes")
-                yield piece
-    except (OSError, EOFError, ValueError) as error:
-        raise UsageError(f"{path}: it cannot be unpacked ({error})") from error
-
-
-def _rows(path: Path, field: str) -> Iterator[bytes]:
-    """Yield the rows of a parquet file as JSON lines of one column."""
-    try:
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-        broken: Any = importlib.import_module("pyarrow").ArrowException
-    except ModuleNotFoundError:
-        raise UsageError(
-            f"{path}: reading parquet takes pyarrow: pip install ream-stream[parquet]"
-        ) from None
-    try:
-        with parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if field not in names:
-                raise UsageError(
-                    f"{path}: it has no column {field!r}; --text-field names it "
-                    f"(here: {', '.join(names)})"
-                )
-            for batch in table.iter_batches(columns=[field]):
-                yield from _json_lines(field, batch.column(0).to_pylist())
-    except (broken, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{path}: not a parquet file that can be read ({reason})") from error
-
-
-def _json_lines(field: str, values: Iterable[object]) -> Iterator[bytes]:
-    for value in values:
-        yield json.dumps({field: value if value is not None else ""}).encode() + b"\n"
-
-
-UNPACKERS: Mapping[str, Callable[[Path, str], Iterator[bytes]]] = {
-    ".gz": _gunzip,
-    ".zst": _unzstd,
-    ".parquet": _rows,
-}
-"""Pieces of what is in a file that cannot be read at any place, by its suffix."""

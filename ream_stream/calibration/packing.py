@@ -1,25 +1,27 @@
 """From documents to full sequences of tokens, with the checkpoint's own tokenizer."""
 
+import json
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ream_stream.errors import UsageError
 
+from .chat_templates import ChatRenderer
 from .datasets import open_documents
 from .mix import Part, shares
-from .text import Render, in_seeded_order
+from .text import in_seeded_order
 from .tokens import Tokens, first, from_file, from_tensors, joined
 
 _PART = 1 << 16  # characters: a tokenizer needs some hundred bytes for each while it works
-_TOKENIZER_FILES = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken"})
-_TOKENIZER_BYTES = 200_000_000
+_TOKENIZER_FILES = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken", ".spm"})
+_TOKENIZER_BYTES = 100_000_000
+_MORE_TEMPLATES = "additional_chat_templates"
 _PASS_TOKENS = "pass a safetensors file with input_ids as --calibration instead of text"
 
 
@@ -60,6 +62,7 @@ def read_tokens(
     if len(parts) == 1 and parts[0].is_tokens:
         return from_file(Path(parts[0].source), vocab_size=vocab_size)
     tokenizer = None if all(part.is_tokens for part in parts) else load_tokenizer(checkpoint)
+    render = None if tokenizer is None else ChatRenderer(tokenizer)
 
     def made(part: Part, count: int) -> Tokens:
         if tokenizer is None or part.is_tokens:
@@ -69,7 +72,7 @@ def read_tokens(
             part,
             field=calibration.text_field,
             min_characters=calibration.min_characters,
-            render=chat_renderer(tokenizer),
+            render=render,
         )
         return pack(
             in_seeded_order(documents, calibration.seed),
@@ -88,20 +91,6 @@ def read_tokens(
     return joined(made_of, description=described, vocab_size=vocab_size)
 
 
-def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
-    """Return what makes text of a chat, as the checkpoint was trained to see it."""
-
-    def render(messages: list[Any]) -> str:
-        if not tokenizer.chat_template:
-            raise ValueError("the checkpoint's tokenizer has no chat template")
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(str(error)) from error
-
-    return render
-
-
 def _is_plain(path: Path) -> bool:
     """Tell whether a file can be read to its end: no device, no pipe, not endless."""
     return path.is_dir() or (path.is_file() and path.stat().st_size <= _TOKENIZER_BYTES)
@@ -115,24 +104,58 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     UsageError
         There is none that can be loaded.
     """
-    for path in sorted(checkpoint.iterdir()):
+    templates = checkpoint / _MORE_TEMPLATES
+    more = templates.iterdir() if templates.is_dir() else ()
+    for path in sorted([*checkpoint.iterdir(), *more]):
         if path.suffix in _TOKENIZER_FILES and not _is_plain(path):
             raise UsageError(
                 f"{path}: not a file of at most {_TOKENIZER_BYTES} bytes; {_PASS_TOKENS}"
             )
-    try:
+    with _refused(checkpoint, "be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             checkpoint, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # tokenizers raises bare Exception
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"{checkpoint}: its tokenizer cannot be loaded ({reason}); {_PASS_TOKENS}"
-        ) from error
+        # what models of images and text had before there was a file for the template alone
+        older = checkpoint / "chat_template.json"
+        if not tokenizer.chat_template and older.is_file():
+            tokenizer.chat_template = json.loads(older.read_bytes())["chat_template"]
     # transformers 5.23 makes an empty tokenizer of the model's class where there are no files
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
         raise UsageError(f"{checkpoint}: there is no tokenizer in it; {_PASS_TOKENS}")
     return tokenizer
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Return the tokens of a text.
+
+    Raises
+    ------
+    UsageError
+        The tokenizer fails on it.
+    """
+    with _refused(Path(tokenizer.name_or_path), "encode the text"):
+        ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)[
+            "input_ids"
+        ]
+    return ids
+
+
+@contextmanager
+def _refused(checkpoint: Path, what: str) -> Iterator[None]:
+    """Make a refusal of what a tokenizer raises: anything, of any kind."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # bare Exceptions, and panics of Rust, which are not even that
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"{checkpoint}: its tokenizer cannot {what} ({reason}); {_PASS_TOKENS}"
+        ) from error
 
 
 def pack(
@@ -220,12 +243,12 @@ def _token_parts(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[list[int]]:
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    starts_itself = start is not None and tokenizer("")["input_ids"][:1] == [start]
+    starts_itself = start is not None and encoded(tokenizer, "")[:1] == [start]
     for document in documents:
         last: list[int] = []
         for offset in range(0, len(document), _PART):
             part = document[offset : offset + _PART]
-            ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = encoded(tokenizer, part, add_special_tokens=False)
             # a chat template may have put either token itself
             if starts_itself and offset == 0 and ids[:1] != [start]:
                 yield [start]

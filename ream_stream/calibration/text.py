@@ -5,7 +5,7 @@ document, and refuses a file that cannot be used; after it documents are read
 in any order. Neither pass holds more than one document.
 
 - records: one JSON object a line, one of its fields is the document, a string or a
-  chat (a list of messages) that is rendered to one.
+  chat (a list of messages, `chats`) that is rendered to one.
 - anything else: plain text; a document is a piece of it that ends at a newline.
 """
 
@@ -23,13 +23,14 @@ import torch
 from ream_stream.errors import UsageError
 from ream_stream.rng import generator
 
+from .chats import Chat, ChatError, chat_of
+from .readers import READ, RECORD_BYTES, listed
+
 _PIECE_BYTES = 1 << 16
-_RECORD_BYTES = 1 << 24
-_SHOWN_FIELDS = 10
 
 
-Render = Callable[[list[Any]], str]
-"""Makes text of the messages of a chat; raises ValueError with the reason if it cannot."""
+Render = Callable[[Chat], str]
+"""Makes text of a chat; raises ChatError with the reason if it cannot."""
 
 
 class Documents(Protocol):
@@ -53,6 +54,8 @@ class TextFile:
         Field of each record that holds the text; None for plain text.
     content
         What is in the file, if that had to be unpacked; otherwise `path` is read.
+    unit
+        What a line of the content is in the file, for messages.
     min_characters
         Shorter documents are left out.
     render
@@ -70,11 +73,12 @@ class TextFile:
         *,
         field: str | None,
         content: BinaryIO | None = None,
+        unit: str = "line",
         min_characters: int = 0,
         render: Render | None = None,
     ) -> None:
         self.path = path
-        self._field, self._content = field, content
+        self._field, self._content, self._unit = field, content, unit
         if content is not None:
             weakref.finalize(self, content.close)
         self._min_characters, self._render = min_characters, render
@@ -133,22 +137,33 @@ class TextFile:
         except UnicodeDecodeError as error:
             where = f"byte {start + error.start}"
             raise UsageError(
-                f"{self.path}: not UTF-8 text at {where} ({error.reason})"
+                f"{self.path}: not UTF-8 text at {where} ({error.reason}); {READ}"
             ) from error
-        if self._field is None:
-            return text.replace("\r\n", "\n")
-        where = f"{self.path}: line {line}"
-        value = _record_field(text, self._field, where)
-        if isinstance(value, list):
-            return self._chat_text(value, f"{where}: its field {self._field!r}")
-        return value
+        if self._field is not None:
+            return self._of_record(text, f"{self.path}: {self._unit} {line}")
+        if "\0" in text:
+            raise UsageError(f"{self.path}: not text, it has NUL characters; {READ}")
+        return text.replace("\r\n", "\n")
 
-    def _chat_text(self, messages: list[Any], where: str) -> str:
-        if self._render is None:
+    def _of_record(self, text: str, where: str) -> str:
+        """Return the document of a record; `where` begins messages."""
+        record = _record(text, where)
+        field = self._field
+        if field not in record:
+            raise UsageError(
+                f"{where} has no field {field!r}; --text-field names it "
+                f"(here: {listed(record)})"
+            )
+        value, where = record[field], f"{where}: its field {field!r}"
+        if isinstance(value, str):
+            if not _is_whole(value):
+                raise UsageError(f"{where} has half a surrogate pair")
+            return value
+        if not isinstance(value, list) or self._render is None:
             raise UsageError(f"{where} is not a string")
         try:
-            return self._render(messages)
-        except ValueError as error:
+            return self._render(chat_of(value, record.get("tools")))
+        except ChatError as error:
             raise UsageError(f"{where} is not a chat that can be rendered: {error}") from error
 
 
@@ -177,14 +192,13 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    for number, line in enumerate(iter(lambda: file.readline(_RECORD_BYTES + 1), b""), start=1):
-        if len(line) > _RECORD_BYTES:
-            raise UsageError(f"{path}: line {number} is longer than {_RECORD_BYTES >> 20} MiB")
+    for number, line in enumerate(iter(lambda: file.readline(RECORD_BYTES + 1), b""), start=1):
+        if len(line) > RECORD_BYTES:
+            raise UsageError(f"{path}: line {number} is longer than {RECORD_BYTES >> 20} MiB")
         yield line
 
 
-def _record_field(line: str, field: str, where: str) -> str | list[Any]:
-    """Return a field of a JSON object, a string or a list; `where` begins messages."""
+def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -193,19 +207,13 @@ def _record_field(line: str, field: str, where: str) -> str | list[Any]:
         raise UsageError(f"{where} is not JSON that can be read: {error}") from error
     if not isinstance(record, dict):
         raise UsageError(f"{where} is not a JSON object, {{...}}")
-    if field not in record:
-        fields = ", ".join(list(record)[:_SHOWN_FIELDS]) or "none"
-        raise UsageError(
-            f"{where} has no field {field!r}; --text-field names it (here: {fields})"
-        )
-    text = record[field]
-    if isinstance(text, list):
-        return text
-    if not isinstance(text, str):
-        raise UsageError(f"{where}: its field {field!r} is not a string")
+    return record
+
+
+def _is_whole(text: str) -> bool:
+    """Tell whether a text can be written as UTF-8: JSON escapes may be half a pair."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        message = f"{where}: its field {field!r} has half a surrogate pair"
-        raise UsageError(message) from error
-    return text
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -335,9 +335,9 @@ def calibration_options(*, required: bool) -> list[Callable[[F], F]]:
             multiple=True,
             required=required,
             metavar="SOURCE",
-            help="Text, records (.jsonl, .parquet), a folder of either, tokens (.safetensors) "
-            "or a data set (hf:OWNER/NAME/PATTERN). A mix of several: NAME=SOURCE:WEIGHT for "
-            "each, or a .yaml file."
+            help="Text, records (.jsonl, .json, .csv, .parquet), a folder, tokens "
+            "(.safetensors) or a data set (hf:OWNER/NAME/PATTERN). A mix of several: "
+            "NAME=SOURCE:WEIGHT for each, or a .yaml file."
             + ("" if required else " Without it only its size counts."),
         ),
         option(

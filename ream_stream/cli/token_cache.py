@@ -14,14 +14,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ream_stream import files
+from ream_stream.calibration.chat_templates import ChatRenderer
 from ream_stream.calibration.datasets import digest_of, open_documents
 from ream_stream.calibration.mix import Part, parts_of
-from ream_stream.calibration.packing import (
-    Calibration,
-    chat_renderer,
-    load_tokenizer,
-    pack_up_to,
-)
+from ream_stream.calibration.packing import Calibration, load_tokenizer, pack_up_to
 from ream_stream.calibration.tokens import Tokens, first, from_file, joined
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import UsageError
@@ -120,6 +116,7 @@ def read_test_tokens(
     """
     vocab_size = checkpoint.config.get("vocab_size")
     tokenizer = None if all(p.is_tokens for p in parts) else load_tokenizer(checkpoint.folder)
+    render = None if tokenizer is None else ChatRenderer(tokenizer)
 
     def made(part: Part) -> Tokens:
         if tokenizer is None or part.is_tokens:
@@ -128,7 +125,7 @@ def read_test_tokens(
                 return tokens
             rows = max(1, max_tokens // tokens.sequence_length)
             return first(tokens, min(rows, tokens.num_sequences), description=part.source)
-        documents = open_documents(part, field=text_field, render=chat_renderer(tokenizer))
+        documents = open_documents(part, field=text_field, render=render)
         return pack_up_to(
             (documents[number] for number in range(len(documents))),
             tokenizer,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ream_stream.calibration.packing import encoded
 from ream_stream.calibration.tokens import Tokens, from_tensors
 from ream_stream.errors import UsageError
 
@@ -171,8 +172,8 @@ def _encode(
     blanks = len(context) - len(context.rstrip())
     if blanks:
         context, choice = context[:-blanks], context[-blanks:] + choice
-    whole: list[int] = tokenizer(context + choice)["input_ids"]
-    before = len(tokenizer(context)["input_ids"])
+    whole = encoded(tokenizer, context + choice)
+    before = len(encoded(tokenizer, context))
     if not before:  # nothing comes before the choice but where a text begins
         start = tokenizer.bos_token_id
         return [tokenizer.eos_token_id if start is None else start], whole

@@ -13,14 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from ream_stream.calibration.chat_templates import ChatRenderer
 from ream_stream.calibration.datasets import digest_of, open_documents
 from ream_stream.calibration.mix import MIXES, Part, parse_part, parts_of, shares
-from ream_stream.calibration.packing import (
-    Calibration,
-    chat_renderer,
-    load_tokenizer,
-    read_tokens,
-)
+from ream_stream.calibration.packing import Calibration, load_tokenizer, read_tokens
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.errors import UsageError
 
@@ -84,7 +80,9 @@ def test_the_rows_of_a_parquet_file_are_documents(tmp_path):
     table = pyarrow.table({"body": [*TEXTS[:3], None], "chat": chat})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert documents(tmp_path / "a.parquet", field="body") == TEXTS[:2]
-    spoken = documents(tmp_path / "a.parquet", field="chat", render=lambda m: m[0]["content"])
+    spoken = documents(
+        tmp_path / "a.parquet", field="chat", render=lambda chat: chat.messages[0]["content"]
+    )
     assert spoken == KEPT
     with pytest.raises(UsageError, match=r"no column 'text'; --text-field .*: body, chat\)"):
         documents(tmp_path / "a.parquet")
@@ -127,15 +125,17 @@ def test_a_chat_is_rendered_with_the_template_of_the_checkpoint(tmp_path):
     with pytest.raises(UsageError, match="line 1: its field 'messages' is not a string"):
         documents(path, field="messages")
     with pytest.raises(UsageError, match="tokenizer has no chat template"):
-        documents(path, field="messages", render=chat_renderer(tokenizer))
+        documents(path, field="messages", render=ChatRenderer(tokenizer))
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     )
-    rendered = documents(path, field="messages", render=chat_renderer(tokenizer))
+    rendered = documents(path, field="messages", render=ChatRenderer(tokenizer))
     assert rendered == ["<user>hello\n<assistant>yes\n"]
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(UsageError, match="can be rendered: no system role"):
-        documents(path, field="messages", render=chat_renderer(tokenizer))
+    with pytest.raises(
+        UsageError, match=r"can be rendered: the chat template of .* says: no system role"
+    ):
+        documents(path, field="messages", render=ChatRenderer(tokenizer))
 
 
 def test_a_data_set_on_the_hub_is_read_from_the_cache(tmp_path):
@@ -275,7 +275,7 @@ def test_the_two_ends_of_a_rendered_chat_are_not_put_twice():
     from ream_stream.calibration.packing import pack
 
     class Ending:
-        bos_token_id, eos_token_id = 7, 9
+        bos_token_id, eos_token_id, name_or_path = 7, 9, "digits"
 
         def __call__(self, text, *, add_special_tokens=True, verbose=True):
             ids = [int(letter) for letter in text]

@@ -127,7 +127,7 @@ def test_a_bad_record_is_refused_with_its_line(tmp_path, name):
 
 
 def test_a_record_that_does_not_fit_in_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(text, "RECORD_BYTES", 1 << 20)
     path = file(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "' + "b" * (1 << 20) + '"}\n')
     with pytest.raises(UsageError, match="line 2 is longer than 1 MiB"):
         opened(path)

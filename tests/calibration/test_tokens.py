@@ -57,7 +57,7 @@ def test_a_long_document_has_no_end_token_inside(tokenizer):
 
 def test_a_tokenizer_that_starts_texts_itself_starts_each_document(tokenizer):
     class Starting:
-        bos_token_id, eos_token_id = 7, None
+        bos_token_id, eos_token_id, name_or_path = 7, None, "digits"
 
         def __call__(self, text, *, add_special_tokens=True, verbose=True):
             ids = [int(letter) for letter in text]
