@@ -7,7 +7,7 @@ small run, which should not wait for its estimate. Nothing is written.
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,10 +159,18 @@ class _Filled:
 
     def __init__(self, stack: ExpertStack, count: int) -> None:
         self._matrices = {
-            (matrix.place(expert), None if matrix.numbered else expert): self._fill(matrix)
+            self._key(
+                replace(matrix.stored, prefix=matrix.place(expert)),
+                None if matrix.numbered else expert,
+            ): self._fill(matrix)
             for matrix in stack.matrices
             for expert in range(count)
         }
+
+    @staticmethod
+    def _key(stored: Stored, index: int | None) -> tuple[str, int | None]:
+        # a bias has the prefix of its matrix
+        return min(stored.names().values()), index
 
     @staticmethod
     def _fill(matrix: ExpertMatrix) -> Tensor:
@@ -177,7 +185,7 @@ class _Filled:
     def matrix(
         self, stored: Stored, index: int | None, _dtype: torch.dtype, send: Send = stay
     ) -> Tensor:
-        matrix_RC = self._matrices[stored.prefix, index]
+        matrix_RC = self._matrices[self._key(stored, index)]
         # what is decoded takes time of its own
         return send(matrix_RC) if isinstance(stored.codec, Plain) else matrix_RC
 

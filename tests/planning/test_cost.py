@@ -118,6 +118,14 @@ def test_a_sum_has_all_fields():
     assert total([one, one]) == Work(**{field.name: 2 for field in fields(Work)})
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "qwen3_moe"])
+def test_the_machine_is_measured_on_experts_of_every_layout(plan_of, name):
+    """With biases, stacked and turned, and one by one."""
+    rates = forecast(plan_of(name), torch.device("cpu"), 1).rates
+    assert rates.expert > 0
+    assert rates.product > 0
+
+
 def test_times_of_phases_follow_from_rates(plan_of):
     rates = Rates(
         expert=100.0,
