@@ -40,6 +40,7 @@ from .meta_model import (
     states_axis,
 )
 from .mtp import find_wiring
+from .rotary import forgetting
 from .tensor_map import TensorMap
 
 
@@ -101,6 +102,7 @@ class StreamedModel:
         """What a multi-token-prediction layer is behind; None if there is none."""
         self._is_tuple = passes_selection(self.model, self._decoder)
         self._states = states_axis(self._decoder[0])
+        self._forget = forgetting(self.model)
         self._active: int | None = None
         self._feed: Tensor | None = None
         self._only_feed = False
@@ -322,10 +324,6 @@ class StreamedModel:
             and any(p.dim() > 1 for p in child.parameters())
         ]
 
-    def _experts(self, index: int) -> StreamedExperts:
-        modules = self._decoder[index].modules()
-        return next(module for module in modules if isinstance(module, StreamedExperts))
-
     def _forward(self, batch: Batch, **options: Any) -> Any:  # noqa: ANN401
         mask, whole = batch.attention_mask_BL, cast(Any, self.model)
         embedding = whole.get_input_embeddings()
@@ -333,6 +331,7 @@ class StreamedModel:
             rows = torch.empty(0, self._width, dtype=self.dtype, device=self.device)
             embedding.weight = nn.Parameter(rows, requires_grad=False)
         with torch.no_grad():
+            self._forget()
             return self.model(
                 input_ids=batch.input_ids_BL.to(self.device),
                 attention_mask=None if mask is None else mask.to(self.device),

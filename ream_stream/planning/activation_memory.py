@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import masking_utils
 
 from ream_stream.checkpoint.expert_stack import ExpertStack, Send, stay
 from ream_stream.checkpoint.formats import Plain, Stored
 from ream_stream.checkpoint.header import DTYPES
 from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.errors import ReamStreamError, UnsupportedModelError
 from ream_stream.model.attention_cache import main_output
 from ream_stream.model.experts import Routed, StreamedExperts
 from ream_stream.model.meta_model import get_tensor, path_of, put_tensor
@@ -132,6 +134,41 @@ class Additions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
 
+class Integers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Knows the values of whole numbers and truths among tensors without data.
+
+    By such a forward chooses what to do: the length of a batch selects the frequencies of
+    some rotary embeddings. They are worked out beside, as far as they do not come of what
+    has no data.
+    """
+
+    LARGEST = 1 << 22
+    """Numbers of a tensor that is followed; masks may be larger."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: Any = (),  # noqa: ANN401
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        given = (args, kwargs or {})
+        used = [leaf for leaf in tree_leaves(given) if _is_tensor(leaf)]
+        if func is torch.ops.aten._local_scalar_dense.default and used[0] in self._values:
+            with unset_fake_temporarily():
+                return self._values[used[0]].item()
+        output = func(*args, **given[1])
+        if _is_whole(output) and all(leaf in self._values for leaf in used):
+            with unset_fake_temporarily():
+                args, kwargs = tree_map_only(Tensor, self._values.__getitem__, given)
+                self._values[output] = func(*args, **kwargs)
+        return output
+
+
 class _NoData:
     """Stands in for a checkpoint's mapped tensors: the shapes of its headers, no data."""
 
@@ -231,7 +268,7 @@ class Footprints:
     ) -> Iterator[tuple[StreamedExperts | None, Batch, Tensor]]:
         """Open a layer without data; give its experts, a batch and what enters the layer."""
         model, dtype = self.model, self.model.dtype
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True), Integers(), torch.no_grad():
             table_VH = torch.empty(self._shape_VH, dtype=dtype)
             put_tensor(model.model, self._embedding + ".weight", table_VH)
             if model.final_norm is not None:
@@ -243,7 +280,16 @@ class Footprints:
                 if experts is not None:
                     experts.dispatch = _all_to_one
                 batch = Batch(input_ids_BL=ids_BL, attention_mask_BL=None)
-                yield experts, batch, hidden_BLH
+                try:
+                    yield experts, batch, hidden_BLH
+                except (ReamStreamError, MemoryError):
+                    raise
+                except Exception as error:  # anything: transformers trusts a config
+                    reason = " ".join(str(error).split())
+                    raise UnsupportedModelError(
+                        f"transformers cannot run layer {index} of the model of config.json: "
+                        f"{reason or type(error).__name__}"
+                    ) from error
 
 
 def _peak(work: Callable[[], object]) -> int:
@@ -305,6 +351,14 @@ def _statistics(experts: StreamedExperts) -> Callable[[Routed], None]:
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
+
+
+def _is_whole(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and not (value.is_floating_point() or value.is_complex())
+        and value.numel() <= Integers.LARGEST
+    )
 
 
 def _storage(tensor: Tensor) -> tuple[int, torch.UntypedStorage]:

@@ -548,12 +548,12 @@ def families() -> list[Any]:
     return [pytest.param(n, marks=slow) if n in SELDOM else n for n in sorted(TINY)]
 
 
-def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
+def write_checkpoint(folder: Path, name: str, dtype: torch.dtype, **changes: Any) -> Path:
     """Write the checkpoint of a family, with the config keys that the hub has."""
     tiny = TINY[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(name, **{**_SHAPE, **tiny.config})
+        config = AutoConfig.for_model(name, **{**_SHAPE, **tiny.config, **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
