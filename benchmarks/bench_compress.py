@@ -72,7 +72,6 @@ def measure(
     from ream_stream.compression.journal import Workspace
     from ream_stream.compression.pipeline import compress
     from ream_stream.device import compute_dtype
-    from ream_stream.events import Finished
     from ream_stream.planning.planner import make_plan
     from ream_stream.settings import Method, Settings
 
@@ -89,9 +88,7 @@ def measure(
     plan = make_plan(checkpoint, settings, SEQUENCES, LENGTH)
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
-        for event in compress(plan, tokens, workspace, device=device, threads=threads):
-            finished = event
-    assert isinstance(finished, Finished)
+        finished = compress(plan, tokens, workspace, device=device, threads=threads)
     sample = min(method.similarity_tokens, ids.numel()) if grouping != "none" else 0
     pair = 2 * HIDDEN * INNER
     flop = {

@@ -51,7 +51,7 @@ from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
 from ream_stream.evaluation.comparison import Bench
-from ream_stream.evaluation.evaluate import Result, evaluate
+from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.metrics import Evaluation
 from ream_stream.files import read_json
 from ream_stream.host_memory import available_bytes
@@ -65,9 +65,8 @@ def score(folder: Path, tests: Mapping[str, Tokens], work: Path) -> dict[str, Ev
     """Return the evaluation of a checkpoint by domain."""
     checkpoint, result = open_checkpoint(folder), {}
     for domain, tokens in tests.items():
-        *_, last = evaluate(checkpoint, tokens, work, dtype=torch.float32, device=CPU)
-        assert isinstance(last, Result)
-        result[domain] = last.evaluation
+        found = evaluate(checkpoint, tokens, work, dtype=torch.float32, device=CPU)
+        result[domain] = found.evaluation
     return result
 
 
@@ -78,8 +77,7 @@ def make(output: Path, tokens: Tokens, experts: int, method: Method) -> None:
     plan = make_plan(source, settings, tokens.num_sequences, tokens.sequence_length)
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
-        for _ in compress(plan, tokens, workspace, device=CPU, threads=2):
-            pass
+        compress(plan, tokens, workspace, device=CPU, threads=2)
 
 
 def homes(output: Path) -> list[dict[int, int]]:

@@ -40,7 +40,7 @@ from ream_stream.cli.demo.texts import DOMAINS, documents
 from ream_stream.cli.options import PRESETS
 from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
-from ream_stream.events import LayerDone
+from ream_stream.events import Event, LayerDone
 from ream_stream.method.saliency import SALIENCIES
 from ream_stream.planning.planner import make_plan
 from ream_stream.settings import REFIT_TARGETS, Method, Settings
@@ -236,8 +236,9 @@ class Bench:
                 tokens.sequence_length,
             )
             workspace = Workspace(output=output, work=output / ".ream-stream")
+            events: list[Event] = []
             with workspace.locked():
-                events = list(compress(plan, tokens, workspace, device=CPU, threads=1))
+                compress(plan, tokens, workspace, device=CPU, threads=1, report=events.append)
             seconds = time.perf_counter() - start
             scores = score(output, self.tests, self.folder)
         layers = [event for event in events if isinstance(event, LayerDone)]

@@ -67,10 +67,7 @@ def run(
     )
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
-        for event in compress(plan, tokens, workspace, device=CPU, threads=threads):
-            last = event
-    assert isinstance(last, Finished)
-    return plan, last
+        return plan, compress(plan, tokens, workspace, device=CPU, threads=threads)
 
 
 def expert_rates(plan: Plan) -> dict[str, float]:

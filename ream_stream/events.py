@@ -1,6 +1,6 @@
 """What happens in a run, as plain data: the pipeline yields it, the command line shows it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,3 +133,10 @@ class Finished:
 
 
 Event = Started | Step | LayerDone | Halved | Finished
+
+Report = Callable[[Event], None]
+"""Is told what happens as it happens; it may raise `InterruptedRunError` to end the work."""
+
+
+def no_report(_event: Event) -> None:
+    """Let events pass."""

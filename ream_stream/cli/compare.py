@@ -105,8 +105,8 @@ def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None
     from .signals import stop_requests
 
     with stop_requests() as asked:
-        bench, _, trials = _prepare(source, output, ("",), values, asked)
-        outcomes = carry_out(bench, trials, console(stderr=True))
+        bench, _, trials = _prepare(source, output, ("",), values)
+        outcomes = carry_out(bench, trials, console(stderr=True), asked)
     known = comparison_facts(bench, outcomes)
     write_files(
         output,
@@ -166,8 +166,8 @@ def sweep(
     if unknown:
         raise UsageError(f"--mixes: {unknown[0]!r} is not one of {', '.join(MIXES)}")
     with stop_requests() as asked:
-        bench, grid, trials = _prepare(source, output, names, values, asked)
-        outcomes = carry_out(bench, trials, console(stderr=True))
+        bench, grid, trials = _prepare(source, output, names, values)
+        outcomes = carry_out(bench, trials, console(stderr=True), asked)
     known = sweep_facts(bench, grid, outcomes)
     write_files(output, {"sweep.json": known, "sweep.svg": standalone(pareto_picture(known))})
     if as_json:
@@ -182,7 +182,6 @@ def _prepare(
     output: Path,
     mixes: tuple[str, ...],
     values: dict[str, Any],
-    asked: Callable[[], int | None],
 ) -> tuple[Any, Any, Any]:
     """Return bench, grid and trials."""
     from .comparison_view import Grid, bench_of, token_maker, trials_of
@@ -206,7 +205,6 @@ def _prepare(
         dtype=values["compute_dtype"],
         threads=values["threads"],
         ram=values["ram"],
-        stop_requested=asked,
     )
     tokens = token_maker(bench.source, values)
     return bench, grid, trials_of(bench, grid, tokens)

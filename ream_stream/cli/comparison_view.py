@@ -35,6 +35,7 @@ from ream_stream.planning.planner import RAM_SHARE
 
 from .console import columns
 from .job import compute_dtype, num_experts
+from .signals import stopping
 from .token_cache import calibration_of, read_test_tokens
 from .variants import settings_of
 
@@ -74,7 +75,6 @@ def bench_of(
     dtype: str,
     threads: int | None,
     ram: int | None,
-    stop_requested: Callable[[], int | None],
 ) -> Bench:
     """Read headers and test tokens."""
     checkpoint, where = open_checkpoint(source), choose_device(device)
@@ -95,7 +95,6 @@ def bench_of(
         dtype=compute_dtype(dtype, checkpoint, where),
         threads=torch.get_num_threads(),
         ram=int(RAM_SHARE * available_bytes()) if ram is None else ram,
-        stop_requested=stop_requested,
     )
 
 
@@ -141,15 +140,14 @@ def trials_of(bench: Bench, grid: Grid, tokens: Callable[[str, int], Tokens]) ->
     ]
 
 
-def carry_out(bench: Bench, trials: Sequence[Trial], console: Console) -> tuple[Outcome, ...]:
-    """Run the trials that are left, saying a line for each layer."""
-    outcomes: tuple[Outcome, ...] = ()
-    for event in run_trials(bench, trials):
-        if isinstance(event, tuple):
-            outcomes = event
-        else:
-            _say(event, console)
-    return outcomes
+def carry_out(
+    bench: Bench,
+    trials: Sequence[Trial],
+    console: Console,
+    asked: Callable[[], int | None],
+) -> tuple[Outcome, ...]:
+    """Run the trials that are left, saying a line for each layer, until a signal is caught."""
+    return run_trials(bench, trials, stopping(asked, lambda event: _say(event, console)))
 
 
 def _say(event: Event, console: Console) -> None:

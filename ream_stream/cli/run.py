@@ -12,12 +12,12 @@ from ream_stream import files
 from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
 from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, sentence
-from ream_stream.events import Finished
+from ream_stream.events import Event, Finished
 
 from .console import plan_facts
 from .job import Job
 from .progress import Log, display
-from .signals import stop_requests
+from .signals import stop_requests, stopping
 from .token_cache import store
 
 
@@ -114,23 +114,20 @@ def _follow(
 ) -> Finished:
     plan, tokens = job.plan, job.tokens
     assert tokens is not None
-    events = compress(
-        plan,
-        tokens,
-        workspace,
-        device=job.device,
-        threads=job.threads,
-        stop_requested=asked,
-    )
-    finished = None
     with display(console, _layer_bytes(job)) as shown:
-        for event in events:
+
+        def report(event: Event) -> None:
             log.show(event)
             shown.show(event)
-            if isinstance(event, Finished):
-                finished = event
-    assert finished is not None
-    return finished
+
+        return compress(
+            plan,
+            tokens,
+            workspace,
+            device=job.device,
+            threads=job.threads,
+            report=stopping(asked, report),
+        )
 
 
 def _layer_bytes(job: Job) -> list[int]:

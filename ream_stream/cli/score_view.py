@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,15 +23,14 @@ from ream_stream.evaluation.layer_errors import LayerError, layer_errors
 from ream_stream.evaluation.memory import plan_evaluation
 from ream_stream.evaluation.metrics import Evaluation, Mean, finite
 from ream_stream.evaluation.multiple_choice import Share, accuracies, make_quiz, read_questions
-from ream_stream.events import Step
+from ream_stream.events import Event, Report, Step
 from ream_stream.host_memory import available_bytes
 from ream_stream.planning.planner import RAM_SHARE
 
 from .console import columns, facts
 from .job import compute_dtype as dtype_of
+from .signals import stopping
 from .token_cache import read_test_tokens
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,17 +158,17 @@ def measure(
     if tokens is not None:
         result, batch = _result(job, tokens, work, console, stop_requested, keep=keep_original)
         if with_layers and original is not None:
-            events = layer_errors(
-                job.checkpoint,
-                original,
-                tokens,
-                work,
-                dtype=job.dtype,
-                device=job.device,
-                batch_sequences=batch,
-                stop_requested=stop_requested,
-            )
-            errors = follow(events, console, f"{name} layers")
+            with _progress(console, f"{name} layers", stop_requested) as report:
+                errors = layer_errors(
+                    job.checkpoint,
+                    original,
+                    tokens,
+                    work,
+                    dtype=job.dtype,
+                    device=job.device,
+                    batch_sequences=batch,
+                    report=report,
+                )
     return Measured(
         result=result,
         domains=result.by_domain(tokens) if result and tokens else {},
@@ -191,18 +191,19 @@ def _result(
     """Return the result on tokens, and the batch it was found with."""
     both = [each for each in (job.checkpoint, job.original) if each is not None]
     batch = plan_evaluation(both, tokens, job.dtype, job.ram).batch_sequences
-    events = evaluate(
-        job.checkpoint,
-        tokens,
-        work,
-        dtype=job.dtype,
-        device=job.device,
-        original=job.original,
-        batch_sequences=batch,
-        keep_original=keep,
-        stop_requested=stop_requested,
-    )
-    return follow(events, console, job.checkpoint.folder.name), batch
+    with _progress(console, job.checkpoint.folder.name, stop_requested) as report:
+        result = evaluate(
+            job.checkpoint,
+            tokens,
+            work,
+            dtype=job.dtype,
+            device=job.device,
+            original=job.original,
+            batch_sequences=batch,
+            keep_original=keep,
+            report=report,
+        )
+    return result, batch
 
 
 def _ask(
@@ -225,23 +226,25 @@ def _ask(
             description=str(path),
         )
         plan = plan_evaluation([checkpoint], quiz.tokens, job.dtype, job.ram)
-        events = evaluate(
-            checkpoint,
-            quiz.tokens,
-            work,
-            dtype=job.dtype,
-            device=job.device,
-            target_SL=quiz.target_SL,
-            batch_sequences=plan.batch_sequences,
-            stop_requested=stop_requested,
-        )
-        result = follow(events, console, f"{checkpoint.folder.name} {path.name}")
+        name = f"{checkpoint.folder.name} {path.name}"
+        with _progress(console, name, stop_requested) as report:
+            result = evaluate(
+                checkpoint,
+                quiz.tokens,
+                work,
+                dtype=job.dtype,
+                device=job.device,
+                target_SL=quiz.target_SL,
+                batch_sequences=plan.batch_sequences,
+                report=report,
+            )
         answers[role] = accuracies(asked, result.evaluation.loss.total_S)
     return answers
 
 
-def follow(events: Iterator[Step | T], console: Console, name: str) -> T:
-    """Show the steps on a terminal and return the result, which comes last."""
+@contextmanager
+def _progress(console: Console, name: str, asked: Callable[[], int | None]) -> Iterator[Report]:
+    """Give a report that moves a bar on a terminal, and ends the work after a signal."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -249,17 +252,15 @@ def follow(events: Iterator[Step | T], console: Console, name: str) -> T:
         transient=True,
         disable=not console.is_terminal,
     )
-    result: T | None = None
     with bar:
         task = bar.add_task(name)
-        for event in events:
+
+        def show(event: Event) -> None:
             if isinstance(event, Step):
                 described = f"{name}  layer {event.layer + 1}  {event.phase}"
                 bar.update(task, description=described, completed=event.done, total=event.total)
-            else:
-                result = event
-    assert result is not None
-    return result
+
+        yield stopping(asked, show)
 
 
 def score_facts(job: ScoreJob, measured: Measured) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from types import FrameType
 
 import click
 
+from ream_stream.errors import InterruptedRunError
+from ream_stream.events import Event, Finished, LayerDone, Report, Started
+
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -32,3 +35,26 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stopping(asked: Callable[[], int | None], report: Report) -> Report:
+    """Return a report that ends the work once a signal was caught, after telling the event."""
+    layers = committed = 0
+
+    def tell(event: Event) -> None:
+        nonlocal layers, committed
+        report(event)
+        if isinstance(event, Started):
+            layers, committed = event.layers, event.committed
+        committed += isinstance(event, LayerDone)
+        number = asked()
+        if number is None or isinstance(event, Started | Finished):
+            return
+        raise InterruptedRunError(
+            f"stopped after {committed} of {layers} layers; run the same command again to go on"
+            if layers
+            else "stopped; the same command with the same --work-dir goes on",
+            signal_number=number,
+        )
+
+    return tell

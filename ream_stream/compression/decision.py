@@ -3,7 +3,7 @@
 Letters in shapes: n sampled tokens, E experts, H hidden, I inner.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -107,8 +107,12 @@ def alignment_orders(
     tensors: Tensors,
     sample: TokenSample | None,
     threads: int,
-) -> Iterator[tuple[int, Matched]]:
-    """Yield, for every member that joins a centroid, the order its neurons take."""
+    member_done: Callable[[int, int], None] = lambda _done, _total: None,
+) -> dict[int, Matched]:
+    """Return, for every member that joins a centroid, the order its neurons take.
+
+    `member_done` is told how many members are done, and how many there are.
+    """
     alignment = ALIGNMENTS[method.alignment]
     pairs = [(group[0], member) for group in decision.groups for member in group[1:]]
     hidden_nH = (
@@ -129,6 +133,9 @@ def alignment_orders(
                 last, centroid = first, neurons(first)
             yield Pair(centroid=centroid, member=neurons(member))
 
-    orders = align_all(alignment, load(), threads=threads)
-    for (_, member), found in zip(pairs, orders, strict=True):
-        yield member, found
+    orders: dict[int, Matched] = {}
+    found = align_all(alignment, load(), threads=threads)
+    for (_, member), matched in zip(pairs, found, strict=True):
+        orders[member] = matched
+        member_done(len(orders), len(pairs))
+    return orders

@@ -5,8 +5,9 @@ batch, n sampled tokens, R rows of a block, K experts a token, E experts, H hidd
 I inner.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,25 +92,27 @@ class SumsByDomain:
 
     def __init__(self, tokens: Tokens, num_experts: int) -> None:
         self._domain_S, self._length = tokens.domain_S, tokens.sequence_length
-        self._domain_T = torch.empty(0)
         self.domains = {name: RoutedSums(num_experts) for name in tokens.domains}
-
-    def expect(self, start: int, count: int) -> None:
-        """Tell the position of the first of the coming tokens, and how many there are."""
-        rows = slice(start // self._length, (start + count) // self._length)
-        self._domain_T = self._domain_S[rows].repeat_interleave(self._length)
 
     def update(
         self,
+        start: int,
         topk_TK: Tensor,
         gate_TK: Tensor,
         score_TK: Tensor,
         norm_TK: Tensor,
         keep_T: Tensor | None,
     ) -> None:
-        """Add the batch as `RoutedSums.update` does; `keep_T` tells which were no padding."""
+        """Add the batch whose first token has position `start`, as `RoutedSums.update` does.
+
+        Of the batch's tokens, `keep_T` tells which are among the given ones; None for all.
+        """
         parts = (topk_TK, gate_TK, score_TK, norm_TK)
-        domain_T = self._domain_T if keep_T is None else self._domain_T[keep_T.cpu()]
+        count = len(topk_TK) if keep_T is None else len(keep_T)
+        rows = slice(start // self._length, (start + count) // self._length)
+        domain_T = self._domain_S[rows].repeat_interleave(self._length)
+        if keep_T is not None:
+            domain_T = domain_T[keep_T.cpu()]
         for number, sums in enumerate(self.domains.values()):
             if len(self.domains) == 1:
                 sums.update(*parts)
@@ -173,33 +176,28 @@ class Observer:
         self._mask_SL = tokens.attention_mask_SL
         self._late: dict[int, Tensor] = {}
         self._logits_TE = torch.empty(0)
-        self._keep_T: Tensor | None = None
-        self._start = 0
 
     @contextmanager
-    def listening(self, router: nn.Module, experts: StreamedExperts) -> Iterator[None]:
-        """Attach to the router and the experts for the length of the block."""
+    def attached(self, router: nn.Module) -> Iterator[None]:
+        """Take the router's logits for the length of the block."""
 
         def keep_logits(_module: nn.Module, _args: Any, output: Any) -> None:  # noqa: ANN401
             self._logits_TE = output[1 if self._family.scales_inputs else 0]
 
         handle = router.register_forward_hook(keep_logits)
-        experts.listener = self._take
         try:
             yield
         finally:
             handle.remove()
-            experts.listener = None
 
-    def expect(self, batch: Batch, first: int) -> None:
-        """Tell the coming batch, and the position of its first token in the calibration set."""
-        sequence, count = first // self._length, len(batch.input_ids_BL)
-        self._keep_T = None
+    def listener(self, first: int, batch: Batch) -> Callable[[Routed], None]:
+        """Return what is to hear of a batch, whose first sequence is number `first`."""
+        count = len(batch.input_ids_BL)
+        keep_T = None
         if self._mask_SL is not None:
-            self._keep_T = self._mask_SL[sequence : sequence + count].reshape(-1).bool()
-        self._start = first
-        self._leave_out(self._excluded.kept(sequence, count))
-        self.sums.expect(first, batch.input_ids_BL.numel())
+            keep_T = self._mask_SL[first : first + count].reshape(-1).bool()
+        keep_T = self._without(keep_T, self._excluded.kept(first, count))
+        return partial(self._take, first, keep_T)
 
     def finish(self, layer: int) -> None:
         """Forget what was sampled of excluded sequences, and check the sums.
@@ -217,50 +215,59 @@ class Observer:
             if not is_finite(sum_E):
                 raise NumbersError(f"layer {layer}: the statistics {name} are not finite")
 
-    def _leave_out(self, kept_B: Tensor | None) -> None:
-        """Let no token of some sequences of the batch count."""
-        if kept_B is not None:
-            kept_T = kept_B.repeat_interleave(self._length)
-            self._keep_T = kept_T if self._keep_T is None else self._keep_T & kept_T
+    def _without(self, keep_T: Tensor | None, kept_B: Tensor | None) -> Tensor | None:
+        """Return which tokens of a batch count if only those of some sequences do."""
+        if kept_B is None:
+            return keep_T
+        kept_T = kept_B.repeat_interleave(self._length)
+        return kept_T if keep_T is None else keep_T & kept_T
 
-    def _take(self, routed: Routed) -> None:
-        self._leave_out_bad(routed.hidden_TH, routed.norm_TK, self._logits_TE)
+    def _take(self, first: int, keep_T: Tensor | None, routed: Routed) -> None:
+        bad_B = self._bad_rows(first, routed.hidden_TH, routed.norm_TK, self._logits_TE)
+        keep_T = self._without(keep_T, None if bad_B is None else ~bad_B)
         score_TE = self._family.score(self._logits_TE)
+        start = first * self._length
         if self.sample is not None:
-            self.sample.take(self._start, routed.hidden_TH, score_TE)
+            self.sample.take(start, routed.hidden_TH, score_TE)
         index_TK, weight_TK, norm_TK = routed.index_TK, routed.weight_TK, routed.norm_TK
         logits_TE = self._logits_TE
-        if self._keep_T is not None:
-            keep_T = self._keep_T.to(index_TK.device)
-            index_TK, weight_TK, norm_TK = index_TK[keep_T], weight_TK[keep_T], norm_TK[keep_T]
-            logits_TE, score_TE = logits_TE[keep_T], score_TE[keep_T]
+        if keep_T is not None:
+            here_T = keep_T.to(index_TK.device)
+            index_TK, weight_TK, norm_TK = index_TK[here_T], weight_TK[here_T], norm_TK[here_T]
+            logits_TE, score_TE = logits_TE[here_T], score_TE[here_T]
         # where the score is in the input already, it does not count once more
         scored_TK = weight_TK if self._family.scales_inputs else score_TE.gather(1, index_TK)
-        self.sums.update(index_TK, weight_TK, scored_TK, norm_TK, self._keep_T)
+        self.sums.update(start, index_TK, weight_TK, scored_TK, norm_TK, keep_T)
         if self.gram is not None:
             # of probabilities the logarithm; tiny ones round to zero
             smallest = torch.finfo(torch.float32).tiny
             log = self._family.gives_scores
             self.gram.update(logits_TE.clamp_min(smallest).log() if log else logits_TE)
 
-    def _leave_out_bad(self, *state_TX: Tensor) -> None:
-        """Leave out the sequences of the batch for which a number is not finite."""
-        first = self._start // self._length
+    def _bad_rows(self, first: int, *state_TX: Tensor) -> Tensor | None:
+        """Return the sequences of a batch with a number that is not finite; None for none.
+
+        They are excluded once the layer has run: until then every batch has the same ones.
+        """
+        bad_B = None
         for state in state_TX:
             found_B = self._excluded.bad_rows(
                 first, state.reshape(-1, self._length, state.shape[-1])
             )
             if found_B is not None:
-                self._late[first] = (
-                    self._late.get(first, torch.zeros(1, dtype=torch.bool)) | found_B
-                )
-                self._leave_out(~found_B)
+                bad_B = found_B if bad_B is None else bad_B | found_B
+        if bad_B is not None:
+            self._late[first] = bad_B
+        return bad_B
 
 
 def mean_outputs(
-    experts: StreamedExperts, sample: TokenSample, similarity: str, mean_EH: Tensor
-) -> Iterator[int]:
-    """Run every expert on the sampled tokens and fill in its mean output.
+    experts: StreamedExperts,
+    sample: TokenSample,
+    similarity: str,
+    expert_done: Callable[[int], None] = lambda _done: None,
+) -> Tensor:
+    """Run every expert on the sampled tokens, and return its mean output, (E, H) float64.
 
     Parameters
     ----------
@@ -270,16 +277,13 @@ def mean_outputs(
         Filled by an observer.
     similarity
         Key of `method.similarity.SIMILARITIES`.
-    mean_EH
-        Float64, filled row by row.
-
-    Yields
-    ------
-    int
-        Experts done.
+    expert_done
+        Told the number of experts done.
     """
     hidden_nH, score_nE = sample.hidden_nH, sample.score_nE
-    for expert in range(len(mean_EH)):
+    stack = experts.weights.stack
+    mean_EH = torch.zeros(stack.count, stack.hidden).double()
+    for expert in range(stack.count):
         loaded = experts.weights.load(expert)
         inner = loaded.down_HI.shape[1]
         means = MeanActivations(1, inner, similarity=similarity, device=hidden_nH.device)
@@ -290,4 +294,5 @@ def mean_outputs(
         mean_EH[expert] = loaded.down_HI.float() @ means.mean_EI()[0].float()
         if loaded.down_bias_H is not None:
             mean_EH[expert] += means.mean_weight_E()[0] * loaded.down_bias_H.double()
-        yield expert + 1
+        expert_done(expert + 1)
+    return mean_EH

@@ -1,11 +1,10 @@
-"""The run: layer after layer, each committed alone; what happened is yielded as events.
+"""The run: layer after layer, each committed alone; what happens is reported as events.
 
 `compress` is the whole job. Killed at any time, calling it again with the same
 arguments goes on after the last committed layer and ends in the same bytes.
 """
 
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,22 +15,20 @@ from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.shards import write_shard
 from ream_stream.device import peak_bytes, release, restart_peak
-from ream_stream.errors import InterruptedRunError, OverBudgetError
-from ream_stream.events import Event, Finished, Halved, LayerDone, Started
+from ream_stream.errors import OverBudgetError
+from ream_stream.events import Finished, Halved, LayerDone, Report, Started, no_report
 from ream_stream.host_memory import Gauge, gauge, return_freed_memory
 from ream_stream.model.finite import Excluded
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import LayerPlan, Plan
 from ream_stream.planning.refit_memory import Solver
 
+from .context import Context
 from .finalize import MANIFEST, output_files, write_rest
 from .journal import Journal, LayerRecord, Workspace, check_fingerprint, load, save
-from .layer import Context, LayerJob
+from .layer import compress_layer
 from .output_tensors import Unchanged
 from .refit_activations import held_back
-
-StopRequest = Callable[[], int | None]
-"""Tells the number of a signal that asked the run to stop, or None."""
 
 
 def fingerprint(plan: Plan, tokens: Tokens) -> dict[str, Any]:
@@ -51,8 +48,8 @@ def compress(
     *,
     device: torch.device,
     threads: int,
-    stop_requested: StopRequest = lambda: None,
-) -> Iterator[Event]:
+    report: Report = no_report,
+) -> Finished:
     """Compress the planned checkpoint, or go on with it.
 
     Parameters
@@ -67,20 +64,15 @@ def compress(
         Where layers are run.
     threads
         For the assignments of the alignment.
-    stop_requested
-        Asked after every batch and expert.
-
-    Yields
-    ------
-    Event
-        What happened.
+    report
+        Told what happens, after every batch and expert too.
 
     Raises
     ------
     OtherRunError
         The folder holds a run with other settings or another source.
     InterruptedRunError
-        A stop was requested; what was committed stays.
+        `report` asked to stop; what was committed stays.
     """
     workspace.check_is_ours()
     wanted = fingerprint(plan, tokens)
@@ -106,7 +98,7 @@ def compress(
         save(workspace, journal)
     workspace.check_committed(journal)
     workspace.remove_strays(journal)
-    yield Started(layers=len(plan.layers), committed=len(journal.layers))
+    report(Started(layers=len(plan.layers), committed=len(journal.layers)))
     if plan.steady:
         return_freed_memory()
     seconds: dict[str, float] = {}
@@ -121,11 +113,9 @@ def compress(
                 context = _open(plan, tokens, workspace, journal, device, threads, stack)
                 for layer in plan.layers[len(journal.layers) :]:
                     supply.bring(layer.keys.index)
-                    for event in _layer_that_fits(context, layer, journal, meter):
-                        yield event
-                        if isinstance(event, LayerDone):
-                            peak_device_bytes = max(peak_device_bytes, event.peak_device_bytes)
-                        _check_stop(stop_requested, journal, plan)
+                    done = _layer_that_fits(context, layer, journal, meter, report)
+                    peak_device_bytes = max(peak_device_bytes, done.peak_device_bytes)
+                    report(done)
                     supply.release(layer.keys.index)
                 seconds = context.seconds
         if not complete:
@@ -135,7 +125,7 @@ def compress(
             seconds["finish"] = time.perf_counter() - start
         supply.release(None)
         peak = meter.highest
-    yield Finished(
+    finished = Finished(
         output_bytes=plan.output_bytes,
         source_bytes=plan.source_bytes,
         seconds=seconds,
@@ -143,6 +133,8 @@ def compress(
         peak_device_bytes=peak_device_bytes,
         already_complete=complete,
     )
+    report(finished)
+    return finished
 
 
 def _open(  # the parts of a context, each given once
@@ -173,8 +165,8 @@ def _open(  # the parts of a context, each given once
 
 
 def _layer_that_fits(
-    context: Context, layer: LayerPlan, journal: Journal, meter: Gauge
-) -> Iterator[Event]:
+    context: Context, layer: LayerPlan, journal: Journal, meter: Gauge, report: Report
+) -> LayerDone:
     """Work on one layer, with half as much at once each time device memory is short.
 
     Nothing of the layer is committed by then, so it begins again. The journal gets the
@@ -182,7 +174,7 @@ def _layer_that_fits(
     """
     while True:
         try:
-            yield from _layer(context, layer, journal, meter)
+            return _layer(context, layer, journal, meter, report)
         except torch.OutOfMemoryError as error:
             plan = context.plan
             if context.batch_sequences == 1 and not plan.resident_experts:
@@ -191,8 +183,6 @@ def _layer_that_fits(
                     f"time ({str(error).splitlines()[0]}); run it with shorter sequences "
                     "(--sequence-length) or --device cpu"
                 ) from error
-        else:
-            return
         # here and not above: the error's traceback holds what was on the device
         release(context.source.device)
         context.batch_sequences = -(-context.batch_sequences // 2)
@@ -203,38 +193,40 @@ def _layer_that_fits(
         )
         journal.machine["batch_sequences"] = context.batch_sequences
         save(context.workspace, journal)
-        yield Halved(
-            layer=layer.keys.index,
-            batch_sequences=context.batch_sequences,
-            resident_experts=context.plan.resident_experts,
+        report(
+            Halved(
+                layer=layer.keys.index,
+                batch_sequences=context.batch_sequences,
+                resident_experts=context.plan.resident_experts,
+            )
         )
 
 
 def _layer(
-    context: Context, layer: LayerPlan, journal: Journal, meter: Gauge
-) -> Iterator[Event]:
+    context: Context, layer: LayerPlan, journal: Journal, meter: Gauge, report: Report
+) -> LayerDone:
     """Work on one layer and commit it."""
     before, index, plan = dict(context.seconds), layer.keys.index, context.plan
     meter.restart()
     restart_peak(context.source.device)
     plan.source.check_unchanged(layer.keys.names)
-    job = LayerJob(context, layer)
-    yield from job.steps()
+    result = compress_layer(context, layer, report)
     plan.source.check_unchanged(layer.keys.names)
-    decision = job.decision
+    decision = result.decision
+    is_last = index == len(plan.layers) - 1
     known = {number for done in journal.layers for number in done.excluded}
     record = LayerRecord(
         index=index,
-        shards=tuple(job.shards),
-        hidden=None if job.is_last else context.workspace.hidden(index + 1).name,
+        shards=result.shards,
+        hidden=None if is_last else context.workspace.hidden(index + 1).name,
         original=context.workspace.original(index + 1).name
-        if plan.follows and not job.is_last
+        if plan.follows and not is_last
         else None,
-        statistics=job.statistics,
+        statistics=result.statistics,
         saliency=decision.saliency if decision else None,
         domain_saliency=decision.domain_saliency if decision else {},
         groups=decision.groups if decision else None,
-        refitted=job.refitted,
+        refitted=result.refitted,
         excluded=tuple(number for number in context.excluded if number not in known),
     )
     journal.layers.append(record)
@@ -243,14 +235,14 @@ def _layer(
     if plan.follows:
         files.remove(context.workspace.original(index))
     groups = decision.groups if decision else ()
-    yield LayerDone(
+    return LayerDone(
         layer=index,
         experts_before=plan.num_experts if groups else 0,
         experts_after=len(groups),
         changed=sum(len(group) > 1 for group in groups),
-        refitted=job.refitted,
+        refitted=result.refitted,
         read_bytes=sum(plan.source.entries[name].nbytes for name in layer.keys.names),
-        written_bytes=sum(shard.size for shard in job.shards),
+        written_bytes=sum(shard.size for shard in result.shards),
         seconds={k: v - before.get(k, 0.0) for k, v in context.seconds.items()},
         peak_anonymous_bytes=meter.peak,
         peak_device_bytes=peak_bytes(context.source.device),
@@ -272,13 +264,3 @@ def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) 
             journal.outside.append(written)
             save(workspace, journal)
     write_rest(plan, tokens, workspace, journal)
-
-
-def _check_stop(stop_requested: StopRequest, journal: Journal, plan: Plan) -> None:
-    number = stop_requested()
-    if number is not None:
-        raise InterruptedRunError(
-            f"stopped after {len(journal.layers)} of {len(plan.layers)} layers; "
-            "run the same command again to go on",
-            signal_number=number,
-        )

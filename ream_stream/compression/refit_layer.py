@@ -10,6 +10,8 @@ Letters in shapes: T tokens of a batch, H hidden, I inner.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +21,6 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.expert_stack import Slot, one_of
 from ream_stream.checkpoint.shards import Content
 from ream_stream.errors import ReamStreamError
-from ream_stream.events import Refitted
 from ream_stream.files import FileRange
 from ream_stream.model.attention_cache import Playback
 from ream_stream.model.batch_store import Kept, keeping
@@ -36,71 +37,59 @@ from .refit_activations import RoutedTokens, held_back
 from .refit_solver import Found, LayerRefit
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitted:
+    """A layer that was refitted, before its final shards are written."""
+
+    found: Found
+    """The new down projections, and what they come to."""
+
+    tokens: RoutedTokens
+    """Activations of the layer's experts on the calibration set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RefitJob:
-    """The refit of one layer, from what is heard of the source to the final tensors.
+    """What the refit of one layer needs; `opened` makes one and removes its files."""
 
-    Parameters
-    ----------
-    plan
-        Of the run.
-    tokens
-        The calibration set, what does not count masked.
-    workspace
-        For scratch folders.
-    excluded
-        Calibration sequences that are left out.
-    model
-        The compressed model.
-    index
-        The layer.
-    """
+    plan: Plan
+    """The plan of the run."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        tokens: Tokens,
-        workspace: Workspace,
-        excluded: Excluded,
-        model: StreamedModel,
-        index: int,
-    ) -> None:
-        self._plan, self._tokens, self._workspace = plan, tokens, workspace
-        self._excluded, self._model, self._index = excluded, model, index
-        self._stack = ExitStack()
-        self._routed: RoutedTokens | None = None
-        self._found: Found | None = None
-        self.folder = workspace.scratch("layer")
-        """Where the compressed layer is to be written first."""
+    tokens: Tokens
+    """The calibration set; tokens that do not count are masked."""
+
+    excluded: Excluded
+    """Calibration sequences that are left out."""
+
+    model: StreamedModel
+    """The compressed model."""
+
+    index: int
+    """The layer."""
+
+    folder: Path
+    """Scratch folder in which the compressed layer is written first."""
+
+    targets: Kept
+    """What the layer is to give, by batch; once its residual is known, the residual."""
+
+    store: Callable[[str, int], Kept]
+    """Opens a store of that name for so many batches, until the block of `opened` ends."""
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Make what is needed on disk for the length of the block, and remove it after.
+    def capturing(self, experts: nn.Module) -> Iterator[None]:
+        """Keep the outputs of the source's experts, batch after batch, as the targets.
 
-        To its end the layer's tokens are kept, so it is run for the next layer within.
+        With the target `trajectory` these outputs are not the target, and nothing is kept.
         """
-        files.remove(self.folder)
-        files.make_directory(self.folder)
-        with self._stack:
-            yield
-        # activations are large
-        self._routed = self._found = None
-        files.remove(self.folder)
-
-    @contextmanager
-    def hearing(self, experts: nn.Module) -> Iterator[None]:
-        """Keep what the source's experts give for each batch that runs in the block.
-
-        Nothing, if it is not their outputs that are wanted.
-        """
-        self._wanted = self._store("wanted", self._plan.num_batches)
-        if self._plan.follows:
+        if self.plan.follows:
             yield
             return
         number = 0
 
         def keep(_module: nn.Module, _args: Any, output_TH: Tensor) -> None:  # noqa: ANN401
             nonlocal number
-            self._wanted.put(number, output_TH)
+            self.targets.put(number, output_TH)
             number += 1
 
         handle = experts.register_forward_hook(keep)
@@ -109,18 +98,15 @@ class RefitJob:
         finally:
             handle.remove()
 
-    def want(self, number: int, leaving_BLH: Tensor) -> None:
-        """Keep what leaves the layer in the original model, for one batch."""
-        self._wanted.put(number, leaving_BLH)
-
-    def steps(
+    def fit(
         self,
         changing: Sequence[int],
         batches: Batches,
         entering: HiddenStates | None,
         playback: Playback | None,
-    ) -> Iterator[tuple[int, int]]:
-        """Refit what was written to the scratch folder.
+        report: Callable[[int, int], None],
+    ) -> Fitted:
+        """Refit the layer that lies in the scratch folder.
 
         Parameters
         ----------
@@ -130,70 +116,54 @@ class RefitJob:
             The calibration set and the states that enter the layer.
         playback
             Outputs of its attention, if they were kept.
+        report
+            Told how many batches were passed over, and how many it will be.
 
-        Yields
+        Raises
         ------
-        tuple
-            Batches passed over, and how many it will be.
+        ReamStreamError
+            The sums are not finite.
         """
-        plan, method = self._plan, self._plan.settings.method
+        plan, method = self.plan, self.plan.settings.method
         staged = plan.output_checkpoint(self.folder)
-        with self._model.open_layer(self._index, staged) as experts:
+        with self.model.open_layer(self.index, staged) as experts:
             assert experts is not None
             tokens = RoutedTokens(
                 experts,
                 changing,
-                held_back(self._tokens, plan.settings.seed),
-                self._tokens.attention_mask_SL,
-                self._excluded,
-                self._index,
-                None if plan.memory.get(ACTIVATIONS) else self._store("inputs", len(batches)),
-                # of a batch it is asked for no more once it is known what lacks to it
-                self._wanted,
+                held_back(self.tokens, plan.settings.seed),
+                self.tokens.attention_mask_SL,
+                self.excluded,
+                self.index,
+                None if plan.memory.get(ACTIVATIONS) else self.store("inputs", len(batches)),
+                self.targets,
                 keeps_fitted=plan.solver.column_blocks > 1,
             )
-            count = plan.solver.column_blocks * len(changing)
-            results = self._store("results", count)
-            refit = LayerRefit(tokens, method, plan.solver, results)
-            total, done = len(batches) * (1 + refit.passes), 0
-            mixers = self._model.mixers(self._index)
+            results = self.store("results", plan.solver.column_blocks * len(changing))
+            done = 0
+
+            def batch_done() -> None:
+                nonlocal done
+                done += 1
+                report(min(done, total - 1), total)
+
+            refit = LayerRefit(tokens, method, plan.solver, results, batch_done)
+            total = len(batches) * (1 + refit.passes)
+            mixers = self.model.mixers(self.index)
             with nullcontext() if playback is None else playback.through(mixers):
-                for _ in self._route(tokens, refit, batches, entering):
-                    done += 1
-                    yield done, total
+                self._route(tokens, refit, batches, entering, batch_done)
             try:
-                for _ in refit.steps():
-                    done += 1
-                    yield min(done, total - 1), total
+                found = refit.solve()
             except ValueError as error:
-                raise ReamStreamError(f"layer {self._index}: {error}") from error
+                raise ReamStreamError(f"layer {self.index}: {error}") from error
         tokens.reopened(None)
-        self._routed, self._found = tokens, refit.found
-        yield total, total
+        report(total, total)
+        return Fitted(found=found, tokens=tokens)
 
-    @property
-    def outcome(self) -> Refitted | None:
-        """What came of it; None if nothing could be changed."""
-        return None if self._found is None else self._found.outcome
-
-    @contextmanager
-    def answering(self, experts: StreamedExperts) -> Iterator[None]:
-        """Let what is kept of the layer's tokens give its experts' outputs.
-
-        They are those of the down projections of `experts`, for all batches in their order.
-        If no expert could be changed nothing was kept, and the experts run themselves.
-        """
-        if self._routed is None:
-            yield
-            return
-        self._routed.reopened(experts)
-        with _replaced(experts, self._routed.again):
-            yield
-
-    def content(self) -> Callable[[str], Content]:
+    def content(self, found: Found | None) -> Callable[[str], Content]:
         """Return a function that gives each final tensor of the layer, by name."""
-        entries, found = self._plan.output_checkpoint(self.folder).entries, self._found
-        stack = self._model.layers[self._index].stack
+        entries = self.plan.output_checkpoint(self.folder).entries
+        stack = self.model.layers[self.index].stack
         assert stack is not None
         slots, count = stack.slots(), stack.count
         downs = {n for n, matrix in enumerate(stack.matrices) if matrix.parts == ("down",)}
@@ -224,26 +194,67 @@ class RefitJob:
         refit: LayerRefit,
         batches: Batches,
         entering: HiddenStates | None,
-    ) -> Iterator[None]:
-        """Run the compressed layer, as far as its target, and take what it lacks."""
+        batch_done: Callable[[], None],
+    ) -> None:
+        """Run the compressed layer, as far as its target, and take its residual."""
         with _replaced(tokens.experts, tokens.outputs):
             for number, batch, hidden_BLH in with_states(batches, entering):
                 tokens.expect(batch)
-                if self._plan.follows:
-                    leaving_BLH = self._model.run_layer(self._index, batch, hidden_BLH)
+                if self.plan.follows:
+                    leaving_BLH = self.model.run_layer(self.index, batch, hidden_BLH)
                     found_TH = leaving_BLH.flatten(0, 1).float()
                 else:
-                    self._model.observe_layer(self._index, batch, hidden_BLH)
+                    self.model.observe_layer(self.index, batch, hidden_BLH)
                     found_TH = tokens.output_TH
-                wanted_TH = self._wanted.get(number).to(found_TH.device).view_as(found_TH)
-                refit.add(tokens.add(wanted_TH.float() - found_TH))
-                yield
+                target_TH = self.targets.get(number).to(found_TH.device).view_as(found_TH)
+                refit.add(tokens.add(target_TH.float() - found_TH))
+                batch_done()
 
-    def _store(self, name: str, numbers: int) -> Kept:
-        """Return a store, in memory if the plan has room for it, until `open` ends."""
-        in_memory = self._plan.memory[KEPT] > 0
-        path = None if in_memory else self._workspace.scratch(name)
-        return self._stack.enter_context(keeping(path, numbers))
+
+@contextmanager
+def opened(
+    plan: Plan,
+    tokens: Tokens,
+    workspace: Workspace,
+    excluded: Excluded,
+    model: StreamedModel,
+    index: int,
+) -> Iterator[RefitJob]:
+    """Make the refit of a layer with its scratch files, which are removed after the block.
+
+    The layer is run for the next one within the block, from the activations kept in it.
+    """
+    folder = workspace.scratch("layer")
+    files.remove(folder)
+    files.make_directory(folder)
+    with ExitStack() as stack:
+
+        def store(name: str, batches: int) -> Kept:
+            path = None if plan.memory[KEPT] > 0 else workspace.scratch(name)
+            return stack.enter_context(keeping(path, batches))
+
+        yield RefitJob(
+            plan=plan,
+            tokens=tokens,
+            excluded=excluded,
+            model=model,
+            index=index,
+            folder=folder,
+            targets=store("wanted", plan.num_batches),
+            store=store,
+        )
+    files.remove(folder)
+
+
+@contextmanager
+def replaying(experts: StreamedExperts, tokens: RoutedTokens) -> Iterator[None]:
+    """Let activations that are kept give the outputs of an opened layer's experts.
+
+    They are those of the down projections of `experts`, for all batches in their order.
+    """
+    tokens.reopened(experts)
+    with _replaced(experts, tokens.again):
+        yield
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Letters in shapes: T tokens of a batch, E kept experts, H hidden, I inner.
 """
 
 import itertools
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,39 +30,37 @@ from .refit_activations import Portion, RoutedTokens
 class _Passes:
     """Products with the equations' matrix, each in a pass over the tokens that are fitted."""
 
-    def __init__(self, tokens: RoutedTokens) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: RoutedTokens, batch_done: Callable[[], None]) -> None:
+        self._tokens, self._batch_done = tokens, batch_done
 
-    def product(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+    def product(self, change_EIH: Tensor) -> Tensor:
         total_EIH = torch.zeros_like(change_EIH)
         for portion in self._tokens.fitted():
             predicted_TH = predict(portion.served, change_EIH, portion.tokens)
             project(portion.served, predicted_TH, total_EIH)
-            yield
+            self._batch_done()
         return total_EIH
 
-    def power(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+    def power(self, change_EIH: Tensor) -> Tensor:
         power_H = change_EIH.new_zeros(change_EIH.shape[2], dtype=torch.float64)
         for portion in self._tokens.fitted():
             predicted_TH = predict(portion.served, change_EIH, portion.tokens)
             for some_RH in torch.split(predicted_TH, WIDENED_ROWS):
                 power_H += torch.linalg.vecdot(some_RH, some_RH, dim=0)
-            yield
+            self._batch_done()
         return power_H
 
 
 class _Gathered:
-    """The same from the products of activations, gathered on the way."""
+    """Products with the normal matrix, accumulated while tokens were added; no pass."""
 
     def __init__(self, matrix: NormalMatrix) -> None:
         self.matrix = matrix
 
-    def product(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
-        yield
+    def product(self, change_EIH: Tensor) -> Tensor:
         return self.matrix(change_EIH)
 
-    def power(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
-        yield
+    def power(self, change_EIH: Tensor) -> Tensor:
         return (change_EIH * self.matrix(change_EIH)).sum(dim=(0, 1), dtype=torch.float64)
 
 
@@ -94,7 +92,7 @@ class Found:
 
 
 class LayerRefit:
-    """The refit of one layer: `add` every batch, then `steps` makes it.
+    """The refit of one layer: `add` every batch, then `solve`.
 
     The penalty is the one whose first direction leaves least on the held-back tokens, so
     trying several costs no pass over the others.
@@ -109,13 +107,20 @@ class LayerRefit:
         How it is solved.
     results
         Where the new down projections are kept.
+    batch_done
+        Called after each batch of each pass.
     """
 
     def __init__(
-        self, tokens: RoutedTokens, method: Method, solver: Solver, results: Kept
+        self,
+        tokens: RoutedTokens,
+        method: Method,
+        solver: Solver,
+        results: Kept,
+        batch_done: Callable[[], None] = lambda: None,
     ) -> None:
         self._tokens, self._method, self._solver = tokens, method, solver
-        self._results = results
+        self._results, self._batch_done = results, batch_done
         self._weights = weights = tokens.experts.weights
         # codes are made of what is solved for, in float32
         plain = weights.stack.scheme == "plain"
@@ -129,16 +134,14 @@ class LayerRefit:
             blocks=solver.preconditioner == "blocks",
             device=weights.device,
         )
-        self._operator: _Passes | _Gathered = _Passes(tokens)
+        self._operator: _Passes | _Gathered = _Passes(tokens, batch_done)
         if solver.gathered:
             self._operator = _Gathered(NormalMatrix(count, inner, device=weights.device))
         self._tried: dict[float, float] = {}
         self._misfit = Misfit()
         self._objectives = torch.zeros(method.refit_iterations + 1, dtype=torch.float64)
 
-    @property
-    def found(self) -> "Found":
-        """What came of it, once all steps are done."""
+    def _found(self) -> Found:
         tokens, curve = self._tokens, self._objectives
         helps = self._helps
         outcome = Refitted(
@@ -159,7 +162,7 @@ class LayerRefit:
 
     @property
     def passes(self) -> int:
-        """How often `steps` goes through the batches, at most."""
+        """How often `solve` goes through the batches, at most."""
         iterations = 0 if self._solver.gathered else self._method.refit_iterations
         return self._solver.column_blocks * (2 + iterations)
 
@@ -169,17 +172,23 @@ class LayerRefit:
         if isinstance(self._operator, _Gathered):
             self._operator.matrix.add(portion.served, portion.tokens)
 
-    def steps(self) -> Iterator[None]:
-        """Solve; yield after each batch of each pass."""
+    def solve(self) -> Found:
+        """Choose the penalty, solve for every column, and judge by the held-back tokens.
+
+        Raises
+        ------
+        ValueError
+            The sums are not finite.
+        """
         for part, columns in enumerate(self._columns):
             if part == 0:
-                yield from self._choose(columns)
+                self._choose(columns)
             else:
-                yield from self._turn_to(columns)
+                self._turn_to(columns)
             penalty = select(self._tried)
             if penalty is None:
-                return
-            found = yield from solve(
+                break
+            found = solve(
                 self._sums,
                 self._operator,
                 penalty=penalty,
@@ -191,7 +200,8 @@ class LayerRefit:
             for place in range(count):
                 down_HI = self._round(place, found.change_EIH[place], columns)
                 self._results.put(part * count + place, down_HI)
-            yield from self._judge({self._misfit: found.change_EIH}, columns)
+            self._judge({self._misfit: found.change_EIH}, columns)
+        return self._found()
 
     def _cut(self) -> list[slice]:
         hidden, parts = self._weights.stack.hidden, self._solver.column_blocks
@@ -199,21 +209,21 @@ class LayerRefit:
         bounds = [-(-hidden * part // parts) for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
-    def _turn_to(self, columns: slice) -> Iterator[None]:
+    def _turn_to(self, columns: slice) -> None:
         """Sum what other columns do not share, in a pass."""
         self._sums.turn_to(columns.stop - columns.start)
         for portion in self._tokens.fitted():
             self._sums.add_target(portion.served, portion.lacking()[:, columns])
-            yield
+            self._batch_done()
 
-    def _choose(self, columns: slice) -> Iterator[None]:
+    def _choose(self, columns: slice) -> None:
         """Try the first direction of each penalty, at its best length."""
         misfits = {penalty: Misfit() for penalty in self._method.refit_lambda}
         directions = {
             misfit: first_direction(self._sums, penalty, self._solver.preconditioner)
             for penalty, misfit in misfits.items()
         }
-        yield from self._judge(directions, columns)
+        self._judge(directions, columns)
         self._tried = {penalty: misfit.best_share for penalty, misfit in misfits.items()}
 
     def _note(self, found: Refit) -> None:
@@ -235,11 +245,11 @@ class LayerRefit:
         change_IH.copy_((self._weights.stack.stored_down(new_HI) - old_HI).T)
         return new_HI
 
-    def _judge(self, changes: Mapping[Misfit, Tensor], columns: slice) -> Iterator[None]:
+    def _judge(self, changes: Mapping[Misfit, Tensor], columns: slice) -> None:
         """Measure what changes leave of the error on the tokens that are held back."""
         for portion in self._tokens.held():
             lacking_TH = portion.lacking()[:, columns]
             for misfit, change_EIH in changes.items():
                 predicted_TH = predict(portion.served, change_EIH, portion.tokens)
                 misfit.add(lacking_TH, predicted_TH)
-            yield
+            self._batch_done()

@@ -21,11 +21,11 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
-from ream_stream.events import Event, Finished
+from ream_stream.events import Finished, Report, no_report
 from ream_stream.planning.planner import make_plan
 from ream_stream.settings import Settings
 
-from .evaluate import Result, evaluate
+from .evaluate import evaluate
 from .forward import identity
 from .memory import plan_evaluation
 
@@ -106,12 +106,11 @@ class Bench:
     ram: int
     """Host memory to stay within, bytes."""
 
-    stop_requested: Callable[[], int | None] = lambda: None
-    """Asked after every batch."""
 
-
-def run_trials(bench: Bench, trials: Sequence[Trial]) -> Iterator[Event | tuple[Outcome, ...]]:
-    """Carry out the trials that are left, and yield the outcomes of all as the last.
+def run_trials(
+    bench: Bench, trials: Sequence[Trial], report: Report = no_report
+) -> tuple[Outcome, ...]:
+    """Carry out the trials that are left, and return the outcomes of all.
 
     The first outcome is the original's, the others are in the trials' order.
 
@@ -126,18 +125,13 @@ def run_trials(bench: Bench, trials: Sequence[Trial]) -> Iterator[Event | tuple[
         for trial in [None, *trials]:
             path = bench.folder / "results" / f"{_key(bench, trial)}.json"
             if not path.is_file():
-                found: dict[str, Any] = {}
-                for event in _carry_out(bench, trial, path.stem):
-                    if isinstance(event, dict):
-                        found = event
-                    else:
-                        yield event
-                files.write_json(path, found)
+                outcome = _carry_out(bench, trial, path.stem, report)
+                files.write_json(path, asdict(outcome))
             # made or not: what a kill left after the numbers were written goes too
             files.remove(_place(bench, path.stem))
             outcomes.append(Outcome(**files.read_json(path)))
         files.remove(bench.folder / "evaluate")
-        yield tuple(outcomes)
+        return tuple(outcomes)
 
 
 def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
@@ -212,9 +206,10 @@ MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
 """Numbers of a trial, from `Result.facts`; the original is as good as itself."""
 
 
-def _carry_out(bench: Bench, trial: Trial | None, key: str) -> Iterator[Event | dict[str, Any]]:
-    """Make one trial, or measure the original, and yield its outcome's fields as the last."""
-    checkpoint, finished = bench.source, None
+def _carry_out(bench: Bench, trial: Trial | None, key: str, report: Report) -> Outcome:
+    """Make one trial, or measure the original."""
+    checkpoint: Checkpoint = bench.source
+    finished: Finished | None = None
     if trial is not None:
         place = _place(bench, key)
         plan = make_plan(
@@ -226,43 +221,18 @@ def _carry_out(bench: Bench, trial: Trial | None, key: str) -> Iterator[Event | 
         )
         workspace = Workspace(output=place, work=place / ".ream-stream")
         with workspace.locked():
-            for event in compress(
+            finished = compress(
                 plan,
                 trial.calibration,
                 workspace,
                 device=bench.device,
                 threads=bench.threads,
-                stop_requested=bench.stop_requested,
-            ):
-                yield event
-                finished = event if isinstance(event, Finished) else finished
+                report=report,
+            )
         checkpoint = open_checkpoint(place)
-    result: Result | None = None
-    for step in _measure(bench, checkpoint, trial):
-        if isinstance(step, Result):
-            result = step
-        else:
-            yield step
-    assert result is not None
-    whole = {ALL: result, **result.by_domain(bench.tests)}
-    outcome = Outcome(
-        name=trial.name if trial else ORIGINAL,
-        mix=trial.mix if trial else "",
-        seed=trial.settings.seed if trial else 0,
-        scores={name: each.facts() for name, each in whole.items()},
-        seconds=sum(finished.seconds.values()) if finished else None,
-        output_bytes=finished.output_bytes if finished else None,
-        fields=trial.settings.fields() if trial else {},
-    )
-    yield asdict(outcome)
-
-
-def _measure(
-    bench: Bench, checkpoint: Checkpoint, trial: Trial | None
-) -> Iterator[Event | Result]:
     # the same batch for all: the original's states are used again
     batch = plan_evaluation([bench.source] * 2, bench.tests, bench.dtype, bench.ram)
-    yield from evaluate(
+    result = evaluate(
         checkpoint,
         bench.tests,
         bench.folder,
@@ -271,7 +241,17 @@ def _measure(
         original=None if trial is None else bench.source,
         batch_sequences=batch.batch_sequences,
         keep_original=True,
-        stop_requested=bench.stop_requested,
+        report=report,
+    )
+    whole = {ALL: result, **result.by_domain(bench.tests)}
+    return Outcome(
+        name=trial.name if trial else ORIGINAL,
+        mix=trial.mix if trial else "",
+        seed=trial.settings.seed if trial else 0,
+        scores={name: each.facts() for name, each in whole.items()},
+        seconds=sum(finished.seconds.values()) if finished else None,
+        output_bytes=finished.output_bytes if finished else None,
+        fields=trial.settings.fields() if trial else {},
     )
 
 

@@ -10,7 +10,7 @@ H hidden, V vocabulary, n sampled positions.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from ream_stream import files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import InterruptedRunError, ReamStreamError, UsageError
-from ream_stream.events import Step
+from ream_stream.events import Report, Step, no_report
 from ream_stream.model.batches import Batches
 from ream_stream.model.families import family_of
 from ream_stream.model.hidden_states import HiddenStates
@@ -82,8 +82,8 @@ def evaluate(
     target_SL: Tensor | None = None,
     batch_sequences: int | None = None,
     keep_original: bool = False,
-    stop_requested: Callable[[], int | None] = lambda: None,
-) -> Iterator[Step | Result]:
+    report: Report = no_report,
+) -> Result:
     """Score a checkpoint on tokens; stopped or killed, the same call goes on.
 
     Parameters
@@ -109,14 +109,8 @@ def evaluate(
     keep_original
         Leave what the original's last layer gave in the work folder, or the checkpoint's
         if it is alone, for the next evaluation beside it; the caller removes it.
-    stop_requested
-        Asked after every batch; the number of a signal ends the evaluation.
-
-    Yields
-    ------
-    Step or Result
-        Progress (phase ``propagate`` by batch, then ``score`` by sequence), and the
-        result as the last one.
+    report
+        Told the progress: phase ``propagate`` by batch, then ``score`` by sequence.
 
     Raises
     ------
@@ -129,7 +123,7 @@ def evaluate(
     OtherRunError
         Another evaluation uses the work folder.
     InterruptedRunError
-        A stop was requested.
+        `report` asked to stop.
     """
     checkpoints = [checkpoint] if original is None else [checkpoint, original]
     for each in checkpoints:
@@ -145,9 +139,7 @@ def evaluate(
         for each in checkpoints
     ]
     with _scratch(folder, passages, keep=passages[-1:] if keep_original else []):
-        for event in _Job(passages, tokens, target_SL).events():
-            yield event
-            check_stop(stop_requested)
+        return _Job(passages, tokens, target_SL).run(report)
 
 
 def scored(tokens: Tokens) -> Tensor:
@@ -163,15 +155,6 @@ def scored(tokens: Tokens) -> Tensor:
     return target_SL
 
 
-def check_stop(stop_requested: Callable[[], int | None]) -> None:
-    """Raise if a signal asked to stop."""
-    number = stop_requested()
-    if number is not None:
-        raise InterruptedRunError(
-            "stopped; the same command with the same --work-dir goes on", signal_number=number
-        )
-
-
 class _Job:
     """The passages of one evaluation, and the scores of what leaves them."""
 
@@ -183,15 +166,13 @@ class _Job:
         self.seen = 0
         self.sampled: list[Tensor] = []
 
-    def events(self) -> Iterator[Step | Result]:
+    def run(self, report: Report) -> Result:
         """Run all layers, then score what leaves the last."""
+        leaving = []
         for passage in self.passages:
             with passage.model.open_outside():
-                for index, done in passage.run():
-                    yield Step(
-                        layer=index, phase="propagate", done=done, total=len(passage.batches)
-                    )
-        sequences = self.tokens.num_sequences
+                leaving.append(passage.run(report))
+        sequences, last = self.tokens.num_sequences, self.passages[0].model.num_layers - 1
         # nats and correct of each checkpoint; divergence and agreement of both
         sums: list[list[float]] = []
         with ExitStack() as stack:
@@ -199,16 +180,11 @@ class _Job:
                 stack.enter_context(passage.model.open_outside())
             stack.enter_context(self._listening())
             for row, (sequence, hidden) in enumerate(
-                _sequences(self.passages[0].batches, [p.leaving() for p in self.passages])
+                _sequences(self.passages[0].batches, leaving)
             ):
                 sums.append(self._sums(sequence, hidden, self.target_SL[row], row))
-                yield Step(
-                    layer=self.passages[0].model.num_layers - 1,
-                    phase="score",
-                    done=row + 1,
-                    total=sequences,
-                )
-        yield self._result(sums)
+                report(Step(layer=last, phase="score", done=row + 1, total=sequences))
+        return self._result(sums)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ cut goes on after the last record.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ream_stream import files as durable
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import UsageError
+from ream_stream.events import Report, Step
 from ream_stream.model.batches import Batches, advance
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 from ream_stream.model.meta_model import get_tensor
@@ -128,29 +129,26 @@ class Passage:
         self.folder = work / key[:16]
         self._told = told
         self._shape = (tokens.num_sequences, tokens.sequence_length, self.model.hidden_size)
-        self._states: States | None = None
 
-    def run(self) -> Iterator[tuple[int, int]]:
-        """Run the layers that are left, and yield each layer and the batches it has done."""
-        model, size = self.model, self.batches.size
+    def run(self, report: Report) -> HiddenStates:
+        """Run the layers that are left, and return what leaves the last."""
+        model, size, batches = self.model, self.batches.size, len(self.batches)
         states = States(self.folder, self._told, self._shape, model.dtype, size)
         for index in range(len(states.records), model.num_layers):
             entering, leaving = (
                 states.reader("states", index),
                 states.writer("states", index + 1),
             )
-            with model.open_layer(index):
-                for done in advance(model, index, self.batches, entering, leaving):
-                    yield index, done
-            states.commit(None, ["states"])
-        self._states = states
 
-    def leaving(self) -> HiddenStates:
-        """Return what leaves the last layer, after `run` has ended."""
-        assert self._states is not None
-        states = self._states.reader("states", self.model.num_layers)
-        assert states is not None
-        return states
+            def batch_done(done: int, layer: int = index) -> None:
+                report(Step(layer=layer, phase="propagate", done=done, total=batches))
+
+            with model.open_layer(index):
+                advance(model, index, self.batches, entering, leaving, batch_done)
+            states.commit(None, ["states"])
+        last = states.reader("states", model.num_layers)
+        assert last is not None
+        return last
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:

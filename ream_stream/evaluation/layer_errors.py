@@ -12,7 +12,6 @@ entered it (the residual), so shares of the layer's own work are larger.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +23,12 @@ from ream_stream import files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import UsageError
-from ream_stream.events import Step
+from ream_stream.events import Report, Step, no_report
 from ream_stream.model.batches import Batches
 from ream_stream.model.families import family_of
 from ream_stream.model.meta_model import get_tensor
 from ream_stream.model.streamed_model import Batch, StreamedModel
 
-from .evaluate import check_stop
 from .forward import States, check_vocabulary, conditions, identity
 
 _RUNS = ("original", "compressed")
@@ -59,8 +57,8 @@ def layer_errors(
     dtype: torch.dtype,
     device: torch.device,
     batch_sequences: int,
-    stop_requested: Callable[[], int | None] = lambda: None,
-) -> Iterator[Step | tuple[LayerError, ...]]:
+    report: Report = no_report,
+) -> tuple[LayerError, ...]:
     """Compare two checkpoints layer by layer; stopped or killed, the same call goes on.
 
     Parameters
@@ -71,20 +69,15 @@ def layer_errors(
         What they are run on.
     work
         Folder in which it has a folder of its own, removed at the end.
-    dtype, device, batch_sequences, stop_requested
+    dtype, device, batch_sequences, report
         As in `evaluate.evaluate`.
-
-    Yields
-    ------
-    Step or tuple of LayerError
-        Progress, and the errors of all layers as the last one.
 
     Raises
     ------
     UsageError
         The models have different numbers of layers, or the tokens are not theirs.
     InterruptedRunError
-        A stop was requested.
+        `report` asked to stop.
     """
     models = []
     for each in (original, checkpoint):
@@ -112,16 +105,14 @@ def layer_errors(
             for model in models:
                 stack.enter_context(model.open_outside())
             for index in range(len(states.records), models[0].num_layers):
-                for event in _layer(models, states, batches, index):
-                    yield event
-                    check_stop(stop_requested)
-        yield tuple(LayerError(**record) for record in states.records)
+                _layer(models, states, batches, index, report)
         files.remove(folder)
+    return tuple(LayerError(**record) for record in states.records)
 
 
 def _layer(
-    models: list[StreamedModel], states: States, batches: Batches, index: int
-) -> Iterator[Step]:
+    models: list[StreamedModel], states: States, batches: Batches, index: int, report: Report
+) -> None:
     """Run a layer of both models on what enters it in either."""
     readers = [states.reader(run, index) for run in _RUNS]
     writers = [states.writer(run, index + 1) for run in _RUNS]
@@ -146,7 +137,7 @@ def _layer(
                 ("seen", third, None),
             ):
                 square[name] += _square(one, other, batch)
-            yield Step(layer=index, phase="propagate", done=number + 1, total=len(batches))
+            report(Step(layer=index, phase="propagate", done=number + 1, total=len(batches)))
     for writer in writers:
         writer.publish()
     error = LayerError(

@@ -25,7 +25,7 @@ columns), I inner.
 """
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,17 +37,13 @@ from .preconditioning import PRECONDITIONERS, Preconditioner
 
 
 class Operator(Protocol):
-    """What the matrix of the equations, without the penalties, makes of a D (E, I, H).
+    """What the matrix of the equations, without the penalties, makes of a D (E, I, H)."""
 
-    Generators, as all here that pass over tokens: they yield after each batch, so that
-    who runs them can tell how far they are, or stop.
-    """
-
-    def product(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+    def product(self, change_EIH: Tensor) -> Tensor:
         """Return sum over x of a_e^T (sum over f of a_f D_f), (E, I, H)."""
         ...
 
-    def power(self, change_EIH: Tensor) -> Generator[None, None, Tensor]:
+    def power(self, change_EIH: Tensor) -> Tensor:
         """Return sum over x of (sum over f of a_f D_f)^2, (H,) float64; half the work."""
         ...
 
@@ -59,7 +55,7 @@ class ConjugateGradients:
 
         solver = ConjugateGradients(sums.target_EIH, penalty_E, preconditioner, energy)
         while not solver.finished:
-            solver.advance((yield from operator.product(solver.direction_EIH)))
+            solver.advance(operator.product(solver.direction_EIH))
 
     Vectors are float32, inner products and step sizes float64. The objective
     falls by construction of the step sizes; nothing else is assumed of the
@@ -191,7 +187,7 @@ def solve(
     iterations: int = 2,
     tolerance: float = 0.0,
     preconditioner: str = "blocks",
-) -> Generator[None, None, Refit]:
+) -> Refit:
     """Solve for one penalty; ``sums.target_EIH`` is overwritten.
 
     Parameters
@@ -227,9 +223,9 @@ def solve(
         if solver.finished:
             break
         if left:
-            solver.advance((yield from operator.product(solver.direction_EIH)))
+            solver.advance(operator.product(solver.direction_EIH))
         else:
-            solver.arrive((yield from operator.power(solver.direction_EIH)))
+            solver.arrive(operator.power(solver.direction_EIH))
         if objectives[-2] - objectives[-1] < tolerance * objectives[0]:
             break
     return Refit(

@@ -1,6 +1,6 @@
 """Batches of tokens and their hidden states, through one layer after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -36,7 +36,8 @@ def advance(
     batches: Batches,
     entering: HiddenStates | None,
     leaving: HiddenWriter | CheckedWriter,
-) -> Iterator[int]:
+    batch_done: Callable[[int], None] = lambda _done: None,
+) -> None:
     """Run an open layer on all batches and publish what leaves it.
 
     Parameters
@@ -51,15 +52,12 @@ def advance(
         The states that enter the layer; None for layer 0, which takes the embeddings.
     leaving
         Where the states that leave it go.
-
-    Yields
-    ------
-    int
-        Batches done.
+    batch_done
+        Told how many batches are done.
     """
     for number, batch, hidden_BLH in with_states(batches, entering):
         leaving.write(number, model.run_layer(index, batch, hidden_BLH))
-        yield number + 1
+        batch_done(number + 1)
     leaving.publish()
 
 

@@ -8,7 +8,7 @@ they are needed. With one block there is one pass, and nothing is taken along.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention_cache import Playback
 from .batch_store import Kept
 from .batches import Batches, with_states
-from .experts import Part, StreamedExperts
+from .experts import Part, Routed, StreamedExperts
 from .hidden_states import HiddenStates
 from .streamed_model import Batch, StreamedModel
 
@@ -25,6 +25,10 @@ def cut_experts(count: int, blocks: int) -> list[range]:
     """Cut experts into at most so many blocks of nearly equal size, none of them empty."""
     blocks = min(count, blocks)
     return [range(count * i // blocks, count * (i + 1) // blocks) for i in range(blocks)]
+
+
+Listeners = Callable[[int, Batch], Callable[[Routed], None]]
+"""Gives, for a batch and its number, what hears what the layer's experts are given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +64,7 @@ class Passes:
         batches: Batches,
         entering: HiddenStates | None,
         *,
-        expect: Callable[[int, Batch], None] = lambda _number, _batch: None,
+        listeners: Listeners | None = None,
         only_listening: bool = False,
     ) -> Iterator[tuple[int, Tensor | None]]:
         """Run all batches through all blocks.
@@ -71,8 +75,8 @@ class Passes:
             What is run.
         entering
             The states that enter the layer; None for layer 0.
-        expect
-            Told of each batch before it is run.
+        listeners
+            Give the experts' listener for each batch; None for no listener.
         only_listening
             Run the layer as far as its experts, for their listener.
 
@@ -88,13 +92,26 @@ class Passes:
             mixers = self.model.mixers(self.index) if self.playback else []
             with self.playback.through(mixers) if self.playback else nullcontext():
                 for number, batch, hidden_BLH in with_states(batches, entering):
-                    expect(number, batch)
-                    yield (
-                        number,
-                        self._whole(batch, hidden_BLH, only_listening=only_listening)
-                        if experts is None
-                        else self._part(experts, number, batch, hidden_BLH, norms),
-                    )
+                    with self._listening(number, batch, listeners):
+                        leaving_BLH = (
+                            self._whole(batch, hidden_BLH, only_listening=only_listening)
+                            if experts is None
+                            else self._part(experts, number, batch, hidden_BLH, norms)
+                        )
+                    yield number, leaving_BLH
+
+    @contextmanager
+    def _listening(
+        self, number: int, batch: Batch, listeners: Listeners | None
+    ) -> Iterator[None]:
+        if self.experts is None or listeners is None:
+            yield
+            return
+        self.experts.listener = listeners(number, batch)
+        try:
+            yield
+        finally:
+            self.experts.listener = None
 
     def _parts(self, experts: StreamedExperts) -> list[range]:
         return cut_experts(experts.count, self.blocks)

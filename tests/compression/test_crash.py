@@ -163,13 +163,21 @@ class Runs:
             monkeypatch.setattr(streamed_model, "build_skeleton", lambda *_: next(skeletons))
             self.patch(monkeypatch)
             boundaries = {}
+
+            def report(event):
+                if isinstance(event, LayerDone):
+                    for path in workspace.work.glob("*-0000?"):
+                        boundaries[path.name] = digests(path)
+
             with workspace.locked():
-                for event in compress(
-                    self.plan, self.tokens, workspace, device=torch.device("cpu"), threads=1
-                ):
-                    if isinstance(event, LayerDone):
-                        for path in workspace.work.glob("*-0000?"):
-                            boundaries[path.name] = digests(path)
+                compress(
+                    self.plan,
+                    self.tokens,
+                    workspace,
+                    device=torch.device("cpu"),
+                    threads=1,
+                    report=report,
+                )
             return boundaries
 
     def control(self):
@@ -367,19 +375,24 @@ def test_two_boundaries_are_on_disk_at_most_and_the_plan_has_room_for_all(finish
     most_boundaries = most_bytes = 0
 
     def job():
-        nonlocal most_boundaries, most_bytes
+        def report(_event):
+            nonlocal most_boundaries, most_bytes
+            most_boundaries = max(most_boundaries, len(list(workspace.work.glob("hidden-*"))))
+            files = [
+                *workspace.output.glob("*.safetensors"),
+                *workspace.work.rglob("c/*/*/*"),
+            ]
+            most_bytes = max(most_bytes, sum(path.stat().st_size for path in files))
+
         with workspace.locked():
-            for _ in compress(
-                runs.plan, runs.tokens, workspace, device=torch.device("cpu"), threads=1
-            ):
-                most_boundaries = max(
-                    most_boundaries, len(list(workspace.work.glob("hidden-*")))
-                )
-                files = [
-                    *workspace.output.glob("*.safetensors"),
-                    *workspace.work.rglob("c/*/*/*"),
-                ]
-                most_bytes = max(most_bytes, sum(path.stat().st_size for path in files))
+            compress(
+                runs.plan,
+                runs.tokens,
+                workspace,
+                device=torch.device("cpu"),
+                threads=1,
+                report=report,
+            )
         return most_boundaries, most_bytes
 
     boundaries, num_bytes = run_in_child(job, tmp_path / "report.json").value

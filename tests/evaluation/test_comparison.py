@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import signal
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import Events
 from tiny import CPU, settings
 
 from ream_stream.calibration.tokens import from_tensors, joined
@@ -52,7 +52,7 @@ def drawn(sequences, length=24, *, seed):
     return from_tensors({"input_ids": ids_SL}, description="drawn")
 
 
-def bench(folder, **fields):
+def bench(folder):
     return Bench(
         source=open_checkpoint(CHECKPOINT),
         tests=joined({"one": drawn(2, seed=1), "two": drawn(3, seed=2)}, description="tests"),
@@ -61,7 +61,6 @@ def bench(folder, **fields):
         dtype=torch.float32,
         threads=1,
         ram=10**11,
-        **fields,
     )
 
 
@@ -77,14 +76,15 @@ def trial(name="reap", *, seed=0, experts=24):
 def made(tmp_path_factory):
     """Give two trials that were carried out: their bench, outcomes and events."""
     job = bench(tmp_path_factory.mktemp("trials"))
-    *events, outcomes = run_trials(job, [trial(seed=0), trial(seed=1)])
+    events = Events()
+    outcomes = run_trials(job, [trial(seed=0), trial(seed=1)], events)
     return job, outcomes, events
 
 
 def test_the_numbers_are_those_of_an_evaluation(made, tmp_path):
     job, outcomes, _ = made
     assert [each.name for each in outcomes] == [ORIGINAL, "reap", "reap"]
-    *_, result = evaluate(job.source, job.tests, tmp_path, dtype=torch.float32, device=CPU)
+    result = evaluate(job.source, job.tests, tmp_path, dtype=torch.float32, device=CPU)
     assert outcomes[0].value(ALL, "nats") == pytest.approx(result.evaluation.nats)
     domain = result.by_domain(job.tests)["two"]
     assert outcomes[0].value("two", "perplexity") == pytest.approx(domain.evaluation.perplexity)
@@ -112,7 +112,8 @@ def test_the_original_is_run_once_and_compressed_checkpoints_are_removed(made):
 
 def test_what_was_measured_is_not_done_again(made):
     job, outcomes, _ = made
-    *events, again = run_trials(job, [trial(seed=0), trial(seed=1)])
+    events = Events()
+    again = run_trials(job, [trial(seed=0), trial(seed=1)], events)
     assert events == []
     assert again == outcomes
 
@@ -120,11 +121,10 @@ def test_what_was_measured_is_not_done_again(made):
 @pytest.mark.parametrize("after", [1, 9, 22, 31])
 def test_an_interrupted_comparison_goes_on_to_the_same_numbers(made, tmp_path, after):
     _, outcomes, events = made
-    asked = iter([None] * after)
-    stopping = bench(tmp_path, stop_requested=lambda: next(asked, signal.SIGTERM))
     with pytest.raises(InterruptedRunError):
-        list(run_trials(stopping, [trial(seed=0)]))
-    *left, again = run_trials(bench(tmp_path), [trial(seed=0)])
+        run_trials(bench(tmp_path), [trial(seed=0)], Events(after))
+    left = Events()
+    again = run_trials(bench(tmp_path), [trial(seed=0)], left)
     assert len(left) < len(events)
     assert [replace(each, seconds=None) for each in again] == [
         replace(each, seconds=None) for each in outcomes[:2]

@@ -1,11 +1,11 @@
 """What the streamed model predicts is what transformers' whole model predicts."""
 
 import math
-import signal
 
 import pytest
 import tiny
 import torch
+from reports import Events
 from tiny import CPU, some_tokens
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -42,7 +42,10 @@ def demo_tokens(sequences=6, length=64, *, padded=False):
 
 
 def streamed(folder, tokens, work, dtype=torch.float32):
-    *steps, result = evaluate(open_checkpoint(folder), tokens, work, dtype=dtype, device=CPU)
+    steps = Events()
+    result = evaluate(
+        open_checkpoint(folder), tokens, work, dtype=dtype, device=CPU, report=steps
+    )
     assert all(isinstance(step, Step) for step in steps)
     assert isinstance(result, Result)
     return result.evaluation
@@ -127,14 +130,22 @@ def test_a_token_is_scored_if_it_and_the_one_before_are_not_padding():
 
 def test_the_work_folder_holds_two_boundaries_at_most_and_nothing_at_the_end(tmp_path):
     work, most = tmp_path / "deep" / "work", 0
-    events = evaluate(
-        open_checkpoint(CHECKPOINT), demo_tokens(), work, dtype=torch.float32, device=CPU
+
+    def look(event):
+        nonlocal most
+        # at the first batch of a layer what leaves it has no name yet
+        stores = list((work / "evaluate").glob("*/states-*"))
+        most = max(most, len(stores))
+        assert event.phase == "score" or len(stores) >= 1
+
+    evaluate(
+        open_checkpoint(CHECKPOINT),
+        demo_tokens(),
+        work,
+        dtype=torch.float32,
+        device=CPU,
+        report=look,
     )
-    for event in events:
-        if isinstance(event, Step):
-            stores = list((work / "evaluate").glob("*/states-*"))
-            most = max(most, len(stores))
-            assert event.phase == "score" or len(stores) >= 1
     assert most == 2
     assert list(work.iterdir()) == []
 
@@ -142,7 +153,8 @@ def test_the_work_folder_holds_two_boundaries_at_most_and_nothing_at_the_end(tmp
 def test_progress_counts_batches_by_layer_then_sequences(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 64 * 4)
     checkpoint = open_checkpoint(CHECKPOINT)
-    *steps, _ = evaluate(checkpoint, demo_tokens(), tmp_path, dtype=torch.float32, device=CPU)
+    steps = Events()
+    evaluate(checkpoint, demo_tokens(), tmp_path, dtype=torch.float32, device=CPU, report=steps)
     assert [(s.layer, s.phase, s.done, s.total) for s in steps] == [
         *((layer, "propagate", done, 2) for layer in range(4) for done in (1, 2)),
         *((3, "score", done, 6) for done in range(1, 7)),
@@ -151,18 +163,15 @@ def test_progress_counts_batches_by_layer_then_sequences(tmp_path, monkeypatch):
 
 def interrupted(tokens, work, *, after, **options):
     """Evaluate the demo checkpoint, and stop after some events."""
-    asked = iter([None] * after)
     with pytest.raises(InterruptedRunError) as stopped:
-        list(
-            evaluate(
-                open_checkpoint(CHECKPOINT),
-                tokens,
-                work,
-                dtype=torch.float32,
-                device=CPU,
-                stop_requested=lambda: next(asked, signal.SIGTERM),
-                **options,
-            )
+        evaluate(
+            open_checkpoint(CHECKPOINT),
+            tokens,
+            work,
+            dtype=torch.float32,
+            device=CPU,
+            report=Events(after),
+            **options,
         )
     assert stopped.value.exit_status == 143
 
@@ -173,7 +182,10 @@ def test_a_stopped_evaluation_goes_on_to_the_same_result(tmp_path, monkeypatch):
     for after in (0, 3, 4, 7, 8, 11):
         interrupted(tokens, tmp_path, after=after)
         checkpoint = open_checkpoint(CHECKPOINT)
-        *steps, result = evaluate(checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU)
+        steps = Events()
+        result = evaluate(
+            checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU, report=steps
+        )
         # layers that were done are not run again
         assert sum(step.phase == "propagate" for step in steps) == 8 - 2 * min(4, after // 2)
         assert expected is None or result == expected
@@ -183,7 +195,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_result(tmp_path, monkeypatch):
 
 def test_other_tokens_or_weights_do_not_go_on_with_what_was_left(tmp_path):
     interrupted(demo_tokens(2, 8), tmp_path, after=4)
-    *_, other = evaluate(
+    other = evaluate(
         open_checkpoint(CHECKPOINT),
         demo_tokens(3, 8),
         tmp_path,
@@ -205,11 +217,17 @@ def test_what_a_killed_evaluation_left_is_removed_by_the_next(tmp_path):
 
 def test_two_evaluations_do_not_share_a_folder(tmp_path):
     checkpoint, tokens = open_checkpoint(CHECKPOINT), demo_tokens(2, 8)
-    first = evaluate(checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU)
-    next(first)
-    with pytest.raises(OtherRunError, match="in use by process"):
-        next(evaluate(checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU))
-    *_, result = first
+    tried = []
+
+    def second(event):
+        tried.append(event)
+        with pytest.raises(OtherRunError, match="in use by process"):
+            evaluate(checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU)
+
+    result = evaluate(
+        checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU, report=second
+    )
+    assert tried
     assert result.evaluation.predicted == 14
 
 
@@ -230,7 +248,7 @@ def test_a_family_that_was_never_tried_is_refused(checkpoints, tmp_path):
     checkpoint = open_checkpoint(checkpoints("mixtral", torch.bfloat16))
     checkpoint.config["model_type"] = "llama"
     with pytest.raises(UnsupportedModelError, match="llama"):
-        next(evaluate(checkpoint, some_tokens(), tmp_path, dtype=torch.float32, device=CPU))
+        evaluate(checkpoint, some_tokens(), tmp_path, dtype=torch.float32, device=CPU)
 
 
 def test_a_model_that_gives_no_numbers_is_an_error_and_not_a_perplexity(
@@ -293,7 +311,7 @@ def whole_pair(folder, original, tokens):
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_two_checkpoints_side_by_side_are_what_transformers_gives(pruned, tmp_path, padded):
     tokens = demo_tokens(padded=padded)
-    *_, result = evaluate(
+    result = evaluate(
         open_checkpoint(pruned),
         tokens,
         tmp_path,
@@ -316,7 +334,7 @@ def test_two_checkpoints_side_by_side_are_what_transformers_gives(pruned, tmp_pa
 
 def test_a_checkpoint_beside_itself_differs_in_nothing(tmp_path):
     original = open_checkpoint(CHECKPOINT)
-    *_, result = evaluate(
+    result = evaluate(
         original, demo_tokens(), tmp_path, dtype=torch.float32, device=CPU, original=original
     )
     assert result.against.divergence.value == 0
@@ -327,7 +345,8 @@ def test_a_checkpoint_beside_itself_differs_in_nothing(tmp_path):
 def test_an_original_that_is_kept_is_not_run_again(pruned, tmp_path):
     results, layers = [], []
     for _ in range(2):
-        *steps, result = evaluate(
+        steps = Events()
+        result = evaluate(
             open_checkpoint(pruned),
             demo_tokens(),
             tmp_path,
@@ -335,6 +354,7 @@ def test_an_original_that_is_kept_is_not_run_again(pruned, tmp_path):
             device=CPU,
             original=open_checkpoint(CHECKPOINT),
             keep_original=True,
+            report=steps,
         )
         results.append(result)
         layers.append(sum(step.phase == "propagate" for step in steps))
@@ -347,7 +367,7 @@ def test_an_original_that_is_kept_is_not_run_again(pruned, tmp_path):
 def test_the_parts_of_each_domain_add_up_to_the_whole(tmp_path):
     parts = {"code": demo_tokens(4, 32, padded=False), "math": demo_tokens(2, 32)}
     tokens = joined(parts, description="mix")
-    *_, result = evaluate(
+    result = evaluate(
         open_checkpoint(CHECKPOINT), tokens, tmp_path, dtype=torch.float32, device=CPU
     )
     domains = result.by_domain(tokens)
@@ -378,7 +398,8 @@ def test_the_effective_rank_is_of_what_enters_the_output_matrix(tmp_path, monkey
 @torch.no_grad()
 def test_the_errors_of_layers_are_those_of_transformers_layers(pruned, tmp_path):
     tokens = demo_tokens(padded=True)
-    *steps, errors = layer_errors(
+    steps = Events()
+    errors = layer_errors(
         open_checkpoint(pruned),
         open_checkpoint(CHECKPOINT),
         tokens,
@@ -386,6 +407,7 @@ def test_the_errors_of_layers_are_those_of_transformers_layers(pruned, tmp_path)
         dtype=torch.float32,
         device=CPU,
         batch_sequences=4,
+        report=steps,
     )
     assert (len(steps), len(errors)) == (8, 4)
     inputs = [(tokens.input_ids_SL, tokens.attention_mask_SL)]
@@ -404,7 +426,7 @@ def test_the_errors_of_layers_are_those_of_transformers_layers(pruned, tmp_path)
 
 
 def test_the_errors_of_layers_go_on_after_a_stop(pruned, tmp_path):
-    def events(stop_requested=lambda: None):
+    def compared(report):
         return layer_errors(
             open_checkpoint(pruned),
             open_checkpoint(CHECKPOINT),
@@ -413,14 +435,14 @@ def test_the_errors_of_layers_go_on_after_a_stop(pruned, tmp_path):
             dtype=torch.float32,
             device=CPU,
             batch_sequences=8,
-            stop_requested=stop_requested,
+            report=report,
         )
 
-    *_, expected = events()
-    asked = iter([None, None])
+    expected = compared(Events())
     with pytest.raises(InterruptedRunError):
-        list(events(lambda: next(asked, signal.SIGINT)))
-    *steps, errors = events()
+        compared(Events(2))
+    steps = Events()
+    errors = compared(steps)
     assert [step.layer for step in steps] == [2, 3]
     assert errors == expected
 
@@ -440,7 +462,7 @@ def test_memory_stays_within_the_plan(tmp_path):
     checkpoints = [open_checkpoint(folder)] * 2
     plan = plan_evaluation(checkpoints, tokens, torch.float32, 10**12)
     with gauge(0.002) as meter:
-        *_, result = evaluate(
+        result = evaluate(
             checkpoints[0],
             tokens,
             tmp_path / "work",

@@ -59,7 +59,7 @@ def test_choices_are_scored_as_lm_evaluation_harness_scores_them(tmp_path, monke
     )
     asked = read_questions(path)
     quiz = make_quiz(asked, load_tokenizer(CHECKPOINT), max_length=256, description="cut text")
-    *_, ours = evaluate(
+    ours = evaluate(
         open_checkpoint(CHECKPOINT),
         quiz.tokens,
         tmp_path / "work",

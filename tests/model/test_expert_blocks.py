@@ -6,12 +6,13 @@ from functools import cache
 import pytest
 import tiny
 import torch
+from reports import StopAt, stop_when
 from safetensors.torch import load_file
 
 from ream_stream.compression.journal import Workspace, load
 from ream_stream.compression.pipeline import compress
 from ream_stream.errors import OverBudgetError
-from ream_stream.events import Halved, Step
+from ream_stream.events import Halved, LayerDone, Step
 from ream_stream.model.expert_blocks import cut_experts
 from ream_stream.model.experts import ExpertWeights
 from ream_stream.model.streamed_model import StreamedModel
@@ -125,13 +126,22 @@ def test_all_batches_are_run_through_a_block_before_the_next_is_read(
         plan = replace(whole.plan, expert_blocks=blocks)
         output = tmp_path / f"output-{blocks}"
         workspace = Workspace(output=output, work=output / ".ream-stream")
-        with workspace.locked():
-            events = compress(plan, whole.tokens, workspace, device=tiny.CPU, threads=1)
-            steps = (event for event in events if isinstance(event, Step))
-            observing = (step for step in steps if step.phase == "observe")
-            last = next(step for step in observing if step.done == step.total)
-            events.close()
-        assert last.total == blocks * 3
+        with workspace.locked(), pytest.raises(StopAt) as left:
+            compress(
+                plan,
+                whole.tokens,
+                workspace,
+                device=tiny.CPU,
+                threads=1,
+                report=stop_when(
+                    lambda event: (
+                        isinstance(event, Step)
+                        and event.phase == "observe"
+                        and event.done == event.total
+                    )
+                ),
+            )
+        assert left.value.args[0].total == blocks * 3
         return loaded.copy()
 
     one, all_of_them = observed(1), observed(8)
@@ -143,10 +153,11 @@ def test_a_run_goes_on_with_the_blocks_it_began_with(done, tmp_path):
     output = tmp_path / "output"
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
-        events = compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, threads=1)
-        while not load(workspace).layers if workspace.journal.is_file() else True:
-            next(events)
-        events.close()
+        leave = stop_when(lambda event: isinstance(event, LayerDone))
+        with pytest.raises(StopAt):
+            compress(
+                whole.plan, whole.tokens, workspace, device=tiny.CPU, threads=1, report=leave
+            )
     assert load(workspace).machine["expert_blocks"] == 3
     again = tiny.run_plan(replace(whole.plan, expert_blocks=1), whole.tokens, output)
     assert again.files() == whole.files()
@@ -201,10 +212,11 @@ def test_a_run_that_was_short_of_memory_goes_on_with_the_smaller_batch(
     output = tmp_path / "output"
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
-        events = compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, threads=1)
-        while not isinstance(next(events), Halved):
-            pass
-        events.close()
+        leave = stop_when(lambda event: isinstance(event, Halved))
+        with pytest.raises(StopAt):
+            compress(
+                whole.plan, whole.tokens, workspace, device=tiny.CPU, threads=1, report=leave
+            )
     again = tiny.run_plan(whole.plan, whole.tokens, output)
     assert again.files() == wanted.files()
 

@@ -50,7 +50,7 @@ def test_weights_that_are_no_numbers_are_named_and_what_was_done_stays(
 ):
     source = copy("olmoe", lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
     with pytest.raises(
-        NumbersError, match=f"{name} in .*streamed_model.safetensors holds NaN"
+        NumbersError, match=f"{name} in .*model.safetensors holds NaN"
     ) as caught:
         tiny.run(source, tmp_path / "out", settings())
     assert caught.value.exit_status == 1
@@ -200,9 +200,10 @@ def test_more_than_a_tenth_of_the_sequences_is_fatal(checkpoints, tmp_path, monk
 def test_statistics_that_are_no_numbers_stop_the_run(checkpoints, tmp_path, monkeypatch):
     mean_outputs = observer.mean_outputs
 
-    def spoiled(experts, sample, similarity, mean_EH):
-        yield from mean_outputs(experts, sample, similarity, mean_EH)
+    def spoiled(*arguments):
+        mean_EH = mean_outputs(*arguments)
         mean_EH[5, 1] = float("nan")
+        return mean_EH
 
     monkeypatch.setattr(layer, "mean_outputs", spoiled)
     with pytest.raises(NumbersError, match="layer 0: the mean output of expert 5 is not"):

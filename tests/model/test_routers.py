@@ -146,10 +146,8 @@ def heard_while_streaming(folder, tokens):
                     device=CPU,
                 )
                 heard = []
-                with observer.listening(model.router(layer.index), experts):
-                    statistics = experts.listener
-                    experts.listener = partial(both, statistics, heard.append)
-                    observer.expect(batch, 0)
+                with observer.attached(model.router(layer.index)):
+                    experts.listener = partial(both, observer.listener(0, batch), heard.append)
                     hidden_BLH = model.run_layer(layer.index, batch, hidden_BLH)
                 observer.finish(layer.index)
                 found.append((*heard, observer))

@@ -58,8 +58,8 @@ class Really:
                 gate_term=True,
                 device=CPU,
             )
-            observer.expect(self.batch, 0)
-            with observer.listening(self.model.router(index), experts):
+            experts.listener = observer.listener(0, self.batch)
+            with observer.attached(self.model.router(index)):
                 return peak_of(
                     lambda: self.model.observe_layer(index, self.batch, self.hidden_BLH)
                 )

@@ -20,7 +20,7 @@ from ream_stream.calibration.tokens import from_tensors
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
-from ream_stream.events import Finished, LayerDone
+from ream_stream.events import LayerDone
 from ream_stream.model.experts import ExpertWeights
 from ream_stream.planning import allocation, planner
 from ream_stream.settings import Method, Settings
@@ -103,21 +103,22 @@ def main(options):
     sampler = Sampler()
     sampler.start()
     layers = []
+
+    def report(event):
+        if isinstance(event, LayerDone):
+            layers.append(event.peak_anonymous_bytes)
+
     with workspace.locked():
-        for event in compress(
-            planned, tokens, workspace, device=torch.device("cpu"), threads=1
-        ):
-            if isinstance(event, LayerDone):
-                layers.append(event.peak_anonymous_bytes)
-            if isinstance(event, Finished):
-                reported = event.peak_anonymous_bytes
+        finished = compress(
+            planned, tokens, workspace, device=torch.device("cpu"), threads=1, report=report
+        )
     sampler.done.set()
     sampler.join()
     told = {
         "base": base,
         "peak": sampler.peak,
         "layers": layers,
-        "reported": reported,
+        "reported": finished.peak_anonymous_bytes,
         "planned": planned.memory_bytes,
         "parts": dict(planned.memory),
         "ram": ram,

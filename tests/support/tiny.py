@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import Tokens, from_tensors
@@ -865,12 +866,16 @@ def plan_for(source: Path, tokens: Tokens, wanted: Settings) -> Plan:
 def run_plan(plan: Plan, tokens: Tokens, output: Path, *, threads: int = 1) -> Run:
     """Compress, and read each boundary's hidden states while they are there."""
     workspace = Workspace(output=output, work=output / ".ream-stream")
-    events, hidden = [], {}
+    events: list[Event] = []
+    hidden: dict[int, Tensor] = {}
+
+    def report(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, LayerDone) and event.layer + 1 < len(plan.layers):
+            hidden[event.layer] = _read_states(plan, workspace, event.layer + 1)
+
     with workspace.locked():
-        for event in compress(plan, tokens, workspace, device=CPU, threads=threads):
-            events.append(event)
-            if isinstance(event, LayerDone) and event.layer + 1 < len(plan.layers):
-                hidden[event.layer] = _read_states(plan, workspace, event.layer + 1)
+        compress(plan, tokens, workspace, device=CPU, threads=threads, report=report)
     return Run(plan=plan, tokens=tokens, output=output, events=events, hidden=hidden)
 
 

@@ -65,8 +65,7 @@ def run(plan: Plan, tokens: Tokens, output: Path) -> int:
     try:
         workspace = Workspace(output=output, work=output / ".ream-stream")
         with workspace.locked():
-            for _ in compress(plan, tokens, workspace, device=CPU, threads=1):
-                pass
+            compress(plan, tokens, workspace, device=CPU, threads=1)
         status = 0
     except Exception:  # noqa: BLE001 - a child must not return into the loop of kills
         traceback.print_exc()

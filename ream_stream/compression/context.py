@@ -1,0 +1,96 @@
+"""What all layers of a run share: models, calibration set, folders, and the time spent."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.model.batch_store import Kept, keeping
+from ream_stream.model.batches import Batches
+from ream_stream.model.finite import CheckedWriter, Excluded
+from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
+from ream_stream.model.streamed_model import StreamedModel
+from ream_stream.planning.plan import Plan
+
+from .journal import Workspace
+
+
+@dataclass(kw_only=True, slots=True)
+class Context:
+    """What all layers of a run share."""
+
+    plan: Plan
+    """What was planned."""
+
+    tokens: Tokens
+    """The calibration set."""
+
+    workspace: Workspace
+    """Where files go."""
+
+    source: StreamedModel
+    """The model as it is."""
+
+    output: StreamedModel
+    """The compressed model; its layer l can be loaded once it was written."""
+
+    batch_sequences: int
+    """Sequences of a batch."""
+
+    expert_blocks: int
+    """Blocks that a layer's experts are run in."""
+
+    threads: int
+    """For the assignments of the alignment."""
+
+    excluded: Excluded
+    """Calibration sequences that are left out."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time spent by phase."""
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Book the time of the block on a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @property
+    def batches(self) -> Batches:
+        """The calibration set in batches."""
+        return Batches(self.tokens, self.batch_sequences)
+
+    def hidden_reader(self, boundary: int) -> HiddenStates | None:
+        """Open the states that enter a layer; None for the first, which takes embeddings."""
+        return self._reader(self.workspace.hidden(boundary)) if boundary else None
+
+    def original_reader(self, boundary: int) -> HiddenStates | None:
+        """Open the same of the original model."""
+        return self._reader(self.workspace.original(boundary)) if boundary else None
+
+    def hidden_writer(self, boundary: int) -> CheckedWriter:
+        """Begin the states that enter a layer."""
+        return self._writer(self.workspace.hidden(boundary), boundary)
+
+    def original_writer(self, boundary: int) -> CheckedWriter:
+        """Begin the same of the original model."""
+        return self._writer(self.workspace.original(boundary), boundary)
+
+    def _reader(self, path: Path) -> HiddenStates:
+        plan = self.plan
+        return HiddenStates(path, plan.hidden_shape, plan.dtype, self.batch_sequences)
+
+    def _writer(self, path: Path, boundary: int) -> CheckedWriter:
+        plan, batch = self.plan, self.batch_sequences
+        writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch)
+        return CheckedWriter(writer, self.excluded, boundary - 1, batch)
+
+    def keeping(self, part: str, name: str) -> AbstractContextManager[Kept]:
+        """Keep tensors of batches for the length of a block, where the plan has the part."""
+        path = self.workspace.scratch(name) if self.plan.scratch.get(part) else None
+        return keeping(path, len(self.batches))
