@@ -1,6 +1,6 @@
 # docker run --rm -v MODEL:/model:ro -v OUT:/out ream-stream compress /model /out/smaller --keep 75%
 #
-# Exit statuses are those of the command (docs/cli.md); docker's own are 125 to 127.
+# Exit statuses are those of the command (docs/reference/cli.md); docker's own are 125 to 127.
 # Files are written as the user below; for your own: --user "$(id -u):$(id -g)".
 # The root file system may be read-only: --read-only --tmpfs /tmp -v WORK:/work
 FROM python:3.11-slim

@@ -64,7 +64,7 @@ smoke: ## install the wheel without development extras, and run it
 	$(SMOKE)/venv/bin/ream-stream --help
 	cd $(SMOKE) && venv/bin/ream-stream demo --quick
 
-docs: $(STAMP) ## write docs/cli.md from the command line's own help
+docs: $(STAMP) ## write docs/reference/cli.md from the command line's own help
 	$(BIN)/python tools/docs/make_cli_docs.py
 
 docker: ## build the image ream-stream:VERSION; PIP_EXTRA_INDEX_URL= gives torch with CUDA

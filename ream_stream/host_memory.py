@@ -1,7 +1,7 @@
 """Anonymous memory of this process: what is ours, without mapped files.
 
 Resident size counts mapped pages too, which the kernel takes back whenever it
-likes; RssAnon does not. docs/memory.md explains the words.
+likes; RssAnon does not. docs/concepts/memory.md explains the words.
 """
 
 import ctypes

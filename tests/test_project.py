@@ -34,7 +34,7 @@ TOP_LEVEL = {
     "tests",
     "tools",
 }
-PAGES = ("README.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(map(str, Path("docs").rglob("*.md"))))
 
 
 def text(name):

@@ -1,8 +1,8 @@
 """Tables of experts by token id, for the experts that stay.
 
 Some layers choose a token's experts by its id alone: a table has K of them for each id of
-the vocabulary, all different, and the router only weighs these. docs/method.md has the rule
-and its reason.
+the vocabulary, all different, and the router only weighs these. docs/concepts/method.md
+has the rule and its reason.
 
 Letters in shapes: V vocabulary, K experts a token, E experts, N kept experts, H hidden.
 """

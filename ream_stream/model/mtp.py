@@ -12,7 +12,7 @@ layer is taken as it is::
 
     W_e enorm(e(t + 1)) + W_h hnorm(h(t))
 
-docs/method.md has the sources.
+docs/concepts/method.md has the sources.
 
 Letters in shapes: B sequences of a batch, L tokens of a sequence, S states of a token,
 H hidden.

@@ -3,7 +3,7 @@
 The largest batch that the budgets allow is chosen first. Then, if all experts of a layer
 are more than the page cache (or a device) can hold, they are cut into blocks; and what is
 kept from pass to pass goes into memory if there is room, else on disk, else it is made
-again. docs/memory.md explains the words.
+again. docs/concepts/memory.md explains the words.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Parts that stay (weights, buffers, samples) are counted from shapes. What comes and goes
 is the most that any phase has alive at once: from `footprint` where a layer runs, from
-shapes where experts are compared, aligned and merged. docs/memory.md explains the words.
+shapes where experts are compared, aligned and merged. docs/concepts/memory.md has the words.
 """
 
 import math

@@ -397,7 +397,7 @@ FAULTS = {
     "the terminal goes away": Fault(silent(errno.EIO), 0, ""),
     "the reader of a pipe goes away": Fault(silent(errno.EPIPE), 0, ""),
 }
-"""Kinds of faults; docs/reliability.md tells their number."""
+"""Kinds of faults; docs/concepts/reliability.md tells their number."""
 
 
 def flip_digit(path):

@@ -1,7 +1,7 @@
 """The product's default, written a second time: plain loops over the equations in float64.
 
 Nothing of the package is used and nothing is clever, so that it can be read
-against docs/method.md line by line. Only the assignment itself is scipy's.
+against docs/concepts/method.md line by line. Only the assignment itself is scipy's.
 """
 
 import math
@@ -114,7 +114,7 @@ def neuron_order(experts, activation, centroid, member):
 
 
 def renumber(table, rows, groups):
-    """Rename the experts of a table by token id; the order of tries is docs/method.md's."""
+    """Rename the experts of a table by token id; docs/concepts/method.md has the order."""
     centroids = [group[0] for group in groups]
 
     def tried(expert):

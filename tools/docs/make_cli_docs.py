@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the help texts of the command line; ``--check`` only compares."""
+"""Write docs/reference/cli.md from the command line's help; ``--check`` only compares."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-_PATH = Path(__file__).parents[2] / "docs" / "cli.md"
+_PATH = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 _WIDTH = 96
 _HEAD = """\
 # Command line
@@ -42,7 +42,7 @@ def main() -> int:
     if sys.argv[1:] == ["--check"]:
         if _PATH.is_file() and _PATH.read_text(encoding="utf-8") == page:
             return 0
-        print("docs/cli.md is not what the command line says; run: make docs", file=sys.stderr)
+        print(f"{_PATH} is not what the command line says; run: make docs", file=sys.stderr)
         return 1
     _PATH.parent.mkdir(exist_ok=True)
     _PATH.write_text(page, encoding="utf-8")

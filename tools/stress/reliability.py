@@ -1,4 +1,4 @@
-"""Print the numbers of docs/reliability.md: what is tried, and how often.
+"""Print the numbers of docs/concepts/reliability.md: what is tried, and how often.
 
     python tools/stress/reliability.py
 
