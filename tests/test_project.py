@@ -34,7 +34,9 @@ TOP_LEVEL = {
     "tests",
     "tools",
 }
-PAGES = ("README.md", "CONTRIBUTING.md", *sorted(map(str, Path("docs").rglob("*.md"))))
+FACES = ("README.md", "CONTRIBUTING.md")
+DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = (*FACES, *DOCS)
 
 
 def text(name):
@@ -68,8 +70,9 @@ def test_the_top_level_is_exactly_what_it_should_be(tracked):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_of_a_page_leads_somewhere(page):
-    links = re.findall(r"\]\(([^)#:]+)\)", text(page))
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text(page))
+    home = (ROOT / page).parent
+    assert [link for link in links if not (home / link).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -91,7 +94,7 @@ def test_every_make_target_a_page_names_exists(page):
         for word in (found[1] or "").split()
         if re.fullmatch(r"[a-z][a-z-]*", word)
     }
-    assert named
+    assert named or page in DOCS
     assert named <= make_targets()
 
 

@@ -27,8 +27,8 @@ def plan(
 
     The exit status is the one compress would begin with: 0 if it can run. Only headers are
     read, so it takes seconds for any size of model, and SOURCE may hold no more than them:
-    config, index and the first bytes of each shard, as tools/headers_only.py copies them. Of a
-    SOURCE on the hub, ORG/NAME[@REVISION], no more than that is fetched.
+    config, index and the first bytes of each shard (tools/fixtures/headers_only.py copies
+    them). Of a SOURCE on the hub, ORG/NAME[@REVISION], no more than that is fetched.
 
     Example:
 
