@@ -19,7 +19,7 @@ test test-all: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all check fix demo smoke docs docker clean
+.PHONY: help setup test test-all check fix demo smoke size docs docker clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -63,6 +63,12 @@ smoke: ## install the wheel without development extras, and run it
 	$(SMOKE)/venv/bin/python $(INSTALL) $(SMOKE)/*.whl
 	$(SMOKE)/venv/bin/ream-stream --help
 	cd $(SMOKE) && venv/bin/ream-stream demo --quick
+
+size: ## print the lines of each room of the package
+	@for room in $$(git ls-files 'ream_stream/*.py' | cut -d/ -f2 | sort -u); do \
+	  printf '%7d  %s\n' $$(git ls-files "ream_stream/$$room" | grep '\.py$$' | xargs cat | wc -l) $$room; \
+	done
+	@printf '%7d  all\n' $$(git ls-files 'ream_stream/*.py' | xargs cat | wc -l)
 
 docs: $(STAMP) ## write docs/reference/cli.md from the command line's own help
 	$(BIN)/python tools/docs/make_cli_docs.py
