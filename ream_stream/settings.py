@@ -110,27 +110,8 @@ class Settings:
         return {**values.pop("method"), **values}
 
 
-def check_counts(
-    settings: Settings,
-    num_experts: int,
-    top_k: int,
-    routing_groups: int,
-    groups_per_token: int = 1,
-) -> None:
-    """Refuse counts that give no usable model.
-
-    Parameters
-    ----------
-    settings
-        What was asked for.
-    num_experts
-        Experts of a source layer.
-    top_k
-        Experts a token is sent to.
-    routing_groups
-        ``n_group`` of group-limited routers, otherwise 1.
-    groups_per_token
-        ``topk_group`` of such routers: groups whose experts a token may be sent to.
+def check_counts(settings: Settings, num_experts: int) -> None:
+    """Refuse counts that make no groups of the experts of a source layer.
 
     Raises
     ------
@@ -140,19 +121,6 @@ def check_counts(
     keep, method = settings.experts, settings.method
     if keep > num_experts:
         raise UsageError(f"--experts {keep}: the source has {num_experts} experts a layer")
-    if keep < top_k:
-        raise UsageError(f"--experts {keep}: the router sends each token to {top_k} experts")
-    if routing_groups > 1 and (keep % routing_groups or keep // routing_groups < 2):
-        raise UsageError(
-            f"--experts {keep}: the router works in {routing_groups} groups, so the count "
-            f"must be a multiple of {routing_groups} with at least 2 experts in each"
-        )
-    within = keep // routing_groups * groups_per_token
-    if routing_groups > 1 and within < top_k:
-        raise UsageError(
-            f"--experts {keep}: the router sends each token to {top_k} experts of "
-            f"{groups_per_token} in {routing_groups} groups, which would have {within}"
-        )
     if method.grouping == "ream" and keep < num_experts:
         if method.group_size < 2:
             raise UsageError(

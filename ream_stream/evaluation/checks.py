@@ -208,25 +208,10 @@ def _routers(subject: Subject) -> Iterator[str]:
 
 
 def _routing(subject: Subject) -> Iterator[str]:
-    config: Any = subject.model.text_config
-    groups = subject.family.groups(config)
-    taken = int(getattr(config, "topk_group", None) or groups)
+    routing = subject.family.routing(subject.model.text_config, subject.model.top_k)
     for layer in subject.model.layers:
-        if layer.stack is None:
-            continue
-        count, top_k = layer.stack.count, subject.model.top_k
-        if top_k > count:
-            yield f"layer {layer.index} has {count} experts, tokens are sent to {top_k}"
-        if count % groups or (groups > 1 and count // groups < 2):
-            yield (
-                f"layer {layer.index} has {count} experts, which do not make {groups} equal "
-                "routing groups of 2 or more"
-            )
-        elif groups > 1 and taken * (count // groups) < top_k:
-            yield (
-                f"layer {layer.index}: tokens are sent to {top_k} experts of {taken} routing "
-                f"groups, which have {taken * (count // groups)}"
-            )
+        if layer.stack and (problem := routing.problem(layer.stack.count)):
+            yield f"layer {layer.index} has {layer.stack.count} experts: {problem}"
 
 
 def _groups(subject: Subject) -> Iterator[str]:

@@ -46,6 +46,37 @@ _BIASED = ("gate.weight", "gate.e_score_correction_bias")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """How many experts a router sends each token to, and among which."""
+
+    top_k: int
+    """Experts that a token is sent to."""
+
+    groups: int
+    """Groups of experts that the router selects in; 1 if it selects among all."""
+
+    groups_per_token: int
+    """Groups whose experts one token may be sent to."""
+
+    def problem(self, experts: int) -> str | None:
+        """Return why the router cannot choose among so many experts; None if it can."""
+        groups, taken = self.groups, self.groups_per_token
+        if experts < self.top_k:
+            return f"the router sends each token to {self.top_k} experts"
+        if groups > 1 and (experts % groups or experts // groups < 2):
+            return (
+                f"the router works in {groups} groups, so the count must be a multiple of "
+                f"{groups} with at least 2 experts in each"
+            )
+        if groups > 1 and (within := experts // groups * taken) < self.top_k:
+            return (
+                f"the router sends each token to {self.top_k} experts of {taken} in {groups} "
+                f"groups, which would have {within}"
+            )
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """One Hugging Face ``model_type``; of a wrapper, that of its text decoder."""
 
@@ -73,6 +104,12 @@ class Family:
 
     groups: Callable[[Any], int] = _groups
     """Groups of experts the router selects in, from the transformers config."""
+
+    def routing(self, config: Any, top_k: int) -> Routing:  # noqa: ANN401
+        """Return how tokens are routed, from the transformers config of the text decoder."""
+        groups = self.groups(config)
+        taken = int(getattr(config, "topk_group", None) or groups)
+        return Routing(top_k=top_k, groups=groups, groups_per_token=taken)
 
     def router_tensors(self, block: str, names: Container[str]) -> tuple[list[str], str | None]:
         """Return the router-side tensors of a layer, and its table if it chooses by one.

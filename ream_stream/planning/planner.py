@@ -13,7 +13,7 @@ import torch
 
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.compression.journal import Journal, Workspace
-from ream_stream.errors import OverBudgetError, UnsupportedModelError
+from ream_stream.errors import OverBudgetError, UnsupportedModelError, UsageError
 from ream_stream.files import free_bytes, same_disk
 from ream_stream.host_memory import anonymous_bytes, available_bytes
 from ream_stream.model.families import family_of, text_config
@@ -94,10 +94,11 @@ def make_plan(
     num_experts = stacks[0].count
     if any(stack.count != num_experts for stack in stacks):
         raise UnsupportedModelError("layers have different numbers of experts")
-    routing_groups = family.groups(model.text_config)
-    groups_per_token = int(getattr(model.text_config, "topk_group", None) or routing_groups)
+    routing = family.routing(model.text_config, model.top_k)
     check_refit(settings)
-    check_counts(settings, num_experts, model.top_k, routing_groups, groups_per_token)
+    check_counts(settings, num_experts)
+    if problem := routing.problem(settings.experts):
+        raise UsageError(f"--experts {settings.experts}: {problem}")
     decoded = decoded_matrices(model) if settings.dtype == "bfloat16" else {}
     layers, outside = lay_out(model, family, num_experts, settings, decoded)
     shards = [*(shard for layer in layers for shard in layer.shards), *outside]
@@ -122,7 +123,7 @@ def make_plan(
         family=family,
         num_experts=num_experts,
         top_k=model.top_k,
-        routing_groups=routing_groups,
+        routing_groups=routing.groups,
         layers=layers,
         outside=outside,
         decoded=decoded,
