@@ -46,13 +46,13 @@ from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.demo.command import FULL, QUICK, SEQUENCE_LENGTH, Amount, write_texts
 from ream_stream.cli.demo.texts import DOMAINS, documents
 from ream_stream.cli.report.figures import pareto_picture, standalone
-from ream_stream.cli.variants import named
 from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
 from ream_stream.evaluation.comparison import Bench
 from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.metrics import Evaluation
+from ream_stream.evaluation.variants import named
 from ream_stream.files import read_json
 from ream_stream.host_memory import available_bytes
 from ream_stream.planning.planner import RAM_SHARE, make_plan

@@ -43,12 +43,12 @@ from ream_stream.compression.pipeline import compress
 from ream_stream.events import Event, LayerDone
 from ream_stream.method.saliency import SALIENCIES
 from ream_stream.planning.planner import make_plan
-from ream_stream.settings import REFIT_TARGETS, Method, Settings
+from ream_stream.settings import Method, Settings, options_of
 
 LENGTH = 256
 TEST_TOKENS = 16_384
 SIZES = (24, 16)
-REFITS = ("none", *REFIT_TARGETS)
+REFITS = ("none", *options_of(Method)["refit_target"].metadata["choices"])
 METHODS: Mapping[str, Mapping[str, Any]] = {
     **{f"prune by {name}": {"grouping": "none", "saliency": name} for name in SALIENCIES},
     **{f"merge by {name}": dict(PRESETS[name]) for name in ("ream", "hc-smoe", "mc-smoe")},

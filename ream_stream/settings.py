@@ -1,62 +1,170 @@
-"""What the user asked for: the choices that decide the bytes of the output."""
+"""What can be asked for: each option once, with its default, choices and help.
+
+`Method` and `Settings` are the choices that decide the bytes of the output. A field made by
+`option` is an option of the command line too, which is generated from it.
+"""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from .errors import UsageError
+from .units import parse_numbers, parse_size
 
-REFITS = ("none", "down")
-REFIT_EXPERTS = ("all", "changed")
-REFIT_TARGETS = ("layer", "trajectory")
+THAT_OF_METHOD = "that of --method"
+
+
+def option(section: str, help: str, *, default: Any = None, **known: Any) -> Any:  # noqa: ANN401
+    """Return a field of a dataclass that is an option of the command line.
+
+    Parameters
+    ----------
+    section
+        Where its help lists it.
+    help
+        Its help.
+    default
+        Its default; None stands for one that is worked out, which `otherwise` describes.
+    known
+        ``choices``, all values there are; ``table``, where they have their meaning;
+        ``least``, the smallest number; ``parse``, which makes a value of what people write;
+        ``metavar``, what help calls the value; ``flag``, a name that is not the field's;
+        ``otherwise``, what counts where it is not given; ``required``.
+    """
+    return field(default=default, metadata={"section": section, "help": help, **known})
+
+
+def same_option(kind: type, name: str, **changed: Any) -> Any:  # noqa: ANN401
+    """Return a field that is the option `name` of another dataclass, apart from `changed`."""
+    found = options_of(kind)[name]
+    known = {"default": found.default, **found.metadata, **changed}
+    return option(known.pop("section"), known.pop("help"), **known)
+
+
+def options_of(*kinds: type) -> dict[str, Field[Any]]:
+    """Return the fields of dataclasses that are options, by name."""
+    return {f.name: f for kind in kinds for f in fields(kind) if "section" in f.metadata}
+
+
+def flag_of(found: Field[Any]) -> str:
+    """Return what an option is called on the command line."""
+    return str(found.metadata.get("flag") or "--" + found.name.replace("_", "-"))
+
+
+def check_values(asked: Any) -> None:  # noqa: ANN401
+    """Refuse values that an option does not take.
+
+    Raises
+    ------
+    UsageError
+        One sentence about the option and what it takes.
+    """
+    for each in options_of(type(asked)).values():
+        value, known, flag = getattr(asked, each.name), each.metadata, flag_of(each)
+        choices, least = known.get("choices"), known.get("least")
+        if value is None:
+            continue
+        if choices is not None and isinstance(value, str) and value not in choices:
+            raise UsageError(f"{flag} {value}: there are {', '.join(choices)}")
+        if least is not None and (not isinstance(value, int) or value < least):
+            raise UsageError(f"{flag} {value}: at least {least} is needed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """How experts are ranked, compared, grouped, aligned and merged."""
 
-    saliency: str = "reap"
-    """Key of `method.saliency.SALIENCIES`."""
-
-    similarity: str = "gated"
-    """Key of `method.similarity.SIMILARITIES`: how mean expert outputs are weighted."""
-
-    gate_term: bool = True
-    """Whether router columns count as half of the similarity."""
-
-    grouping: str = "ream"
-    """Key of `method.grouping.GROUPINGS`; ``none`` prunes."""
-
-    group_size: int = 16
-    """REAM's C: members of a group at most, the centroid included."""
-
-    alignment: str = "both"
-    """Key of `method.alignment.ALIGNMENTS`."""
-
-    merge: str = "saliency"
-    """Key of `method.merging.MERGES`."""
-
-    similarity_tokens: int = 4096
-    """Tokens, sampled once, on which every expert is run; 0 is all of them."""
-
-    alignment_tokens: int = 2048
-    """Tokens, sampled once, on which neurons are compared."""
-
-    refit: str = "none"
-    """One of `REFITS`: ``down`` refits the down projections of the experts that stay."""
-
-    refit_experts: str = "all"
-    """One of `REFIT_EXPERTS`: ``changed`` leaves experts that were not merged as they are."""
-
-    refit_target: str = "layer"
-    """One of `REFIT_TARGETS`: ``layer`` is what the original layer gives on the same inputs,
-    ``trajectory`` what leaves it in the original model."""
-
-    refit_iterations: int = 2
-    """Iterations of conjugate gradients at most."""
-
-    refit_lambda: tuple[float, ...] = (0.3, 1.0, 3.0)
-    """Penalties that are tried; those below 0.3 harm text unlike the calibration set's."""
+    saliency: str = option(
+        "Method",
+        "How experts are ranked.",
+        default="reap",
+        choices=(
+            "reap", "reap-softmax", "reap-squared", "reap-sum", "energy", "frequency", "ean",
+        ),
+        table="saliency.SALIENCIES",
+        otherwise=THAT_OF_METHOD,
+    )  # fmt: skip
+    similarity: str = option(
+        "Method",
+        "Weight of tokens in mean outputs; random is a control.",
+        default="gated",
+        choices=("gated", "plain", "random"),
+        table="similarity.SIMILARITIES",
+    )
+    gate_term: bool = option(
+        "Method", "Count the similarity of router columns as half.", default=True
+    )
+    grouping: str = option(
+        "Method",
+        "How experts that go are given to those that stay.",
+        default="ream",
+        choices=("ream", "mc-smoe", "hc-smoe", "none"),
+        table="grouping.GROUPINGS",
+        otherwise=THAT_OF_METHOD,
+    )
+    group_size: int = option(
+        "Method",
+        "Experts a group of ream has at most.",
+        default=16,
+        least=2,
+        otherwise="16; 32 from 512 experts on, or if half or less are kept",
+    )
+    alignment: str = option(
+        "Method",
+        "What neurons are matched by.",
+        default="both",
+        choices=("both", "activations", "weights", "none"),
+        table="alignment.ALIGNMENTS",
+    )
+    merge: str = option(
+        "Method",
+        "Weights in a merge.",
+        default="saliency",
+        choices=("saliency", "mean"),
+        table="merging.MERGES",
+    )
+    similarity_tokens: int = option(
+        "Method",
+        "Tokens on which every expert is run; 0 is all of them.",
+        default=4096,
+        least=0,
+    )
+    alignment_tokens: int = option(
+        "Method", "Tokens on which neurons are compared.", default=2048, least=1
+    )
+    refit: str = option(
+        "Method",
+        "down: refit the down projections of the experts that stay, in closed form, to what "
+        "the original layer gives.",
+        default="none",
+        choices=("none", "down"),
+        otherwise=THAT_OF_METHOD,
+    )
+    refit_experts: str = option(
+        "Method",
+        "changed: refit merged experts only; the others stay byte copies.",
+        default="all",
+        choices=("all", "changed"),
+    )
+    refit_target: str = option(
+        "Method",
+        "layer: what the original layer gives on the same inputs. trajectory: what it gives "
+        "in the original model, which corrects earlier layers too; hidden states take twice "
+        "the disk.",
+        default="layer",
+        choices=("layer", "trajectory"),
+    )
+    refit_iterations: int = option(
+        "Method", "Iterations of conjugate gradients.", default=2, least=1
+    )
+    # below 0.3 text unlike the calibration set's suffers
+    refit_lambda: tuple[float, ...] = option(
+        "Method",
+        "Penalties to try; the best on held-back sequences is taken, layer by layer.",
+        default=(0.3, 1.0, 3.0),
+        parse=parse_numbers,
+        metavar="NUMBERS",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,26 +177,46 @@ class Settings:
     method: Method
     """How they are chosen and merged."""
 
-    sequential: bool = True
-    """Calibrate each layer on the outputs of the layers already compressed."""
+    sequential: bool = option(
+        "Method",
+        "Observe each layer on what the compressed layers before it give.",
+        default=True,
+    )
 
     compute_dtype: str = "float32"
     """``bfloat16``, ``float16`` or ``float32``: what the layers are run in."""
 
-    dtype: str = "source"
-    """``source`` keeps every format; ``bfloat16`` writes quantized tensors decoded."""
-
-    mtp: str = "keep"
-    """``keep`` or ``drop``: what becomes of multi-token-prediction layers."""
-
-    seed: int = 0
-    """Start of every random choice."""
+    dtype: str = option(
+        "Machine",
+        "Keep the format of a quantized checkpoint, or write it as bfloat16.",
+        default="keep",
+        choices=("keep", "bf16"),
+    )
+    mtp: str = option(
+        "Machine",
+        "Multi-token-prediction layers: keep them, compressed as the others, or leave them "
+        "out.",
+        default="keep",
+        choices=("keep", "drop"),
+    )
+    seed: int = option("Calibration", "Start of every random choice.", default=0, least=0)
 
     device_kind: str = "cpu"
     """``cpu`` or ``cuda``: results are equal only within one kind."""
 
-    max_shard_bytes: int = 5_000_000_000
-    """Size of a shard, unless one tensor alone is larger."""
+    max_shard_bytes: int = option(
+        "Machine",
+        "Size of an output file, unless one tensor is larger.",
+        default=5_000_000_000,
+        parse=parse_size,
+        metavar="SIZE",
+        flag="--max-shard-size",
+    )
+
+    @property
+    def decodes(self) -> bool:
+        """Whether quantized tensors are written as bfloat16."""
+        return self.dtype == "bf16"
 
     def merges(self, num_experts: int) -> bool:
         """Tell whether experts are merged, rather than pruned or all kept."""
@@ -110,38 +238,30 @@ class Settings:
         return {**values.pop("method"), **values}
 
 
-def check_counts(settings: Settings, num_experts: int) -> None:
-    """Refuse counts that make no groups of the experts of a source layer.
+def check_settings(settings: Settings, num_experts: int) -> None:
+    """Refuse values that there are not, and counts that make no groups of a layer's experts.
 
     Raises
     ------
     UsageError
-        One sentence about the count that does not work and the ones that do.
+        One sentence about the option that does not work and what would.
     """
     keep, method = settings.experts, settings.method
+    check_values(settings)
+    check_values(method)
+    _check_refit(settings)
     if keep > num_experts:
         raise UsageError(f"--experts {keep}: the source has {num_experts} experts a layer")
-    if method.grouping == "ream" and keep < num_experts:
-        if method.group_size < 2:
-            raise UsageError(
-                f"--group-size {method.group_size}: a group that merges has 2 or more"
-            )
-        if keep * method.group_size < num_experts:
-            smallest = -(-num_experts // keep)
-            raise UsageError(
-                f"--group-size {method.group_size}: {keep} groups of at most "
-                f"{method.group_size} cannot hold {num_experts} experts; use {smallest} or more"
-            )
+    if method.grouping == "ream" and keep * method.group_size < num_experts:
+        smallest = -(-num_experts // keep)
+        raise UsageError(
+            f"--group-size {method.group_size}: {keep} groups of at most "
+            f"{method.group_size} cannot hold {num_experts} experts; use {smallest} or more"
+        )
 
 
-def check_refit(settings: Settings) -> None:
-    """Refuse a refit that cannot be solved, or has nothing to change.
-
-    Raises
-    ------
-    UsageError
-        One sentence about the option that does not work.
-    """
+def _check_refit(settings: Settings) -> None:
+    """Refuse a refit that cannot be solved, or has nothing to change."""
     method = settings.method
     if method.refit == "none":
         return
@@ -150,8 +270,6 @@ def check_refit(settings: Settings) -> None:
         raise UsageError(f"--refit-lambda {penalties}: numbers above 0 are needed")
     if len(set(penalties)) < len(penalties):
         raise UsageError(f"--refit-lambda {penalties}: a number is there twice")
-    if method.refit_iterations < 1:
-        raise UsageError(f"--refit-iterations {method.refit_iterations}: at least 1 is needed")
     if method.refit_experts == "changed" and method.grouping == "none":
         raise UsageError(
             "--refit-experts changed: pruning changes no expert, so there is none to refit"

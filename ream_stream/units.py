@@ -1,6 +1,7 @@
-"""Numbers of bytes as people write and read them."""
+"""Numbers as people write and read them."""
 
 import re
+from fractions import Fraction
 
 _UNITS = {
     "": 1,
@@ -26,12 +27,60 @@ def parse_size(text: str) -> int:
     Raises
     ------
     ValueError
-        The text is not a number with one of the usual units.
+        The text is not a number with one of the usual units, or it is nothing.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write for example 16GiB, 1.5GB or 700MB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size < 1:
+        raise ValueError(f"{text!r} is nothing")
+    return size
+
+
+def parse_size_or_auto(text: str) -> int | None:
+    """Return the bytes of a size; None of ``auto``.
+
+    Raises
+    ------
+    ValueError
+        It is neither.
+    """
+    try:
+        return None if text == "auto" else parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or auto") from None
+
+
+def parse_share(text: str) -> Fraction:
+    """Return the exact share of ``75%``: above 0%, up to 100%.
+
+    Raises
+    ------
+    ValueError
+        The text is no such share.
+    """
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", text)
+    share = Fraction(match[1]) / 100 if match else Fraction(0)
+    if not 0 < share <= 1:
+        raise ValueError(f"{text!r} is not a share; write for example 75%")
+    return share
+
+
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """Return numbers with commas between them.
+
+    Raises
+    ------
+    ValueError
+        A word is not a number.
+    """
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is not a list of numbers; write for example 0.3,1"
+        ) from None
 
 
 def format_size(num_bytes: float) -> str:

@@ -4,18 +4,12 @@ from pathlib import Path
 
 import click
 
-from .params import Verb, exit_statuses, json_option, option
+from .params import FOLDER, Verb, exit_statuses, json_option, option, work_dir_option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 11))
-@click.argument("output", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@option(
-    "Machine",
-    "--work-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="The --work-dir of the run, if it had one.",
-)
+@click.argument("output", type=FOLDER)
+@work_dir_option
 @option(
     "Output",
     "--force",

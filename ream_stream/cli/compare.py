@@ -7,76 +7,28 @@ from typing import Any
 import click
 
 from ream_stream.calibration.mix import MIXES
+from ream_stream.evaluation.config import ComparisonOptions
 
-from .options import calibration_options, machine_options
-from .params import F, Size, Verb, exit_statuses, json_option, option, together
-
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+from .options import options_for
+from .params import FOLDER, NEW_FOLDER, F, Verb, exit_statuses, json_option, option, together
 
 
 def _options(*, output: str) -> Callable[[F], F]:
     """Return what both verbs ask for."""
-    section, count = "Comparison", click.IntRange(min=1)
-    return together(
-        [
-            option(section, "--experts", type=count, required=True, help="Experts to keep."),
-            option(
-                section,
-                "--methods",
-                default="methods",
-                show_default=True,
-                help="Names or sets (methods, ablation, controls, refit), separated by commas.",
-            ),
-            option(
-                section,
-                "--seeds",
-                type=count,
-                default=3,
-                show_default=True,
-                help="Runs of each, with seeds from --seed on: other documents, other draws.",
-            ),
-            option(section, "--group-size", type=click.IntRange(min=2), help="As in compress."),
-            option(
-                section,
-                "--text",
-                multiple=True,
-                required=True,
-                metavar="SOURCE",
-                help="What is predicted, as in eval: NAME=SOURCE for each domain.",
-            ),
-            option(
-                section,
-                "--max-tokens",
-                type=click.IntRange(min=2),
-                help="Take no more of each.  [default: all]",
-            ),
-            *calibration_options(required=True),
-            *machine_options(),
-            option(
-                "Machine",
-                "--ram",
-                type=Size(auto=True),
-                default="auto",
-                show_default=True,
-                help="Host memory to stay within, such as 16GB; auto is 80% of what is free.",
-            ),
-            option("Machine", "--threads", type=count, help="Processor threads to use."),
-            option(
-                "Output",
-                "--output",
-                type=click.Path(file_okay=False, path_type=Path),
-                default=output,
-                show_default=True,
-                metavar="DIR",
-                help="Where results are kept; what is there is not done again.",
-            ),
-            json_option,
-        ]
+    where = option(
+        "Output",
+        "--output",
+        type=NEW_FOLDER,
+        default=output,
+        show_default=True,
+        metavar="DIR",
+        help="Where results are kept; what is there is not done again.",
     )
+    return together([options_for(ComparisonOptions), where, json_option])
 
 
 @click.command("compare", cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
-@click.argument("source", type=_FOLDER)
+@click.argument("source", type=FOLDER)
 @_options(output="compare-output")
 def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None:  # noqa: ANN401
     """Compress SOURCE by several methods and measure each beside it.
@@ -105,7 +57,7 @@ def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None
     from .signals import stop_requests
 
     with stop_requests() as asked:
-        bench, _, trials = _prepare(source, output, ("",), values)
+        bench, _, trials = _prepare(source, output, ("",), ComparisonOptions(**values))
         outcomes = carry_out(bench, trials, console(stderr=True), asked)
     known = comparison_facts(bench, outcomes)
     write_files(
@@ -123,7 +75,7 @@ def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None
 
 
 @click.command("sweep", cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
-@click.argument("source", type=_FOLDER)
+@click.argument("source", type=FOLDER)
 @option(
     "Comparison",
     "--mixes",
@@ -166,7 +118,7 @@ def sweep(
     if unknown:
         raise UsageError(f"--mixes: {unknown[0]!r} is not one of {', '.join(MIXES)}")
     with stop_requests() as asked:
-        bench, grid, trials = _prepare(source, output, names, values)
+        bench, grid, trials = _prepare(source, output, names, ComparisonOptions(**values))
         outcomes = carry_out(bench, trials, console(stderr=True), asked)
     known = sweep_facts(bench, grid, outcomes)
     write_files(output, {"sweep.json": known, "sweep.svg": standalone(pareto_picture(known))})
@@ -181,30 +133,11 @@ def _prepare(
     source: Path,
     output: Path,
     mixes: tuple[str, ...],
-    values: dict[str, Any],
+    options: ComparisonOptions,
 ) -> tuple[Any, Any, Any]:
     """Return bench, grid and trials."""
     from .comparison_view import Grid, bench_of, token_maker, trials_of
-    from .variants import named
 
-    grid = Grid(
-        experts=values["experts"],
-        methods=named(values["methods"]),
-        seeds=tuple(range(values["seed"], values["seed"] + values["seeds"])),
-        group_size=values["group_size"],
-        mixes=mixes,
-    )
-    bench = bench_of(
-        source,
-        output,
-        values["text"],
-        text_field=values["text_field"],
-        sequence_length=values["sequence_length"],
-        max_tokens=values["max_tokens"],
-        device=values["device"],
-        dtype=values["compute_dtype"],
-        threads=values["threads"],
-        ram=values["ram"],
-    )
-    tokens = token_maker(bench.source, values)
-    return bench, grid, trials_of(bench, grid, tokens)
+    grid = Grid.of(options, mixes)
+    bench = bench_of(source, output, options)
+    return bench, grid, trials_of(bench, grid, token_maker(bench.source, options))

@@ -3,9 +3,9 @@
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -28,16 +28,18 @@ from ream_stream.evaluation.comparison import (
     run_trials,
     summary,
 )
+from ream_stream.evaluation.config import ComparisonOptions
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
+from ream_stream.evaluation.variants import named, settings_of
 from ream_stream.events import Event, LayerDone, Started
 from ream_stream.host_memory import available_bytes
 from ream_stream.planning.planner import RAM_SHARE
+from ream_stream.settings import check_values
 
 from .console import columns
 from .job import compute_dtype, num_experts
 from .signals import stopping
 from .token_cache import calibration_of, read_test_tokens
-from .variants import settings_of
 
 AXIS_MEASURE = "accuracy"
 """What a sweep's axes are: percent of next tokens, of each domain."""
@@ -62,44 +64,48 @@ class Grid:
     mixes: tuple[str, ...] = ("",)
     """Keys of `MIXES`; empty for the calibration as it is."""
 
+    @classmethod
+    def of(cls, options: ComparisonOptions, mixes: tuple[str, ...]) -> Self:
+        """Return what the options ask for."""
+        check_values(options)
+        return cls(
+            experts=options.experts,
+            methods=named(options.methods),
+            seeds=tuple(range(options.seed, options.seed + options.seeds)),
+            group_size=options.group_size,
+            mixes=mixes,
+        )
+
 
 def bench_of(
     source: Path,
     folder: Path,
-    text: Sequence[str],
-    *,
-    text_field: str,
-    sequence_length: int,
-    max_tokens: int | None,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    ram: int | None,
+    options: ComparisonOptions,
 ) -> Bench:
     """Read headers and test tokens."""
-    checkpoint, where = open_checkpoint(source), choose_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    checkpoint, where = open_checkpoint(source), choose_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     tests = read_test_tokens(
-        parts_of(text),
+        parts_of(options.text),
         checkpoint,
-        text_field=text_field,
-        sequence_length=sequence_length,
-        max_tokens=max_tokens,
+        text_field=options.text_field,
+        sequence_length=options.sequence_length,
+        max_tokens=options.max_tokens,
     )
     return Bench(
         source=checkpoint,
         tests=tests,
         folder=folder,
         device=where,
-        dtype=compute_dtype(dtype, checkpoint, where),
+        dtype=compute_dtype(options.compute_dtype, checkpoint, where),
         threads=torch.get_num_threads(),
-        ram=int(RAM_SHARE * available_bytes()) if ram is None else ram,
+        ram=int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram,
     )
 
 
 def token_maker(
-    checkpoint: Checkpoint, values: Mapping[str, Any]
+    checkpoint: Checkpoint, options: ComparisonOptions
 ) -> Callable[[str, int], Tokens]:
     """Return what makes the calibration of a mix and a seed, each once."""
     made: dict[tuple[str, int], Tokens] = {}
@@ -107,7 +113,7 @@ def token_maker(
 
     def make(mix: str, seed: int) -> Tokens:
         if (mix, seed) not in made:
-            wanted = calibration_of({**values, "mix": mix or values["mix"], "seed": seed})
+            wanted = calibration_of(replace(options, mix=mix or options.mix, seed=seed))
             if wanted is None:
                 raise UsageError("say what to calibrate on: --calibration")
             made[mix, seed] = read_tokens(wanted, checkpoint.folder, vocab_size=vocab_size)

@@ -6,7 +6,10 @@ from typing import Any
 
 import click
 
-from .options import RunOptions, run_options
+from ream_stream.compression.config import RunOptions
+from ream_stream.settings import Method, Settings
+
+from .options import options_for
 from .params import Verb, exit_statuses, json_option, option, resume_command
 from .source import fetched, located, source_argument
 
@@ -14,7 +17,7 @@ from .source import fetched, located, source_argument
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
 @source_argument
 @click.argument("output", type=click.Path(path_type=Path))
-@run_options(calibration_required=True)
+@options_for(RunOptions, Method, Settings)
 @option("Output", "--dry-run", is_flag=True, help="Print the plan and stop; write nothing.")
 @option("Output", "--restart", is_flag=True, help="Discard the run that is in OUTPUT.")
 @option(
@@ -37,7 +40,7 @@ def compress(
     keep_work: bool,
     stream: bool,
     as_json: bool,
-    **values: Any,  # noqa: ANN401 - the fields of RunOptions
+    **values: Any,  # noqa: ANN401 - those of RunOptions.of
 ) -> None:
     """Compress SOURCE into OUTPUT; run it again to go on after a stop.
 
@@ -62,7 +65,7 @@ def compress(
     folder, remote = located(source, stream=stream)
     whole = remote is None
     streamed = remote if stream else None
-    options = RunOptions(source=folder, output=output, remote=streamed, **values)
+    options = RunOptions.of(source=folder, output=output, remote=streamed, **values)
     if remote is not None and not (stream or dry_run):
         # what cannot be done is refused before anything large is fetched
         prepare(replace(options, calibration=()), restart=restart, with_data=False)

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ream_stream.compression.config import RunOptions
 from ream_stream.device import is_here
 from ream_stream.files import free_bytes
 from ream_stream.planning.cost import Work
@@ -20,7 +21,6 @@ from ream_stream.planning.throughput import Forecast
 from ream_stream.units import format_size
 
 from .job import Job
-from .options import RunOptions
 
 
 def console(*, stderr: bool) -> Console:
@@ -305,7 +305,7 @@ def _method(job: Job, options: RunOptions) -> str:
         return f"drop experts of low {method.saliency}{refit}"
     size = ""
     if method.grouping == "ream":
-        chosen = " by default" if options.group_size is None else ""
+        chosen = " by default" if "group_size" not in options.changes else ""
         size = f", groups of {method.group_size} at most{chosen}"
     return f"merge by {method.grouping}, ranked by {method.saliency}{size}{refit}"
 

@@ -7,86 +7,21 @@ from typing import Any
 
 import click
 
-from .options import machine_options
-from .params import Size, Verb, exit_statuses, json_option, option, together
+from ream_stream.evaluation.config import ScoreOptions
 
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+from .options import options_for
+from .params import FOLDER, Verb, exit_statuses, json_option
 
 
 @click.command("eval", cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 12, 130))
-@click.argument("checkpoint", type=_FOLDER)
-@option(
-    "Text",
-    "--text",
-    multiple=True,
-    metavar="SOURCE",
-    help="What --calibration takes; NAME=SOURCE for each domain of several.",
-)
-@option(
-    "Text",
-    "--questions",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Multiple-choice questions, JSON lines of question, choices and answer.",
-)
-@option(
-    "Text",
-    "--text-field",
-    default="text",
-    show_default=True,
-    help="Field of each record that holds the text.",
-)
-@option(
-    "Text",
-    "--sequence-length",
-    type=click.IntRange(min=2),
-    default=512,
-    show_default=True,
-    help="Tokens of a sequence, and of a question at most.",
-)
-@option(
-    "Text",
-    "--max-tokens",
-    type=click.IntRange(min=2),
-    help="Take no more of each.  [default: all]",
-)
-@option(
-    "Text", "--against", type=_FOLDER, metavar="OTHER", help="Compare with this checkpoint."
-)
-@option(
-    "Text",
-    "--layers",
-    "with_layers",
-    is_flag=True,
-    help="With --against: how far each layer's output is from the original's.",
-)
-@together(machine_options())
-@option(
-    "Machine",
-    "--ram",
-    type=Size(auto=True),
-    default="auto",
-    show_default=True,
-    help="Host memory to stay within, such as 16GB; auto is 80% of what is free.",
-)
-@option(
-    "Machine",
-    "--work-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Where hidden states go, and an interrupted evaluation goes on.  "
-    "[default: the system's temporary folder, which is removed]",
-)
+@click.argument("checkpoint", type=FOLDER)
+@options_for(ScoreOptions)
 @json_option
 def evaluate(
     checkpoint: Path,
-    against: Path | None,
-    work_dir: Path | None,
     *,
-    with_layers: bool,
     as_json: bool,
-    **values: Any,  # noqa: ANN401 - those of `scoring.prepare`
+    **values: Any,  # noqa: ANN401 - those of ScoreOptions
 ) -> None:
     """Measure how well CHECKPOINT predicts a text, without ever loading it.
 
@@ -106,11 +41,15 @@ def evaluate(
     from .score_view import measure, prepare, score_facts, score_tables
     from .signals import stop_requests
 
-    job = prepare(checkpoint, against, **values)
+    options = ScoreOptions(**values)
+    job = prepare(checkpoint, options)
     with ExitStack() as stack:
-        work = work_dir or Path(stack.enter_context(TemporaryDirectory(prefix="ream-stream-")))
+        work = options.work_dir or Path(
+            stack.enter_context(TemporaryDirectory(prefix="ream-stream-"))
+        )
         asked = stack.enter_context(stop_requests())
-        measured = measure(job, work, console(stderr=True), asked, with_layers=with_layers)
+        shown = console(stderr=True)
+        measured = measure(job, work, shown, asked, with_layers=options.layers)
     if as_json:
         print_json(score_facts(job, measured))
         return

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import Verb, exit_statuses, json_option
+from .params import FOLDER, Verb, exit_statuses, json_option
 
 if TYPE_CHECKING:
     from ream_stream.checkpoint.reader import Checkpoint
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
-@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("path", type=FOLDER)
 @json_option
 def inspect(path: Path, *, as_json: bool) -> None:
     """Tell what a checkpoint holds, from its headers; of an output also how it was made.

@@ -4,7 +4,7 @@ Nothing is written. The order is from cheap to dear: what the options say, the
 source's headers, the output folder, the plan, and the calibration text last.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from ream_stream.checkpoint.formats.codec import FLOATS
 from ream_stream.checkpoint.header import DTYPES
 from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.compression.config import RunOptions, check_usage, settings_for
 from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.journal import Journal, Workspace, check_fingerprint, load
 from ream_stream.compression.pipeline import fingerprint
@@ -29,7 +30,6 @@ from ream_stream.planning.serving_limits import check_served
 from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
 
-from .options import RunOptions, check_usage, settings_for
 from .token_cache import Request, calibration_of, changed, stored
 
 WORK_FOLDER = ".ream-stream"
@@ -95,7 +95,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     if options.remote is not None and workspace is not None:
         checkpoint = streamed(checkpoint, options.remote, workspace.streamed)
     journal = None if workspace is None else _journal(workspace, restart=restart)
-    wanted = calibration_of(asdict(options))
+    wanted = calibration_of(options)
     tokens = _token_file(wanted, checkpoint)
     threads = _threads(options, journal)  # the plan counts them
     budget = int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram

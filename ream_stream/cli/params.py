@@ -1,16 +1,19 @@
-"""How the verbs look: options in sections, exit statuses below, sizes and shares as values."""
+"""How the verbs look: options in sections, exit statuses below, paths and values as types."""
 
-import re
 import shlex
 from collections.abc import Callable, Sequence
-from fractions import Fraction
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from ream_stream.units import parse_size
-
 F = TypeVar("F", bound=Callable[..., Any])
+
+SECTIONS = (
+    "Experts", "Method", "Comparison", "Text", "Checks", "Content", "Calibration", "Machine",
+    "Output",
+)  # fmt: skip
+"""Sections of a verb's help, in order."""
 
 STATUSES = {
     0: "done",
@@ -56,15 +59,16 @@ class Verb(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one definition list a section."""
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in SECTIONS}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
                 name = getattr(param, "section", "Other")
                 sections.setdefault(name, []).append(record)
         for name, records in sections.items():
-            with formatter.section(name):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
 
 
 class _SectionOption(click.Option):
@@ -94,64 +98,34 @@ json_option = option(
 )
 
 
-class Size(click.ParamType[int | None]):
-    """Bytes, as people write them; ``auto`` gives None where it is allowed."""
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
-    name = "size"
-
-    def __init__(self, *, auto: bool = False) -> None:
-        self._auto = auto
-
-    def convert(
-        self, value: int | str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        """Return the number of bytes."""
-        if isinstance(value, int) or (self._auto and value == "auto"):
-            return value if isinstance(value, int) else None
-        try:
-            size = parse_size(value)
-        except ValueError as error:
-            self.fail(str(error) + (", or auto" if self._auto else ""), param, ctx)
-        if size < 1:
-            self.fail(f"{value!r} is nothing", param, ctx)
-        return size
+work_dir_option = option(
+    "Machine",
+    "--work-dir",
+    type=FOLDER,
+    metavar="DIR",
+    help="The --work-dir of the run, if it had one.",
+)
 
 
-class Penalties(click.ParamType[tuple[float, ...]]):
-    """Numbers above 0 with commas between them."""
+class Parsed(click.ParamType[Any]):
+    """A value that a function reads from text."""
 
-    name = "numbers"
+    def __init__(self, parse: Callable[[str], Any], name: str) -> None:
+        self._parse, self.name = parse, name
 
     def convert(
         self,
-        value: tuple[float, ...] | str,
+        value: Any,  # noqa: ANN401
         param: click.Parameter | None,
         ctx: click.Context | None,
-    ) -> tuple[float, ...]:
-        """Return the numbers."""
-        if isinstance(value, tuple):
-            return value
+    ) -> Any:  # noqa: ANN401
+        """Return what the text says; a value that is read already as it is."""
         try:
-            return tuple(float(word) for word in value.split(","))
-        except ValueError:
-            self.fail(
-                f"{value!r} is not a list of numbers; write for example 0.3,1", param, ctx
-            )
-
-
-class Percent(click.ParamType[Fraction]):
-    """A share of a whole, above 0% up to 100%."""
-
-    name = "percent"
-
-    def convert(
-        self, value: Fraction | str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Fraction:
-        """Return the share as an exact fraction."""
-        if isinstance(value, Fraction):
-            return value
-        match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", value)
-        share = Fraction(match[1]) / 100 if match else Fraction(0)
-        if not 0 < share <= 1:
-            self.fail(f"{value!r} is not a share; write for example 75%", param, ctx)
-        return share
+            return self._parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)

@@ -5,15 +5,24 @@ from typing import Any
 
 import click
 
-from .options import RunOptions, run_options
+from ream_stream.compression.config import RunOptions
+from ream_stream.settings import Method, Settings, options_of
+
+from .options import options_for
 from .params import Verb, exit_statuses, json_option
 from .source import located, source_argument
+
+_ONLY_SIZE = {
+    "required": False,
+    "help": options_of(RunOptions)["calibration"].metadata["help"]
+    + " Without it only its size counts.",
+}
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12))
 @source_argument
 @click.argument("output", type=click.Path(path_type=Path), required=False)
-@run_options(calibration_required=False)
+@options_for(RunOptions, Method, Settings, changed={"calibration": _ONLY_SIZE})
 @json_option
 def plan(
     source: Path | str,
@@ -21,7 +30,7 @@ def plan(
     *,
     stream: bool,
     as_json: bool,
-    **values: Any,  # noqa: ANN401 - the fields of RunOptions
+    **values: Any,  # noqa: ANN401 - those of RunOptions.of
 ) -> None:
     """Tell what `compress` would do, with the same arguments; write nothing.
 
@@ -41,7 +50,7 @@ def plan(
 
     folder, remote = located(source, stream=stream)
     streamed = remote if stream else None
-    options = RunOptions(source=folder, output=output, remote=streamed, **values)
+    options = RunOptions.of(source=folder, output=output, remote=streamed, **values)
     job = prepare(options, with_data=False)
     if as_json:
         print_json(plan_facts(job))

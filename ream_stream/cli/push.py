@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from .params import Verb, exit_statuses, json_option, option
+from .params import FOLDER, Verb, exit_statuses, json_option, option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
-@click.argument("output", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("output", type=FOLDER)
 @click.argument("repository")
 @option("Output", "--private", is_flag=True, help="Make a new repository a private one.")
 @option("Output", "--revision", help="A branch to push to; it is made if it is not there.")

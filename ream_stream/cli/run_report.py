@@ -5,11 +5,11 @@ from typing import Any
 
 from rich.console import Console
 
+from ream_stream.compression.config import RunOptions
 from ream_stream.units import format_size
 
 from .console import facts, format_seconds, phases, plan_table
 from .job import Job, is_complete
-from .options import RunOptions
 from .run import Outcome
 
 

@@ -1,7 +1,7 @@
 """One checkpoint, alone or beside its original: prepared, measured and told."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
+from ream_stream.evaluation.config import ScoreOptions
 from ream_stream.evaluation.evaluate import Result, evaluate
 from ream_stream.evaluation.layer_errors import LayerError, layer_errors
 from ream_stream.evaluation.memory import plan_evaluation
@@ -26,6 +27,7 @@ from ream_stream.evaluation.multiple_choice import Share, accuracies, make_quiz,
 from ream_stream.events import Event, Report, Step
 from ream_stream.host_memory import available_bytes
 from ream_stream.planning.planner import RAM_SHARE
+from ream_stream.settings import check_values
 
 from .console import columns, facts
 from .job import compute_dtype as dtype_of
@@ -79,19 +81,7 @@ class Measured:
     """Errors of each layer, if they were asked for."""
 
 
-def prepare(
-    checkpoint: Path,
-    original: Path | None,
-    *,
-    text: Sequence[str],
-    questions: Sequence[Path],
-    text_field: str,
-    sequence_length: int,
-    max_tokens: int | None,
-    device: str,
-    compute_dtype: str,
-    ram: int | None,
-) -> ScoreJob:
+def prepare(checkpoint: Path, options: ScoreOptions) -> ScoreJob:
     """Read headers and tokens.
 
     Raises
@@ -99,18 +89,19 @@ def prepare(
     UsageError
         The checkpoints do not make the same tokens of the text, or there is none.
     """
-    folders = [folder for folder in (checkpoint, original) if folder is not None]
+    check_values(options)
+    folders = [folder for folder in (checkpoint, options.against) if folder is not None]
     opened = [open_checkpoint(folder) for folder in folders]
-    where, parts = choose_device(device), parts_of(text)
-    if not parts and not questions:
+    where, parts = choose_device(options.device), parts_of(options.text)
+    if not parts and not options.questions:
         raise UsageError("say what to predict: --text, --questions, or both")
     sets = [
         read_test_tokens(
             parts,
             each,
-            text_field=text_field,
-            sequence_length=sequence_length,
-            max_tokens=max_tokens,
+            text_field=options.text_field,
+            sequence_length=options.sequence_length,
+            max_tokens=options.max_tokens,
         )
         for each in opened
         if parts
@@ -124,11 +115,11 @@ def prepare(
         checkpoint=opened[0],
         original=opened[1] if len(opened) > 1 else None,
         tokens=sets[0] if sets else None,
-        questions=tuple(questions),
-        sequence_length=sequence_length,
-        dtype=dtype_of(compute_dtype, opened[0], where),
+        questions=options.questions,
+        sequence_length=options.sequence_length,
+        dtype=dtype_of(options.compute_dtype, opened[0], where),
         device=where,
-        ram=int(RAM_SHARE * available_bytes()) if ram is None else ram,
+        ram=int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram,
     )
 
 

@@ -7,21 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import Verb, exit_statuses, json_option, option
+from .params import FOLDER, Verb, exit_statuses, json_option, work_dir_option
 
 if TYPE_CHECKING:
     from ream_stream.compression.journal import Workspace
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
-@click.argument("output", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@option(
-    "Machine",
-    "--work-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="The --work-dir of the run, if it had one.",
-)
+@click.argument("output", type=FOLDER)
+@work_dir_option
 @json_option
 def status(output: Path, work_dir: Path | None, *, as_json: bool) -> None:
     """Tell how far the run in OUTPUT is, and how to go on with it.

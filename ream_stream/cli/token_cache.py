@@ -6,15 +6,15 @@ that is known without making tokens of the text.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from ream_stream import files
 from ream_stream.calibration.chat_templates import ChatRenderer
+from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.calibration.datasets import digest_of, open_documents
 from ream_stream.calibration.mix import Part, parts_of
 from ream_stream.calibration.packing import Calibration, load_tokenizer, pack_up_to
@@ -55,18 +55,18 @@ class Request:
         )
 
 
-def calibration_of(values: Mapping[str, Any]) -> Calibration | None:
-    """Return what the values of `calibration_options` ask for; None if they name no text."""
-    parts = parts_of(values["calibration"], mix=values["mix"])
+def calibration_of(options: CalibrationOptions) -> Calibration | None:
+    """Return what the options ask for; None if they name no text."""
+    parts = parts_of(options.calibration, mix=options.mix)
     if not parts:
         return None
     return Calibration(
         parts=parts,
-        text_field=values["text_field"],
-        num_sequences=values["sequences"],
-        sequence_length=values["sequence_length"],
-        seed=values["seed"],
-        min_characters=values["min_characters"],
+        text_field=options.text_field,
+        num_sequences=options.sequences,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+        min_characters=options.min_characters,
     )
 
 

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import calibration_options
-from .params import Verb, exit_statuses, json_option, option, together
+from ream_stream.calibration.config import CalibrationOptions
+
+from .options import options_for
+from .params import FOLDER, NEW_FILE, Verb, exit_statuses, json_option, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,12 +19,12 @@ _SHOWN_TOKENS, _SHOWN_CHARACTERS = 40, 24
 
 
 @click.command("tokens", cls=Verb, epilog=exit_statuses(0, 1, 2, 12))
-@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@together(calibration_options(required=True))
+@click.argument("checkpoint", type=FOLDER)
+@options_for(CalibrationOptions)
 @option(
     "Output",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NEW_FILE,
     metavar="FILE",
     help="Write the tokens here, as .safetensors.  [default: only describe them]",
 )
@@ -32,7 +34,7 @@ def make_tokens(
     output: Path | None,
     *,
     as_json: bool,
-    **values: Any,  # noqa: ANN401 - those of `calibration_options`
+    **values: Any,  # noqa: ANN401 - those of CalibrationOptions
 ) -> None:
     """Make a token set with the tokenizer of CHECKPOINT, and describe it.
 
@@ -57,7 +59,7 @@ def make_tokens(
 
     if output is not None and (output.suffix.lower() != ".safetensors" or output.exists()):
         raise UsageError(f"--output {output}: give a new file that ends in .safetensors")
-    wanted = calibration_of(values)
+    wanted = calibration_of(CalibrationOptions(**values))
     assert wanted is not None  # --calibration is required, and a mix without parts is refused
     vocab_size = read_object(checkpoint / "config.json").get("vocab_size")
     tokens = read_tokens(wanted, checkpoint, vocab_size=vocab_size)

@@ -7,11 +7,11 @@ import click
 
 from ream_stream.errors import DamagedError
 
-from .params import Verb, exit_statuses, json_option, option
+from .params import FOLDER, Verb, exit_statuses, json_option, option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10))
-@click.argument("output", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("output", type=FOLDER)
 @option(
     "Checks",
     "--scan/--no-scan",
@@ -34,7 +34,7 @@ from .params import Verb, exit_statuses, json_option, option
 @option(
     "Checks",
     "--against",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FOLDER,
     metavar="SOURCE",
     help="The source: all that was not merged must be its bytes.",
 )

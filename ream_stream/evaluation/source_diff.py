@@ -68,7 +68,7 @@ def against(output: Path, source: Path) -> Iterator[Finding]:
 
 def _drifted(subject: Subject, original: Checkpoint) -> Iterator[str]:
     """Find tensors that the source has not, or has in another dtype: merged ones too."""
-    if subject.manifest.fingerprint.get("dtype") == "bfloat16":
+    if subject.manifest.fingerprint.get("dtype") == "bf16":
         return
     for name, entry in subject.checkpoint.entries.items():
         old = original.entries.get(name)

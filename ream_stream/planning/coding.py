@@ -29,7 +29,7 @@ def coding_of(plan: Plan, layer: LayerPlan) -> Mapping[str, Coded]:
     source, output = layer.keys.stack, layer.stack
     dense = sum(s.rows * s.cols * (s.count or 1) for s in layer.keys.quantized.values())
     is_last = layer.keys.index == len(plan.layers) - 1
-    writes_floats = plan.settings.dtype == "bfloat16"
+    writes_floats = plan.settings.decodes
     if source is None or output is None:
         found = {
             "write": Coded(decoded=dense * writes_floats),

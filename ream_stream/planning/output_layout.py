@@ -88,7 +88,7 @@ def _output_stack(stack: ExpertStack | None, settings: Settings) -> ExpertStack 
 
 
 def _decodes(stack: ExpertStack, settings: Settings) -> bool:
-    return settings.dtype == "bfloat16" and stack.scheme != "plain"
+    return settings.decodes and stack.scheme != "plain"
 
 
 def decoded_matrices(model: StreamedModel) -> dict[str, Stored]:
@@ -115,7 +115,7 @@ def output_config(
                 part["quantization_config"] = rename_skipped(
                     part["quantization_config"], lambda name: name if name in known else None
                 )
-    if settings.dtype == "bfloat16":
+    if settings.decodes:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 for key in FORMAT_KEYS:

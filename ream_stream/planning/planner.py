@@ -19,7 +19,7 @@ from ream_stream.host_memory import anonymous_bytes, available_bytes
 from ream_stream.model.families import family_of, text_config
 from ream_stream.model.mtp import find_mtp, why_unknown
 from ream_stream.model.streamed_model import StreamedModel
-from ream_stream.settings import Settings, check_counts, check_refit
+from ream_stream.settings import Settings, check_settings
 from ream_stream.units import format_size
 
 from .activation_memory import Footprints
@@ -95,11 +95,10 @@ def make_plan(
     if any(stack.count != num_experts for stack in stacks):
         raise UnsupportedModelError("layers have different numbers of experts")
     routing = family.routing(model.text_config, model.top_k)
-    check_refit(settings)
-    check_counts(settings, num_experts)
+    check_settings(settings, num_experts)
     if problem := routing.problem(settings.experts):
         raise UsageError(f"--experts {settings.experts}: {problem}")
-    decoded = decoded_matrices(model) if settings.dtype == "bfloat16" else {}
+    decoded = decoded_matrices(model) if settings.decodes else {}
     layers, outside = lay_out(model, family, num_experts, settings, decoded)
     shards = [*(shard for layer in layers for shard in layer.shards), *outside]
     names = [tensor.name for shard in shards for tensor in shard.tensors]

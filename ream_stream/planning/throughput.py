@@ -245,7 +245,7 @@ def _coding(
         rows * cols,
         limit,
     )
-    if plan.settings.dtype == "bfloat16":
+    if plan.settings.decodes:
         return decode, None
     return decode, _rate(lambda: coded.codec.encode(drawn_RC), rows * cols, limit)
 

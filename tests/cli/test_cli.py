@@ -1,5 +1,6 @@
 """The command line as its user meets it: words in, files, words and an exit status out."""
 
+import inspect
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import click
 import pytest
@@ -18,13 +20,17 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from ream_stream.__main__ import main
-from ream_stream.cli import cli, job, options, params, progress
+from ream_stream.calibration.config import CalibrationOptions
+from ream_stream.cli import cli, job, progress
 from ream_stream.cli import console as tables
 from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.compression.config import RunOptions, settings_for
+from ream_stream.evaluation import variants
+from ream_stream.evaluation.config import ComparisonOptions, ScoreOptions
+from ream_stream.evaluation.verify import verify
 from ream_stream.events import LayerDone, Started, Step
-from ream_stream.method import alignment, grouping, merging, saliency, similarity
 from ream_stream.planning import planner
-from ream_stream.settings import REFITS
+from ream_stream.settings import Method, Settings
 
 VERBS = sorted(cli.commands)
 
@@ -116,16 +122,6 @@ def test_every_verb_gives_json():
         assert "--json" in {name for param in cli.commands[verb].params for name in param.opts}
 
 
-def test_the_choices_of_the_command_line_are_the_keys_of_the_methods_tables():
-    assert dict(options.CHOICES) == {
-        "saliency": tuple(saliency.SALIENCIES),
-        "similarity": tuple(similarity.SIMILARITIES),
-        "grouping": tuple(grouping.GROUPINGS),
-        "alignment": tuple(alignment.ALIGNMENTS),
-        "merge": tuple(merging.MERGES),
-    }
-
-
 def test_help_of_every_verb_imports_nothing_heavy():
     code = (
         "import sys, ream_stream.__main__ as it\n"
@@ -142,59 +138,66 @@ def test_help_of_every_verb_imports_nothing_heavy():
 # --- options
 
 
-def parsed(*words):
-    context = cli.commands["plan"].make_context("plan", [".", *map(str, words)])
-    values = {k: v for k, v in context.params.items() if k not in {"as_json", "stream"}}
-    return options.RunOptions(**values)
+def given(verb, *words):
+    """Return the values that a verb is called with."""
+    return cli.commands[verb].make_context(verb, [str(word) for word in words]).params
 
 
-def settings_of(*words, num_experts=128):
-    return options.settings_for(
-        parsed(*words), num_experts, compute_dtype="float32", device_kind="cpu"
+def run_options(*words):
+    values = given("plan", ".", *words)
+    return RunOptions.of(**{k: v for k, v in values.items() if k not in {"as_json", "stream"}})
+
+
+def chosen(kind, values):
+    return kind(**{k: v for k, v in values.items() if k in kind.__dataclass_fields__})
+
+
+def test_a_command_line_without_options_asks_for_what_the_library_does():
+    asked = run_options("--experts", 65)
+    here = RunOptions(source=Path(), experts=65)
+    assert replace(asked, changes={}) == here
+    machine = {"compute_dtype": "float32", "device_kind": "cpu"}
+    settings = Settings(experts=65, method=Method(), **machine)
+    assert settings_for(asked, 128, **machine) == settings_for(here, 128, **machine) == settings
+    assert (
+        variants.settings_of("ream", experts=65, num_experts=128, seed=0, **machine) == settings
     )
+    assert chosen(ScoreOptions, given("eval", ".")) == ScoreOptions()
+    needed = ("--experts", 65, "--text", "t", "--calibration", "c")
+    own = {"experts": 65, "text": ("t",), "calibration": ("c",)}
+    for verb in ("compare", "sweep"):
+        asked = chosen(ComparisonOptions, given(verb, ".", *needed))
+        assert asked == ComparisonOptions(**own)
+    asked = chosen(CalibrationOptions, given("tokens", ".", "--calibration", "c"))
+    assert asked == CalibrationOptions(calibration=("c",))
 
 
-def test_a_share_is_rounded_down_without_an_error_of_floating_point():
-    assert settings_of("--keep", "75%").experts == 96
-    assert settings_of("--keep", "75%", num_experts=66).experts == 49
-    # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
-    assert settings_of("--keep", "29%", num_experts=100).experts == 29
+def test_flags_of_verify_are_off_and_on_as_in_the_library():
+    asked, signature = given("verify", "."), inspect.signature(verify).parameters
+    for name in ("scan", "load", "run"):
+        assert asked[name] == signature[name].default
+
+
+def test_an_option_of_the_command_line_is_what_the_library_is_given():
+    asked = run_options(
+        *("--keep", "80%", "--method", "reap", "--refit-lambda", "1,2", "--no-gate-term"),
+        *("--max-shard-size", "1MB", "--ram", "2GB", "--vram", "auto", "--dtype", "bf16"),
+    )
+    assert (asked.keep, asked.method, asked.ram, asked.vram) == (
+        Fraction("0.8"),
+        "reap",
+        2 * 10**9,
+        None,
+    )
+    found = settings_for(asked, 10, compute_dtype="float32", device_kind="cpu")
+    assert (found.experts, found.dtype, found.max_shard_bytes) == (8, "bf16", 10**6)
+    assert (found.method.refit_lambda, found.method.gate_term) == ((1.0, 2.0), False)
 
 
 @pytest.mark.parametrize("text", ["75", "0.75", "0%", "101%", "-5%", "nan%", "", "1e9%"])
 def test_what_is_no_share_is_wrong_usage(text):
     with pytest.raises(click.UsageError, match="share"):
-        parsed("--keep", text)
-
-
-@pytest.mark.parametrize(
-    ("experts", "num_experts", "size"), [(65, 128, 16), (64, 128, 32), (511, 512, 32)]
-)
-def test_groups_may_be_larger_where_half_go_or_experts_are_very_many(
-    experts, num_experts, size
-):
-    found = settings_of("--experts", experts, num_experts=num_experts)
-    assert found.method.group_size == size
-    asked = settings_of("--experts", experts, "--group-size", 5, num_experts=num_experts)
-    assert asked.method.group_size == 5
-
-
-def test_a_method_is_a_grouping_and_a_saliency_and_single_options_count_more():
-    reap = settings_of("--experts", 9, "--method", "reap").method
-    assert (reap.grouping, reap.saliency) == ("none", "reap")
-    mixed = settings_of("--experts", 9, "--method", "reap", "--saliency", "ean").method
-    assert (mixed.grouping, mixed.saliency) == ("none", "ean")
-
-
-def test_every_preset_names_choices_that_exist():
-    for preset in options.PRESETS.values():
-        for name, value in preset.items():
-            assert value in {**options.CHOICES, "refit": REFITS}[name]
-
-
-def test_percent_and_size_take_values_that_are_converted_already():
-    assert params.Percent().convert(Fraction(1, 2), None, None) == Fraction(1, 2)
-    assert params.Size().convert(5, None, None) == 5
+        given("plan", ".", "--keep", text)
 
 
 # --- compress

@@ -105,7 +105,7 @@ def test_merging_makes_what_it_makes_of_the_floats_but_for_rounding(
             assert tensor.dtype == source[key].dtype
     assert seen
     # merged ones are near the merged floats
-    wanted = settings(KEEP, dtype_out="bfloat16", sequential=False)
+    wanted = settings(KEEP, dtype_out="bf16", sequential=False)
     decoded, floats = (run(folder, tmp_path / folder.name, wanted) for folder in (coded, plain))
     assert groups_by_layer(decoded) == groups_by_layer(floats)
     want = by_expert(tiny.load_tensors(floats.output))
@@ -179,7 +179,7 @@ def test_the_output_computes_what_the_run_saw(merged, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_written_as_floats_it_loads_in_transformers(pair, tmp_path, name):
     coded, _ = pair(name)
-    wanted = settings(KEEP, dtype_out="bfloat16", grouping="none")
+    wanted = settings(KEEP, dtype_out="bf16", grouping="none")
     done = run(coded, tmp_path / "out", wanted)
     good(done.output, coded)
     config = json.loads((done.output / "config.json").read_text(encoding="utf-8"))

@@ -27,7 +27,6 @@ from ream_stream.cli.comparison_view import (
 )
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.report.figures import bars, heat_map, lines, pareto_picture, standalone
-from ream_stream.cli.variants import SETS, VARIANTS, named, settings_of
 from ream_stream.errors import InterruptedRunError, UsageError
 from ream_stream.evaluation.comparison import (
     ALL,
@@ -41,6 +40,7 @@ from ream_stream.evaluation.comparison import (
 )
 from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
+from ream_stream.evaluation.variants import SETS, VARIANTS, named, settings_of
 from ream_stream.events import Finished, Step
 from ream_stream.planning.planner import make_plan
 from ream_stream.settings import Method

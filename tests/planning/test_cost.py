@@ -145,7 +145,7 @@ def test_times_of_phases_follow_from_rates(plan_of):
 
 
 @pytest.mark.parametrize(
-    ("dtype_out", "refit"), [("source", "none"), ("bfloat16", "none"), ("source", "down")]
+    ("dtype_out", "refit"), [("keep", "none"), ("bf16", "none"), ("keep", "down")]
 )
 def test_numbers_coded_are_those_that_a_run_codes(tmp_path, monkeypatch, dtype_out, refit):
     coded, _ = quantized.write(tmp_path, "deepseek_v3-fp8", torch.bfloat16)

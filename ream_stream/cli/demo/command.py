@@ -11,15 +11,15 @@ from ream_stream import files
 from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
 from ream_stream.calibration.tokens import joined
 from ream_stream.cli import score_view
-from ream_stream.cli.compress import compress
 from ream_stream.cli.console import columns, format_seconds
 from ream_stream.cli.job import prepare, workspace_of
-from ream_stream.cli.options import RunOptions
 from ream_stream.cli.report.facts import gather
 from ream_stream.cli.report.page import page
 from ream_stream.cli.run import run
 from ream_stream.cli.signals import stop_requests
+from ream_stream.compression.config import RunOptions
 from ream_stream.errors import DamagedError
+from ream_stream.evaluation.config import ScoreOptions
 from ream_stream.evaluation.metrics import Evaluation, finite
 from ream_stream.evaluation.verify import verify
 from ream_stream.units import format_size
@@ -130,15 +130,24 @@ def arguments(folder: Path, name: str) -> list[str]:
         str(folder / METHODS[name]),
         *("--method", METHODS[name], "--keep", "75%"),
         *("--calibration", str(folder / "calibration.safetensors")),
-        # the same work on every machine: its matrices are too small for more threads to help
         *("--compute-dtype", "float32", "--device", "cpu", "--threads", "1"),
     ]
 
 
 def _compress(folder: Path, name: str, console: Console) -> Measured:
-    context = compress.make_context("compress", [*arguments(folder, name), "--restart"])
-    values = {k: v for k, v in context.params.items() if k in RunOptions.__slots__}
-    job = prepare(RunOptions(**values), restart=True)
+    method = METHODS[name]
+    options = RunOptions.of(
+        source=folder / ORIGINAL,
+        output=folder / method,
+        method=method,
+        keep="75%",
+        calibration=(str(folder / "calibration.safetensors"),),
+        # the same work on every machine: its matrices are too small for more threads to help
+        compute_dtype="float32",
+        device="cpu",
+        threads=1,
+    )
+    job = prepare(options, restart=True)
     assert job.workspace is not None
     command = " ".join(["ream-stream", "compress", *arguments(folder, name)])
     console.print(command, soft_wrap=True)
@@ -162,18 +171,14 @@ def _score(
     scores: dict[str, dict[str, Evaluation]] = {ORIGINAL: {}}
     with stop_requests() as asked:
         for name, method in METHODS.items():
-            job = score_view.prepare(
-                folder / method,
-                folder / ORIGINAL,
-                text=[f"{domain}={path}" for domain, path in tests.items()],
-                questions=(),
-                text_field="text",
+            options = ScoreOptions(
+                against=folder / ORIGINAL,
+                text=tuple(f"{domain}={path}" for domain, path in tests.items()),
                 sequence_length=SEQUENCE_LENGTH,
-                max_tokens=None,
                 device="cpu",
                 compute_dtype="float32",
-                ram=None,
             )
+            job = score_view.prepare(folder / method, options)
             measured = score_view.measure(
                 job, folder, console, asked, with_layers=True, keep_original=True
             )

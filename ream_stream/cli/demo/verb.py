@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from ream_stream.cli.params import Verb, exit_statuses, json_option, option
+from ream_stream.cli.params import NEW_FOLDER, Verb, exit_statuses, json_option, option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 11, 12, 130))
 @option(
     "Output",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=NEW_FOLDER,
     default="demo-output",
     show_default=True,
     metavar="DIR",

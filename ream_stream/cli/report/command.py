@@ -4,30 +4,33 @@ from pathlib import Path
 
 import click
 
-from ream_stream.cli.params import Verb, exit_statuses, json_option, option
+from ream_stream.cli.params import (
+    FILE,
+    FOLDER,
+    NEW_FILE,
+    Verb,
+    exit_statuses,
+    json_option,
+    option,
+    work_dir_option,
+)
 
 
 @click.command("report", cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
-@click.argument("output", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("output", type=FOLDER)
 @option(
     "Content",
     "--results",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="What eval --json printed, or comparison.json or sweep.json; may be given for each.",
 )
-@option(
-    "Content",
-    "--work-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="The --work-dir of the run, if it had one.",
-)
+@work_dir_option
 @option(
     "Output",
     "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NEW_FILE,
     default="report.html",
     show_default=True,
     metavar="FILE",

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ream_stream.compression.config import PRESETS, default_group_size
 from ream_stream.errors import UsageError
 from ream_stream.settings import Method, Settings
-
-from .options import PRESETS, default_group_size
 
 REAM, REAP = PRESETS["ream"], PRESETS["reap"]
 

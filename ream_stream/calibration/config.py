@@ -1,0 +1,40 @@
+"""What the model is run on, as it can be asked for."""
+
+from dataclasses import dataclass
+
+from ream_stream.settings import Settings, option, same_option
+
+from .mix import MIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """Texts, and how sequences are made of them."""
+
+    calibration: tuple[str, ...] = option(
+        "Calibration",
+        "Text, records (.jsonl, .json, .csv, .parquet), a folder, tokens (.safetensors) or a "
+        "data set (hf:OWNER/NAME/PATTERN). A mix of several: NAME=SOURCE:WEIGHT for each, or a "
+        ".yaml file.",
+        default=(),
+        metavar="SOURCE",
+        required=True,
+    )
+    mix: str | None = option(
+        "Calibration",
+        "One of the paper's mixes: weights of sources called general, math and code.",
+        choices=tuple(MIXES),
+    )
+    text_field: str = option(
+        "Calibration",
+        "Field of each record that holds the text, or the messages of a chat.",
+        default="text",
+    )
+    min_characters: int = option(
+        "Calibration", "Leave out shorter documents.", default=0, least=0
+    )
+    sequences: int = option(
+        "Calibration", "Sequences to fill with text.", default=3072, least=1
+    )
+    sequence_length: int = option("Calibration", "Tokens of each.", default=512, least=2)
+    seed: int = same_option(Settings, "seed")

@@ -1,0 +1,211 @@
+"""What a compression can be asked for, and the settings it comes to for a source."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from ream_stream.calibration.config import CalibrationOptions
+from ream_stream.errors import UsageError
+from ream_stream.settings import Method, Settings, check_values, option, options_of
+from ream_stream.units import parse_share, parse_size_or_auto
+
+if TYPE_CHECKING:
+    from ream_stream.checkpoint.hub import Remote
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "ream": {"grouping": "ream", "saliency": "reap"},
+    "reap": {"grouping": "none", "saliency": "reap"},
+    "mc-smoe": {"grouping": "mc-smoe", "saliency": "frequency"},
+    "hc-smoe": {"grouping": "hc-smoe", "saliency": "frequency"},
+    "energy": {"grouping": "none", "saliency": "energy", "refit": "down"},
+}
+"""What ``--method`` stands for; an option given beside it counts more."""
+
+_MANY_EXPERTS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """Where layers are run, in what, and within which memory."""
+
+    device: str = option("Machine", "auto, cpu, cuda or cuda:N.", default="auto")
+    compute_dtype: str = option(
+        "Machine",
+        "What layers are run in; auto is float32 where bf16 is slow.",
+        default="auto",
+        choices=("auto", "checkpoint", "float32"),
+    )
+    ram: int | None = option(
+        "Machine",
+        "Host memory to stay within, such as 16GB; auto is 80% of what is free.",
+        parse=parse_size_or_auto,
+        metavar="SIZE",
+        otherwise="auto",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(CalibrationOptions, MachineOptions):
+    """What a run is asked for, beside what `Method` and `Settings` have."""
+
+    source: Path
+    """Checkpoint folder; of a streamed one that of its headers."""
+
+    output: Path | None = None
+    """Where the compressed checkpoint goes; None if it is only planned."""
+
+    remote: "Remote | None" = None
+    """Where shards are streamed from."""
+
+    experts: int | None = option("Experts", "Experts to keep in each MoE layer.", least=1)
+    keep: Fraction | None = option(
+        "Experts",
+        "The same as a share, such as 75%; rounded down to whole experts.",
+        parse=parse_share,
+        metavar="PERCENT",
+    )
+    any_count: bool = option(
+        "Experts",
+        "Keep a number of experts too that is not a multiple of 4, which the kernels of some "
+        "servers refuse.",
+        default=False,
+    )
+    method: str | Method = option(
+        "Method",
+        "A known method: sets --grouping, --saliency and --refit. reap drops experts, energy "
+        "does so and refits those that stay, the others merge them.",
+        default="ream",
+        choices=tuple(PRESETS),
+    )
+    vram: int | None = option(
+        "Machine",
+        "GPU memory to stay within; auto is 90% of what is free. A size given to plan where "
+        "there is no GPU plans for one.",
+        parse=parse_size_or_auto,
+        metavar="SIZE",
+        otherwise="auto",
+    )
+    disk: int | None = option(
+        "Machine",
+        "What output and work folder may hold together; auto is what is free.",
+        parse=parse_size_or_auto,
+        metavar="SIZE",
+        otherwise="auto",
+    )
+    threads: int | None = option(
+        "Machine", "Processor threads to use.", least=1, otherwise="torch's own choice"
+    )
+    work_dir: Path | None = option(
+        "Machine",
+        "Where the journal and hidden states go.",
+        metavar="DIR",
+        otherwise="OUTPUT/.ream-stream",
+    )
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Method` and `Settings` that differ from what they would be, by name."""
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:  # noqa: ANN401
+        """Return the options that are given by name, those of `Method` and `Settings` too.
+
+        Text is read as on the command line; None leaves an option as it is.
+
+        Raises
+        ------
+        UsageError
+            There is no such option, or it takes no such value.
+        """
+        own = {field.name for field in fields(cls)}
+        known = options_of(Method, Settings, cls)
+        given: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in own and name not in known:
+                raise UsageError(f"{name}: there is no such option")
+            parse = known[name].metadata.get("parse") if name in known else None
+            try:
+                read = parse(value) if parse and isinstance(value, str) else value
+                if name == "keep" and isinstance(read, float):
+                    read = Fraction(str(read))  # as it is written: 0.29 is less than 29/100
+            except ValueError as error:
+                raise UsageError(f"{name}: {error}") from error
+            if read is not None:
+                given[name] = read
+        changes = {name: given.pop(name) for name in list(given) if name not in own}
+        return cls(**given, changes=changes)
+
+
+def settings_for(
+    options: RunOptions, num_experts: int, *, compute_dtype: str, device_kind: str
+) -> Settings:
+    """Return the settings that the options come to for a source.
+
+    Parameters
+    ----------
+    options
+        What was asked for.
+    num_experts
+        Experts of a source layer.
+    compute_dtype, device_kind
+        What ``--compute-dtype`` and ``--device`` mean on this machine.
+    """
+    experts = kept_experts(options, num_experts)
+    names, changes = options_of(Method), dict(options.changes)
+    changed = {name: changes.pop(name) for name in list(changes) if name in names}
+    method = options.method
+    if isinstance(method, str):
+        size = default_group_size(experts, num_experts)
+        method = replace(Method(group_size=size), **PRESETS[method])
+    return Settings(
+        experts=experts,
+        method=replace(method, **changed),
+        compute_dtype=compute_dtype,
+        seed=options.seed,
+        device_kind=device_kind,
+        **changes,
+    )
+
+
+def check_usage(options: RunOptions) -> None:
+    """Refuse what is wrong whatever the source is.
+
+    Raises
+    ------
+    UsageError
+        Values are wrong, options are missing or exclude each other, or would write to the
+        source.
+    """
+    check_values(options)
+    if (options.experts is None) == (options.keep is None):
+        raise UsageError("say how many experts to keep: either --experts or --keep")
+    if options.keep is not None and not 0 < options.keep <= 1:
+        raise UsageError(f"--keep {float(100 * options.keep):g}%: there is 0% to 100%")
+    source = options.source.resolve()
+    for folder in (options.output, options.work_dir):
+        if folder is not None and (target := folder.resolve()).is_relative_to(source):
+            raise UsageError(f"{target} is in SOURCE, which is never written to")
+
+
+def kept_experts(options: RunOptions, num_experts: int) -> int:
+    """Return how many experts a layer keeps; a share is rounded down.
+
+    Raises
+    ------
+    UsageError
+        The share is less than one expert.
+    """
+    if options.keep is None:
+        return options.experts or 0
+    experts = int(options.keep * num_experts)
+    if experts < 1:
+        raise UsageError(
+            f"--keep {float(100 * options.keep):g}%: of {num_experts} experts that is none"
+        )
+    return experts
+
+
+def default_group_size(experts: int, num_experts: int) -> int:
+    """Return the paper's C: 16, or 32 for very many experts or where half of them go."""
+    many = num_experts >= _MANY_EXPERTS or 2 * experts <= num_experts
+    return 32 if many else Method().group_size

@@ -1,0 +1,69 @@
+"""What a compression can be asked for, and the settings it comes to."""
+
+from pathlib import Path
+
+import pytest
+
+from ream_stream.compression.config import PRESETS, RunOptions, check_usage, settings_for
+from ream_stream.errors import UsageError
+from ream_stream.settings import Method, options_of
+
+
+def settings_of(num_experts=128, **values):
+    options = RunOptions.of(source=Path(), **values)
+    return settings_for(options, num_experts, compute_dtype="float32", device_kind="cpu")
+
+
+def test_a_share_is_rounded_down_without_an_error_of_floating_point():
+    assert settings_of(keep="75%").experts == 96
+    assert settings_of(keep="75%", num_experts=66).experts == 49
+    # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
+    assert settings_of(keep="29%", num_experts=100).experts == 29
+    assert settings_of(keep=0.29, num_experts=100).experts == 29
+
+
+@pytest.mark.parametrize(
+    ("experts", "num_experts", "size"), [(65, 128, 16), (64, 128, 32), (511, 512, 32)]
+)
+def test_groups_may_be_larger_where_half_go_or_experts_are_very_many(
+    experts, num_experts, size
+):
+    assert settings_of(num_experts, experts=experts).method.group_size == size
+    asked = settings_of(num_experts, experts=experts, group_size=5)
+    assert asked.method.group_size == 5
+
+
+def test_a_method_is_a_grouping_and_a_saliency_and_single_options_count_more():
+    reap = settings_of(experts=9, method="reap").method
+    assert (reap.grouping, reap.saliency) == ("none", "reap")
+    mixed = settings_of(experts=9, method="reap", saliency="ean").method
+    assert (mixed.grouping, mixed.saliency) == ("none", "ean")
+    own = settings_of(experts=9, method=Method(grouping="hc-smoe"), merge="mean").method
+    assert own == Method(grouping="hc-smoe", merge="mean")
+
+
+def test_every_preset_names_choices_that_exist():
+    for preset in PRESETS.values():
+        for name, value in preset.items():
+            assert value in options_of(Method)[name].metadata["choices"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"colour": "blue"}, "colour: there is no such option"),
+        ({"ram": "much"}, "ram: 'much' is not a size"),
+        ({"keep": "3/4"}, "keep: '3/4' is not a share"),
+        ({}, "either --experts or --keep"),
+        ({"experts": 3, "keep": 0.5}, "either --experts or --keep"),
+        ({"keep": 1.5}, "--keep 150%"),
+        ({"experts": 0}, "--experts 0: at least 1 is needed"),
+        ({"experts": "six"}, "--experts six: at least 1 is needed"),
+        ({"experts": 6, "method": "luck"}, "--method luck: there are ream, "),
+        ({"experts": 6, "sequences": 0}, "--sequences 0: at least 1 is needed"),
+    ],
+)
+def test_values_that_an_option_does_not_take_are_refused_by_its_name(values, message):
+    with pytest.raises(UsageError) as refused:
+        check_usage(RunOptions.of(source=Path(), **values))
+    assert message in str(refused.value)
