@@ -28,10 +28,10 @@ def clean(output: Path, work_dir: Path | None, *, force: bool, as_json: bool) ->
         ream-stream clean ./Qwen3-23B
     """
     from ream_stream import files
+    from ream_stream.compression.job import is_complete, workspace_of
     from ream_stream.errors import UsageError
 
     from .console import print_json
-    from .job import is_complete, workspace_of
 
     workspace = workspace_of(output, work_dir)
     complete = is_complete(workspace)

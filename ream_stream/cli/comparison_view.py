@@ -14,8 +14,10 @@ from rich.table import Table
 from ream_stream import files as durable
 from ream_stream.calibration.mix import MIXES, parts_of
 from ream_stream.calibration.packing import read_tokens
+from ream_stream.calibration.token_cache import calibration_of, read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.compression.job import compute_dtype, num_experts
 from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.comparison import (
@@ -37,9 +39,7 @@ from ream_stream.planning.planner import RAM_SHARE
 from ream_stream.settings import check_values
 
 from .console import columns
-from .job import compute_dtype, num_experts
 from .signals import stopping
-from .token_cache import calibration_of, read_test_tokens
 
 AXIS_MEASURE = "accuracy"
 """What a sweep's axes are: percent of next tokens, of each domain."""
@@ -88,7 +88,8 @@ def bench_of(
         torch.set_num_threads(options.threads)
     tests = read_test_tokens(
         parts_of(options.text),
-        checkpoint,
+        checkpoint.folder,
+        vocab_size=checkpoint.config.get("vocab_size"),
         text_field=options.text_field,
         sequence_length=options.sequence_length,
         max_tokens=options.max_tokens,

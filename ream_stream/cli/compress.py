@@ -56,8 +56,9 @@ def compress(
         ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B-REAP \\
             --method reap --experts 96 --calibration text.jsonl --ram 16GB
     """
+    from ream_stream.compression.job import prepare
+
     from .console import console, plan_facts, print_json
-    from .job import prepare
     from .run import run
     from .run_report import outcome_facts, say_start, say_summary
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ream_stream.compression.config import RunOptions
+from ream_stream.compression.job import Job
 from ream_stream.device import is_here
 from ream_stream.files import free_bytes
 from ream_stream.planning.cost import Work
@@ -19,8 +20,6 @@ from ream_stream.planning.plan import Plan
 from ream_stream.planning.serving_limits import serving_notes
 from ream_stream.planning.throughput import Forecast
 from ream_stream.units import format_size
-
-from .job import Job
 
 
 def console(*, stderr: bool) -> Console:

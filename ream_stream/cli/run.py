@@ -9,16 +9,16 @@ from pathlib import Path
 from rich.console import Console
 
 from ream_stream import files
+from ream_stream.calibration.token_cache import store
+from ream_stream.compression.job import Job
 from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
 from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, sentence
 from ream_stream.events import Event, Finished
 
 from .console import plan_facts
-from .job import Job
 from .progress import Log, display
 from .signals import stop_requests, stopping
-from .token_cache import store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,10 +6,10 @@ from typing import Any
 from rich.console import Console
 
 from ream_stream.compression.config import RunOptions
+from ream_stream.compression.job import Job, is_complete
 from ream_stream.units import format_size
 
 from .console import facts, format_seconds, phases, plan_table
-from .job import Job, is_complete
 from .run import Outcome
 
 

@@ -14,8 +14,10 @@ from rich.table import Table
 
 from ream_stream.calibration.mix import parts_of
 from ream_stream.calibration.packing import load_tokenizer
+from ream_stream.calibration.token_cache import read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.compression.job import compute_dtype as dtype_of
 from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.config import ScoreOptions
@@ -30,9 +32,7 @@ from ream_stream.planning.planner import RAM_SHARE
 from ream_stream.settings import check_values
 
 from .console import columns, facts
-from .job import compute_dtype as dtype_of
 from .signals import stopping
-from .token_cache import read_test_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +98,8 @@ def prepare(checkpoint: Path, options: ScoreOptions) -> ScoreJob:
     sets = [
         read_test_tokens(
             parts,
-            each,
+            each.folder,
+            vocab_size=each.config.get("vocab_size"),
             text_field=options.text_field,
             sequence_length=options.sequence_length,
             max_tokens=options.max_tokens,

@@ -29,8 +29,9 @@ def status(output: Path, work_dir: Path | None, *, as_json: bool) -> None:
         ream-stream status ./Qwen3-23B
         ream-stream status ./Qwen3-23B --json
     """
+    from ream_stream.compression.job import workspace_of
+
     from .console import console, facts, print_json
-    from .job import workspace_of
 
     known = gather(workspace_of(output, work_dir))
     if as_json:
@@ -47,10 +48,9 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     UsageError
         There is no run.
     """
+    from ream_stream.compression.job import is_complete
     from ream_stream.compression.journal import load
     from ream_stream.errors import UsageError
-
-    from .job import is_complete
 
     holder = workspace.holder()
     complete = is_complete(workspace)

@@ -51,11 +51,11 @@ def make_tokens(
     """
     from ream_stream import files
     from ream_stream.calibration.packing import read_tokens
+    from ream_stream.calibration.token_cache import calibration_of
     from ream_stream.checkpoint.reader import read_object
     from ream_stream.errors import UsageError
 
     from .console import columns, console, facts, print_json
-    from .token_cache import calibration_of
 
     if output is not None and (output.suffix.lower() != ".safetensors" or output.exists()):
         raise UsageError(f"--output {output}: give a new file that ends in .safetensors")

@@ -52,7 +52,7 @@ def source(checkpoints, tmp_path):
 @pytest.fixture
 def hub(source, tmp_path, monkeypatch):
     monkeypatch.setattr(product.time, "sleep", lambda _: None)
-    monkeypatch.setattr("ream_stream.cli.job.forecast", lambda *_, **__: None)
+    monkeypatch.setattr("ream_stream.compression.job.forecast", lambda *_, **__: None)
     monkeypatch.setattr(REPORT, "say_start", lambda *_, **__: None)
     with serving(source, tmp_path / "home", monkeypatch) as served:
         yield served

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 from ream_stream.__main__ import main
 from ream_stream.calibration.config import CalibrationOptions
-from ream_stream.cli import cli, job, progress
+from ream_stream.cli import cli, progress
 from ream_stream.cli import console as tables
 from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.compression import job
 from ream_stream.compression.config import RunOptions, settings_for
 from ream_stream.evaluation import variants
 from ream_stream.evaluation.config import ComparisonOptions, ScoreOptions

@@ -12,12 +12,12 @@ from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
 from ream_stream.calibration.tokens import joined
 from ream_stream.cli import score_view
 from ream_stream.cli.console import columns, format_seconds
-from ream_stream.cli.job import prepare, workspace_of
 from ream_stream.cli.report.facts import gather
 from ream_stream.cli.report.page import page
 from ream_stream.cli.run import run
 from ream_stream.cli.signals import stop_requests
 from ream_stream.compression.config import RunOptions
+from ream_stream.compression.job import prepare, workspace_of
 from ream_stream.errors import DamagedError
 from ream_stream.evaluation.config import ScoreOptions
 from ream_stream.evaluation.metrics import Evaluation, finite

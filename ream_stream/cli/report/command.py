@@ -59,7 +59,7 @@ def report(
     """
     from ream_stream import files
     from ream_stream.cli.console import console, print_json
-    from ream_stream.cli.job import workspace_of
+    from ream_stream.compression.job import workspace_of
 
     from .facts import gather, without_matrices
     from .page import page

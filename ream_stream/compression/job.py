@@ -11,15 +11,12 @@ import torch
 
 from ream_stream import device as devices
 from ream_stream.calibration.packing import Calibration, read_tokens
+from ream_stream.calibration.token_cache import Request, calibration_of, changed, stored
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.formats.codec import FLOATS
 from ream_stream.checkpoint.header import DTYPES
 from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
-from ream_stream.compression.config import RunOptions, check_usage, settings_for
-from ream_stream.compression.finalize import MANIFEST
-from ream_stream.compression.journal import Journal, Workspace, check_fingerprint, load
-from ream_stream.compression.pipeline import fingerprint
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
 from ream_stream.files import why_not_writable
 from ream_stream.host_memory import available_bytes, trim
@@ -30,7 +27,10 @@ from ream_stream.planning.serving_limits import check_served
 from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
 
-from .token_cache import Request, calibration_of, changed, stored
+from .config import RunOptions, check_usage, settings_for
+from .finalize import MANIFEST
+from .journal import Journal, Workspace, check_fingerprint, load
+from .pipeline import fingerprint
 
 WORK_FOLDER = ".ream-stream"
 

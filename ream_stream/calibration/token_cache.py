@@ -1,4 +1,4 @@
-"""Token sets of the verbs: of text or from a file, and the one a run was begun with.
+"""Token sets: of text or from a file, and the one a run was begun with.
 
 A calibration set is kept in the work folder with what it was made from. A run
 that goes on uses it again, and is refused if the text or how it is cut differ:
@@ -13,14 +13,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ream_stream import files
-from ream_stream.calibration.chat_templates import ChatRenderer
-from ream_stream.calibration.config import CalibrationOptions
-from ream_stream.calibration.datasets import digest_of, open_documents
-from ream_stream.calibration.mix import Part, parts_of
-from ream_stream.calibration.packing import Calibration, load_tokenizer, pack_up_to
-from ream_stream.calibration.tokens import Tokens, first, from_file, joined
-from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import UsageError
+
+from .chat_templates import ChatRenderer
+from .config import CalibrationOptions
+from .datasets import digest_of, open_documents
+from .mix import Part, parts_of
+from .packing import Calibration, load_tokenizer, pack_up_to
+from .tokens import Tokens, first, from_file, joined
 
 _KEY = "request"
 
@@ -99,8 +99,9 @@ def changed(request: Request, path: Path) -> str | None:
 
 def read_test_tokens(
     parts: Sequence[Part],
-    checkpoint: Checkpoint,
+    checkpoint: Path,
     *,
+    vocab_size: int | None,
     text_field: str,
     sequence_length: int,
     max_tokens: int | None,
@@ -114,8 +115,7 @@ def read_test_tokens(
     UsageError
         There are none that can be used.
     """
-    vocab_size = checkpoint.config.get("vocab_size")
-    tokenizer = None if all(p.is_tokens for p in parts) else load_tokenizer(checkpoint.folder)
+    tokenizer = None if all(p.is_tokens for p in parts) else load_tokenizer(checkpoint)
     render = None if tokenizer is None else ChatRenderer(tokenizer)
 
     def made(part: Part) -> Tokens:
