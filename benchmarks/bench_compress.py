@@ -88,7 +88,12 @@ def measure(
     plan = make_plan(checkpoint, settings, SEQUENCES, LENGTH)
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
-        finished = compress(plan, tokens, workspace, device=device, threads=threads)
+        finished = compress(
+            plan,
+            tokens,
+            workspace,
+            device=device,
+        )
     sample = min(method.similarity_tokens, ids.numel()) if grouping != "none" else 0
     pair = 2 * HIDDEN * INNER
     flop = {
@@ -109,7 +114,7 @@ def measure(
         "machine_gflops": product_rate(chosen),
         "peak_anonymous_mb": finished.peak_anonymous_bytes / 1e6,
         "planned_mb": plan.memory_bytes / 1e6,
-        "solver": str(plan.solver) if refit != "none" else None,
+        "solver": str(plan.schedule.solver) if refit != "none" else None,
     }
     print(json.dumps(result))
 

@@ -54,8 +54,8 @@ from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.metrics import Evaluation
 from ream_stream.evaluation.variants import named
 from ream_stream.files import read_json
-from ream_stream.host_memory import available_bytes
-from ream_stream.planning.planner import RAM_SHARE, make_plan
+from ream_stream.planning.planner import make_plan
+from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Method, Settings
 
 CPU = torch.device("cpu")
@@ -74,10 +74,15 @@ def make(output: Path, tokens: Tokens, experts: int, method: Method) -> None:
     """Compress the built-in checkpoint."""
     settings = Settings(experts=experts, method=method)
     source = open_checkpoint(CHECKPOINT)
-    plan = make_plan(source, settings, tokens.num_sequences, tokens.sequence_length)
+    plan = make_plan(source, settings, tokens.num_sequences, tokens.sequence_length, threads=2)
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
-        compress(plan, tokens, workspace, device=CPU, threads=2)
+        compress(
+            plan,
+            tokens,
+            workspace,
+            device=CPU,
+        )
 
 
 def homes(output: Path) -> list[dict[int, int]]:
@@ -162,7 +167,7 @@ def bench(folder: Path, tests: Mapping[str, Tokens]) -> Bench:
         device=CPU,
         dtype=torch.float32,
         threads=torch.get_num_threads(),
-        ram=int(RAM_SHARE * available_bytes()),
+        budgets=Budgets.of(),
     )
 
 

@@ -234,11 +234,12 @@ class Bench:
                 case.settings(),
                 tokens.num_sequences,
                 tokens.sequence_length,
+                threads=1,
             )
             workspace = Workspace(output=output, work=output / ".ream-stream")
             events: list[Event] = []
             with workspace.locked():
-                compress(plan, tokens, workspace, device=CPU, threads=1, report=events.append)
+                compress(plan, tokens, workspace, device=CPU, report=events.append)
             seconds = time.perf_counter() - start
             scores = score(output, self.tests, self.folder)
         layers = [event for event in events if isinstance(event, LayerDone)]

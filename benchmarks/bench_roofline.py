@@ -67,7 +67,12 @@ def run(
     )
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
-        return plan, compress(plan, tokens, workspace, device=CPU, threads=threads)
+        return plan, compress(
+            plan,
+            tokens,
+            workspace,
+            device=CPU,
+        )
 
 
 def expert_rates(plan: Plan) -> dict[str, float]:
@@ -75,7 +80,7 @@ def expert_rates(plan: Plan) -> dict[str, float]:
     stack = plan.moe_layers[0].keys.stack
     assert stack is not None
     hidden, inner, dtype = stack.hidden, stack.inner, plan.dtype
-    tokens = plan.batch_sequences * plan.sequence_length
+    tokens = plan.schedule.batch_sequences * plan.sequence_length
     rows = min(tokens * plan.top_k // plan.num_experts, MAX_ROWS)
     gate_up, down_HI = torch.ones(2 * inner, hidden), torch.ones(hidden, inner)
     gate_up, down_HI = gate_up.to(dtype), down_HI.to(dtype)

@@ -34,8 +34,7 @@ from ream_stream.evaluation.config import ComparisonOptions
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
 from ream_stream.evaluation.variants import named, settings_of
 from ream_stream.events import Event, LayerDone, Started
-from ream_stream.host_memory import available_bytes
-from ream_stream.planning.planner import RAM_SHARE
+from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import check_values
 
 from .console import columns
@@ -101,7 +100,7 @@ def bench_of(
         device=where,
         dtype=compute_dtype(options.compute_dtype, checkpoint, where),
         threads=torch.get_num_threads(),
-        ram=int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram,
+        budgets=Budgets.of(options.ram),
     )
 
 

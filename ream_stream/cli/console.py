@@ -116,20 +116,20 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "output_bytes": plan.output_bytes,
         "calibration_sequences": plan.sequences,
         "calibration_sequence_length": plan.sequence_length,
-        "batch_sequences": plan.batch_sequences,
+        "batch_sequences": plan.schedule.batch_sequences,
         "memory_bytes": plan.memory_bytes,
         "memory_parts": dict(plan.memory),
-        "memory_budget_bytes": job.budget,
-        "expert_blocks": plan.expert_blocks,
-        "resident_experts": plan.resident_experts,
+        "memory_budget_bytes": plan.budgets.ram,
+        "expert_blocks": plan.schedule.expert_blocks,
+        "resident_experts": plan.schedule.resident_experts,
         "device_memory_bytes": sum(plan.device_memory.values()),
         "device_memory_parts": dict(plan.device_memory),
-        "device_memory_budget_bytes": job.device_budget,
+        "device_memory_budget_bytes": plan.budgets.vram,
         "disk_bytes": plan.disk_bytes,
         "disk_parts": plan.disk,
         "disk_free_bytes": free_bytes(output) if output else None,
         "device": str(job.device),
-        "threads": job.threads,
+        "threads": plan.schedule.threads,
         "committed_layers": len(job.journal.layers) if job.journal else 0,
         "forecast": None if job.forecast is None else forecast_facts(job.forecast),
     }
@@ -168,7 +168,7 @@ def plan_table(job: Job, options: RunOptions) -> Table:
     plan, known = job.plan, plan_facts(job)
     dense = len(plan.layers) - len(plan.moe_layers)
     mtp = sum(layer.keys.is_mtp for layer in plan.layers)
-    budget = f"{format_size(plan.memory_bytes)} of {format_size(job.budget)} allowed"
+    budget = f"{format_size(plan.memory_bytes)} of {format_size(plan.budgets.ram)} allowed"
     free = known["disk_free_bytes"]
     return facts(
         [
@@ -192,10 +192,14 @@ def plan_table(job: Job, options: RunOptions) -> Table:
             (
                 "calibration",
                 f"{plan.sequences} sequences of {plan.sequence_length} tokens, "
-                f"{plan.batch_sequences} at a time",
+                f"{plan.schedule.batch_sequences} at a time",
             ),
             *_blocks(plan),
-            ("run in", f"{plan.settings.compute_dtype} on {job.device}, {job.threads} threads"),
+            (
+                "run in",
+                f"{plan.settings.compute_dtype} on {job.device}, "
+                f"{plan.schedule.threads} threads",
+            ),
             ("memory", budget),
             *_parts(plan.memory),
             *_device_memory(job),
@@ -217,20 +221,21 @@ def _parts(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
 
 def _blocks(plan: Plan) -> list[tuple[str, str]]:
     """Return a row if a layer's experts are run in blocks."""
-    if plan.expert_blocks == 1:
+    blocks, resident = plan.schedule.expert_blocks, plan.schedule.resident_experts
+    if blocks == 1:
         return []
-    size = -(-plan.num_experts // plan.expert_blocks)
-    kept = f", {plan.resident_experts} kept on the device" if plan.resident_experts else ""
-    text = f"{plan.expert_blocks} of up to {size}, each run on all batches before the next"
+    size = -(-plan.num_experts // blocks)
+    kept = f", {resident} kept on the device" if resident else ""
+    text = f"{blocks} of up to {size}, each run on all batches before the next"
     return [("blocks of experts", text + kept)]
 
 
 def _device_memory(job: Job) -> list[tuple[str, str]]:
     """Return rows of a device's memory, if layers run on one."""
-    parts = job.plan.device_memory
-    if job.device_budget is None:
+    parts, budget = job.plan.device_memory, job.plan.budgets.vram
+    if budget is None:
         return []
-    told = f"{format_size(sum(parts.values()))} of {format_size(job.device_budget)} allowed"
+    told = f"{format_size(sum(parts.values()))} of {format_size(budget)} allowed"
     here = "" if is_here(job.device) else ", which is not here: times are the processor's"
     return [("device memory", told + here), *_parts(parts)]
 

@@ -125,7 +125,6 @@ def _follow(
             tokens,
             workspace,
             device=job.device,
-            threads=job.threads,
             report=stopping(asked, report),
         )
 

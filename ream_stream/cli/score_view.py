@@ -27,8 +27,7 @@ from ream_stream.evaluation.memory import plan_evaluation
 from ream_stream.evaluation.metrics import Evaluation, Mean, finite
 from ream_stream.evaluation.multiple_choice import Share, accuracies, make_quiz, read_questions
 from ream_stream.events import Event, Report, Step
-from ream_stream.host_memory import available_bytes
-from ream_stream.planning.planner import RAM_SHARE
+from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import check_values
 
 from .console import columns, facts
@@ -120,7 +119,7 @@ def prepare(checkpoint: Path, options: ScoreOptions) -> ScoreJob:
         sequence_length=options.sequence_length,
         dtype=dtype_of(options.compute_dtype, opened[0], where),
         device=where,
-        ram=int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram,
+        ram=Budgets.of(options.ram).ram,
     )
 
 

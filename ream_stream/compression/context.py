@@ -36,15 +36,6 @@ class Context:
     output: StreamedModel
     """The compressed model; its layer l can be loaded once it was written."""
 
-    batch_sequences: int
-    """Sequences of a batch."""
-
-    expert_blocks: int
-    """Blocks that a layer's experts are run in."""
-
-    threads: int
-    """For the assignments of the alignment."""
-
     excluded: Excluded
     """Calibration sequences that are left out."""
 
@@ -63,7 +54,7 @@ class Context:
     @property
     def batches(self) -> Batches:
         """The calibration set in batches."""
-        return Batches(self.tokens, self.batch_sequences)
+        return Batches(self.tokens, self.plan.schedule.batch_sequences)
 
     def hidden_reader(self, boundary: int) -> HiddenStates | None:
         """Open the states that enter a layer; None for the first, which takes embeddings."""
@@ -82,11 +73,11 @@ class Context:
         return self._writer(self.workspace.original(boundary), boundary)
 
     def _reader(self, path: Path) -> HiddenStates:
-        plan = self.plan
-        return HiddenStates(path, plan.hidden_shape, plan.dtype, self.batch_sequences)
+        plan, batch = self.plan, self.plan.schedule.batch_sequences
+        return HiddenStates(path, plan.hidden_shape, plan.dtype, batch)
 
     def _writer(self, path: Path, boundary: int) -> CheckedWriter:
-        plan, batch = self.plan, self.batch_sequences
+        plan, batch = self.plan, self.plan.schedule.batch_sequences
         writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch)
         return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 

@@ -5,11 +5,8 @@ with a manifest is complete.
 """
 
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
-
-import safetensors
-import torch
-import transformers
 
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
@@ -73,9 +70,7 @@ def _manifest(plan: Plan, journal: Journal) -> dict[str, Any]:
         "fingerprint": journal.fingerprint,
         "versions": {
             "ream-stream": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
         },
         "experts": {"before": plan.num_experts, "after": plan.settings.experts},
         "files": {

@@ -19,10 +19,12 @@ from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
 from ream_stream.files import why_not_writable
-from ream_stream.host_memory import available_bytes, trim
+from ream_stream.host_memory import trim
 from ream_stream.model.families import family_of
+from ream_stream.planning.disk import check_disk
 from ream_stream.planning.plan import Plan
-from ream_stream.planning.planner import RAM_SHARE, check_disk, make_plan
+from ream_stream.planning.planner import make_plan
+from ream_stream.planning.schedule import Budgets
 from ream_stream.planning.serving_limits import check_served
 from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
@@ -57,15 +59,6 @@ class Job:
     device: torch.device
     """Where layers are run."""
 
-    threads: int
-    """Processor threads."""
-
-    budget: int
-    """Host memory to stay within, bytes."""
-
-    device_budget: int | None
-    """Device memory to stay within; None if layers run on the processor."""
-
     forecast: Forecast | None = None
     """What is left to do and about how long it takes; None if nothing is left."""
 
@@ -97,24 +90,24 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     journal = None if workspace is None else _journal(workspace, restart=restart)
     wanted = calibration_of(options)
     tokens = _token_file(wanted, checkpoint)
-    threads = _threads(options, journal)  # the plan counts them
-    budget = int(RAM_SHARE * available_bytes()) if options.ram is None else options.ram
+    begun = journal.begun() if journal else None
     plan = make_plan(
         checkpoint,
         settings,
         options.sequences if tokens is None else tokens.num_sequences,
         options.sequence_length if tokens is None else tokens.sequence_length,
-        ram=options.ram,
-        vram=vram,
-        disk=options.disk,
+        budgets=Budgets.of(options.ram, disk=options.disk, vram=vram),
+        threads=options.threads,
         padded=tokens is None or tokens.attention_mask_SL is not None,
-        workspace=workspace,
-        journal=journal,
+        output=workspace.output if workspace else None,
+        work=workspace.work if workspace else None,
+        begun=begun,
     )
+    torch.set_num_threads(plan.schedule.threads)
     if not options.any_count:
         check_served(settings.experts, plan.num_experts, plan.routing_groups)
     if workspace is not None:
-        check_disk(plan, workspace.output, workspace.work, journal)
+        check_disk(plan, workspace.output, workspace.work, begun)
     job = Job(
         plan=plan,
         workspace=workspace,
@@ -122,9 +115,6 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         tokens=tokens,
         request=None,
         device=device,
-        threads=threads,
-        budget=budget,
-        device_budget=vram,
     )
     return _with_forecast(_with_tokens(job, wanted))
 
@@ -262,16 +252,4 @@ def _with_forecast(job: Job) -> Job:
     committed = len(job.journal.layers) if job.journal else 0
     # for a device that is only planned for, the processor stands in
     device = job.device if devices.is_here(job.device) else torch.device("cpu")
-    return replace(job, forecast=forecast(job.plan, device, job.threads, committed=committed))
-
-
-def _threads(options: RunOptions, journal: Journal | None) -> int:
-    """Return the number of threads to use, and let torch use them.
-
-    A run goes on with the number it began with: products that are summed in
-    another order differ in their last bits.
-    """
-    begun = journal.machine.get("threads") if journal else None
-    threads: int = options.threads or begun or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    return threads
+    return replace(job, forecast=forecast(job.plan, device, committed=committed))

@@ -29,8 +29,9 @@ from ream_stream import files as durable
 from ream_stream.errors import DamagedError, OtherRunError
 from ream_stream.events import Refitted
 from ream_stream.files import Written
+from ream_stream.planning.schedule import Begun, Schedule, Solver
 
-FORMAT = 2
+FORMAT = 3
 
 _OURS = re.compile(
     r"(journal\.json|tokens\.safetensors|log(\.1)?\.jsonl|(hidden|original)-\d{5}"
@@ -83,7 +84,7 @@ class Journal:
     fingerprint: dict[str, Any]
     """What must be the same for a run to be resumed."""
 
-    machine: dict[str, Any]
+    schedule: Schedule
     """What was chosen for the machine the run began on, and is kept when it resumes."""
 
     files: tuple[str, ...] = ()
@@ -98,6 +99,11 @@ class Journal:
     def shards(self) -> list[Written]:
         """Return all committed shards."""
         return [shard for layer in self.layers for shard in layer.shards] + self.outside
+
+    def begun(self) -> Begun:
+        """Return how far the run is, for a plan that goes on with it."""
+        written = sum(shard.size for shard in self.shards())
+        return Begun(schedule=self.schedule, layers=len(self.layers), written_bytes=written)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,7 +287,7 @@ def load(workspace: Workspace) -> Journal:
             raise ValueError("it names files outside the folder")  # noqa: TRY301
         return Journal(
             fingerprint=value["fingerprint"],
-            machine=value["machine"],
+            schedule=_schedule(value["schedule"]),
             files=tuple(value["files"]),
             layers=[_record(record) for record in value["layers"]],
             outside=[Written(**file) for file in value["outside"]],
@@ -338,6 +344,10 @@ def _folders(names: Iterable[str]) -> list[PurePosixPath]:
     """Return the folders that names are in, the inner before the outer."""
     parents = {parent for name in names for parent in PurePosixPath(name).parents[:-1]}
     return sorted(parents, key=lambda folder: len(folder.parts), reverse=True)
+
+
+def _schedule(value: Mapping[str, Any]) -> Schedule:
+    return Schedule(**{**value, "solver": Solver(**value["solver"])})
 
 
 def _record(value: Mapping[str, Any]) -> LayerRecord:

@@ -157,7 +157,7 @@ class _LayerRun:
         """Return where attention outputs are kept; None if one pass needs them, or no room."""
         context, plan = self.context, self.plan
         again = again or (plan.settings.sequential and not self.is_last)
-        if not (again or context.expert_blocks > 1) or not plan.keeps(OUTPUTS):
+        if not (again or context.plan.schedule.expert_blocks > 1) or not plan.keeps(OUTPUTS):
             return None
         # of this object it must not know: in a cycle, all that a layer held would stay
         stores = self._stores
@@ -235,7 +235,7 @@ class _LayerRun:
         writer = None
         if not self.plan.settings.sequential and not self.is_last:
             writer = self.context.hidden_writer(self.index + 1)
-        size = self.context.batch_sequences
+        size = self.plan.schedule.batch_sequences
 
         def listeners(number: int, batch: Batch) -> Callable[..., None]:
             return observer.listener(number * size, batch)
@@ -300,7 +300,7 @@ class _LayerRun:
                 experts,
                 tensors,
                 sample,
-                self.context.threads,
+                self.plan.schedule.threads,
                 lambda done, total: self._step("align", done, total),
             )
 
@@ -349,17 +349,18 @@ class _LayerRun:
     ) -> None:
         """Run the layer on all batches; to its end if what leaves it is to be written."""
         context, batches = self.context, self.context.batches
+        schedule = self.plan.schedule
         if experts is not None:
-            experts.weights.resident = self.plan.resident_experts
+            experts.weights.resident = schedule.resident_experts
         with ExitStack() as stack:
             sums = None
-            if writer is not None and context.expert_blocks > 1:
+            if writer is not None and schedule.expert_blocks > 1:
                 sums = stack.enter_context(context.keeping(SUMS, "sums"))
             passes = Passes(
                 model=model,
                 index=self.index,
                 experts=experts,
-                blocks=context.expert_blocks,
+                blocks=schedule.expert_blocks,
                 playback=playback,
                 sums=sums,
                 hears_sums=hears_sums,

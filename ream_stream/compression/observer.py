@@ -21,10 +21,8 @@ from ream_stream.model.experts import Routed, StreamedExperts
 from ream_stream.model.families import Family
 from ream_stream.model.finite import Excluded, is_finite
 from ream_stream.model.streamed_model import Batch
+from ream_stream.planning.memory import SAMPLE_ROWS
 from ream_stream.rng import generator
-
-SAMPLE_ROWS = 2048
-"""Sampled tokens that are run through an expert at once."""
 
 
 class TokenSample:

@@ -6,7 +6,7 @@ arguments goes on after the last committed layer and ends in the same bytes.
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from ream_stream.host_memory import Gauge, gauge, return_freed_memory
 from ream_stream.model.finite import Excluded
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import LayerPlan, Plan
-from ream_stream.planning.refit_memory import Solver
 
 from .context import Context
 from .finalize import MANIFEST, output_files, write_rest
@@ -47,7 +46,6 @@ def compress(
     workspace: Workspace,
     *,
     device: torch.device,
-    threads: int,
     report: Report = no_report,
 ) -> Finished:
     """Compress the planned checkpoint, or go on with it.
@@ -62,8 +60,6 @@ def compress(
         Where the output and the work files go; the caller holds its lock.
     device
         Where layers are run.
-    threads
-        For the assignments of the alignment.
     report
         Told what happens, after every batch and expert too.
 
@@ -79,27 +75,16 @@ def compress(
     if workspace.journal.is_file():
         journal = load(workspace)
         check_fingerprint(journal, wanted, workspace.output)
-        if "solver" in journal.machine:
-            plan = replace(plan, solver=Solver(**journal.machine["solver"]))
+        plan = replace(plan, schedule=plan.schedule.going_on(journal.schedule))
     else:
-        machine: dict[str, Any] = {
-            "batch_sequences": plan.batch_sequences,
-            "expert_blocks": plan.expert_blocks,
-            "threads": threads,
-        }
         if plan.refits:
             held_back(tokens, plan.settings.seed)  # refuses too few sequences
-            machine["solver"] = asdict(plan.solver)
-        journal = Journal(
-            fingerprint=wanted,
-            machine=machine,
-            files=output_files(plan),
-        )
+        journal = Journal(fingerprint=wanted, schedule=plan.schedule, files=output_files(plan))
         save(workspace, journal)
     workspace.check_committed(journal)
     workspace.remove_strays(journal)
     report(Started(layers=len(plan.layers), committed=len(journal.layers)))
-    if plan.steady:
+    if plan.budgets.trims_heap:
         return_freed_memory()
     seconds: dict[str, float] = {}
     peak_device_bytes = 0
@@ -110,7 +95,7 @@ def compress(
             supply.release(len(journal.layers) - 1)
             supply.bring(None)
             with ExitStack() as stack:
-                context = _open(plan, tokens, workspace, journal, device, threads, stack)
+                context = _open(plan, tokens, workspace, journal, device, stack)
                 for layer in plan.layers[len(journal.layers) :]:
                     supply.bring(layer.keys.index)
                     done = _layer_that_fits(context, layer, journal, meter, report)
@@ -143,7 +128,6 @@ def _open(  # the parts of a context, each given once
     workspace: Workspace,
     journal: Journal,
     device: torch.device,
-    threads: int,
     stack: ExitStack,
 ) -> Context:
     """Build both models and open what is outside their layers."""
@@ -157,9 +141,6 @@ def _open(  # the parts of a context, each given once
         workspace=workspace,
         source=source,
         output=output,
-        batch_sequences=journal.machine["batch_sequences"],
-        expert_blocks=journal.machine["expert_blocks"],
-        threads=threads,
         excluded=Excluded(tokens, (n for layer in journal.layers for n in layer.excluded)),
     )
 
@@ -176,8 +157,8 @@ def _layer_that_fits(
         try:
             return _layer(context, layer, journal, meter, report)
         except torch.OutOfMemoryError as error:
-            plan = context.plan
-            if context.batch_sequences == 1 and not plan.resident_experts:
+            schedule = context.plan.schedule
+            if schedule.batch_sequences == 1 and not schedule.resident_experts:
                 raise OverBudgetError(
                     f"layer {layer.keys.index} does not fit the device with one sequence at a "
                     f"time ({str(error).splitlines()[0]}); run it with shorter sequences "
@@ -185,19 +166,14 @@ def _layer_that_fits(
                 ) from error
         # here and not above: the error's traceback holds what was on the device
         release(context.source.device)
-        context.batch_sequences = -(-context.batch_sequences // 2)
-        context.plan = replace(
-            plan,
-            batch_sequences=context.batch_sequences,
-            resident_experts=plan.resident_experts // 2,
-        )
-        journal.machine["batch_sequences"] = context.batch_sequences
+        journal.schedule = schedule.halved()
+        context.plan = replace(context.plan, schedule=journal.schedule)
         save(context.workspace, journal)
         report(
             Halved(
                 layer=layer.keys.index,
-                batch_sequences=context.batch_sequences,
-                resident_experts=context.plan.resident_experts,
+                batch_sequences=journal.schedule.batch_sequences,
+                resident_experts=journal.schedule.resident_experts,
             )
         )
 

@@ -137,9 +137,9 @@ class RefitJob:
                 self.index,
                 None if plan.memory.get(ACTIVATIONS) else self.store("inputs", len(batches)),
                 self.targets,
-                keeps_fitted=plan.solver.column_blocks > 1,
+                keeps_fitted=plan.schedule.solver.column_blocks > 1,
             )
-            results = self.store("results", plan.solver.column_blocks * len(changing))
+            results = self.store("results", plan.schedule.solver.column_blocks * len(changing))
             done = 0
 
             def batch_done() -> None:
@@ -147,7 +147,7 @@ class RefitJob:
                 done += 1
                 report(min(done, total - 1), total)
 
-            refit = LayerRefit(tokens, method, plan.solver, results, batch_done)
+            refit = LayerRefit(tokens, method, plan.schedule.solver, results, batch_done)
             total = len(batches) * (1 + refit.passes)
             mixers = self.model.mixers(self.index)
             with nullcontext() if playback is None else playback.through(mixers):

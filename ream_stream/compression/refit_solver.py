@@ -21,7 +21,7 @@ from ream_stream.method.normal_equations import (
 )
 from ream_stream.method.refit import Misfit, Refit, first_direction, select, solve
 from ream_stream.model.batch_store import Kept
-from ream_stream.planning.refit_memory import Solver
+from ream_stream.planning.schedule import Solver
 from ream_stream.settings import Method
 
 from .refit_activations import Portion, RoutedTokens

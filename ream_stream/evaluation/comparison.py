@@ -19,10 +19,11 @@ import torch
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
-from ream_stream.compression.journal import Workspace
+from ream_stream.compression.journal import Workspace, load
 from ream_stream.compression.pipeline import compress
 from ream_stream.events import Finished, Report, no_report
 from ream_stream.planning.planner import make_plan
+from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Settings
 
 from .evaluate import evaluate
@@ -103,8 +104,8 @@ class Bench:
     threads: int
     """For the assignments of alignments."""
 
-    ram: int
-    """Host memory to stay within, bytes."""
+    budgets: Budgets
+    """What runs and evaluations may take of the machine."""
 
 
 def run_trials(
@@ -212,26 +213,29 @@ def _carry_out(bench: Bench, trial: Trial | None, key: str, report: Report) -> O
     finished: Finished | None = None
     if trial is not None:
         place = _place(bench, key)
-        plan = make_plan(
-            bench.source,
-            trial.settings,
-            trial.calibration.num_sequences,
-            trial.calibration.sequence_length,
-            ram=bench.ram,
-        )
         workspace = Workspace(output=place, work=place / ".ream-stream")
         with workspace.locked():
+            plan = make_plan(
+                bench.source,
+                trial.settings,
+                trial.calibration.num_sequences,
+                trial.calibration.sequence_length,
+                budgets=bench.budgets,
+                threads=bench.threads,
+                output=workspace.output,
+                work=workspace.work,
+                begun=load(workspace).begun() if workspace.journal.is_file() else None,
+            )
             finished = compress(
                 plan,
                 trial.calibration,
                 workspace,
                 device=bench.device,
-                threads=bench.threads,
                 report=report,
             )
         checkpoint = open_checkpoint(place)
     # the same batch for all: the original's states are used again
-    batch = plan_evaluation([bench.source] * 2, bench.tests, bench.dtype, bench.ram)
+    batch = plan_evaluation([bench.source] * 2, bench.tests, bench.dtype, bench.budgets.ram)
     result = evaluate(
         checkpoint,
         bench.tests,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from ream_stream.errors import OverBudgetError
 from ream_stream.units import format_size
 
-from .memory import Parts
-from .refit_memory import ACTIVATIONS, KEPT, Solver
+from .memory import Parts, Size
+from .refit_memory import ACTIVATIONS, KEPT
+from .schedule import Budgets, Schedule, Solver
 
 MAX_BATCH_TOKENS = 8192
 """Tokens that are run together at most: larger batches gain nothing measurable."""
@@ -36,52 +37,14 @@ CHUNKS = "chunks of scratch stores"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What a run may take of a machine, in bytes."""
+class Allocation:
+    """A schedule, and what a run with it takes."""
 
-    ram: int
-    """Anonymous host memory."""
-
-    steady: bool
-    """Whether freed memory goes back to the kernel at once."""
-
-    available: int
-    """Host memory for anonymous memory and the page cache together."""
-
-    disk: int | None
-    """Disk for what is kept from pass to pass; None if there is no limit."""
-
-    vram: int | None
-    """Memory of the device that layers run on; None if that is the processor."""
-
-    batch_sequences: int | None = None
-    """The batch that a run began with, which it keeps."""
-
-    expert_blocks: int | None = None
-    """The blocks that it began with."""
-
-    solver: Solver | None = None
-    """How it began to solve refits."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Allotment:
-    """A batch, blocks of experts, and what a run with them takes."""
-
-    batch_sequences: int
-    """Sequences of a batch."""
-
-    expert_blocks: int
-    """Blocks that a layer's experts are run in."""
-
-    resident_experts: int
-    """Experts of a block that stay on the device between batches."""
+    schedule: Schedule
+    """How the run goes through each layer."""
 
     memory: Mapping[str, int]
     """Bytes of host memory by part; the sum is the promised peak."""
-
-    solver: Solver
-    """How a refit is solved."""
 
     device: Mapping[str, int]
     """Bytes of device memory by part; empty if layers run on the processor."""
@@ -90,17 +53,28 @@ class Allotment:
     """Bytes of disk by part."""
 
 
-def allot(parts: Parts, limits: Limits, *, sequences: int, length: int) -> Allotment:
+def allocate(
+    parts: Parts,
+    size: Size,
+    budgets: Budgets,
+    *,
+    scratch_bytes: int | None = None,
+    begun: Schedule | None = None,
+) -> Allocation:
     """Choose the largest batch that the budgets allow, and all that follows from it.
 
     Parameters
     ----------
     parts
         Of the run's memory.
-    limits
+    size
+        How much is run.
+    budgets
         What it may take.
-    sequences, length
-        Size of the calibration set.
+    scratch_bytes
+        Disk for what is kept from pass to pass; None if there is no limit.
+    begun
+        The schedule that the run began with, if it goes on.
 
     Raises
     ------
@@ -108,85 +82,119 @@ def allot(parts: Parts, limits: Limits, *, sequences: int, length: int) -> Allot
         Not even one sequence at a time fits, or not the batch that the run began with;
         the smallest budget that works is told.
     """
-    batch = limits.batch_sequences or max(1, min(sequences, MAX_BATCH_TOKENS // length))
+    chooser = _Chooser(parts, size, budgets, scratch_bytes, begun)
+    if begun is not None:
+        return chooser.with_batch(begun.batch_sequences, begun.solver)
+    batch = max(1, min(size.sequences, MAX_BATCH_TOKENS // size.length))
     while True:
-        ways = parts.solvers if limits.solver is None else [limits.solver]
-        for solver in ways:
+        for solver in parts.solvers:
             try:
-                return _with_batch(parts, limits, batch, solver, sequences)
+                return chooser.with_batch(batch, solver)
             except OverBudgetError:
-                if solver == ways[-1] and (batch == 1 or limits.batch_sequences):
+                if solver == parts.solvers[-1] and batch == 1:
                     raise
         batch = -(-batch // 2)
 
 
-def _with_batch(
-    parts: Parts, limits: Limits, batch: int, solver: Solver, sequences: int
-) -> Allotment:
-    memory = parts.host(batch, solver, steady=limits.steady)
-    _check(memory, limits, "ram", refits=parts.refits)
-    batches, device = -(-sequences // batch), {}
-    if limits.vram is not None:
-        device = parts.device(batch, solver, 0)
-        _check(device, limits, "vram", refits=parts.refits)
-    wanted = limits.expert_blocks or _blocks(parts, limits, batches, memory, device)
-    for blocks in dict.fromkeys((wanted, 1)):
-        places = _Places(limits, dict(memory), {}, batch / sequences)
-        if _placed(parts, places, blocks):
-            break
-        if limits.expert_blocks:
+@dataclass(frozen=True, slots=True)
+class _Chooser:
+    parts: Parts
+    size: Size
+    budgets: Budgets
+    scratch_bytes: int | None
+    begun: Schedule | None
+
+    def with_batch(self, batch: int, solver: Solver) -> Allocation:
+        """Return what follows from a batch and a solver; refuse what is over a budget."""
+        parts, budgets, begun = self.parts, self.budgets, self.begun
+        memory = parts.host(batch, solver, trims_heap=budgets.trims_heap)
+        self._check(memory, "ram", budgets.ram)
+        device: Mapping[str, int] = {}
+        if budgets.vram is not None:
+            device = parts.device(batch, solver, 0)
+            self._check(device, "vram", budgets.vram)
+        wanted = begun.expert_blocks if begun else self._blocks(batch, memory, device)
+        for blocks in dict.fromkeys((wanted, 1)):
+            share = batch / self.size.sequences
+            places = _Places(budgets, self.scratch_bytes, dict(memory), {}, share)
+            if _placed(parts, places, blocks):
+                break
+            if begun is not None:
+                raise OverBudgetError(
+                    f"the run was begun with experts in {blocks} blocks, for which neither "
+                    f"--ram {budgets.ram} nor the disk has room "
+                    f"({format_size(parts.sum_bytes)}); "
+                    "give it more of either, or begin anew with --restart"
+                )
+        resident = 0
+        if budgets.vram is not None:
+            room = budgets.vram - sum(device.values())
+            resident = min(room // parts.expert_bytes, -(-parts.experts // blocks))
+        schedule = Schedule(
+            batch_sequences=batch,
+            expert_blocks=blocks,
+            resident_experts=resident,
+            solver=solver,
+            threads=self.size.threads,
+        )
+        if begun is not None:
+            schedule = schedule.going_on(begun)
+        if budgets.vram is not None:
+            device = parts.device(batch, solver, schedule.resident_experts)
+        return Allocation(
+            schedule=schedule, memory=places.memory, device=device, scratch=places.scratch
+        )
+
+    def _blocks(self, batch: int, memory: Mapping[str, int], device: Mapping[str, int]) -> int:
+        """Return how many blocks of experts are needed for each to be read once."""
+        parts, budgets = self.parts, self.budgets
+        batches = -(-self.size.sequences // batch)
+        # a refit passes over the experts batch by batch in any case
+        if batches == 1 or parts.refits:
+            return 1
+        taken = sum(memory.values())
+        if parts.output_bytes <= budgets.ram - taken:
+            taken += parts.output_bytes
+        cache = max(1, budgets.available - taken)
+        blocks = -(-parts.stored_bytes // int(CACHE_SHARE * cache + 1))
+        if budgets.vram is not None:
+            room = (budgets.vram - sum(device.values())) // parts.expert_bytes
+            blocks = max(blocks, -(-parts.experts // max(1, room)))
+        if blocks > parts.experts:
+            return 1
+        # a pass reads states and attention's outputs, and reads and writes sums
+        again = 3 * parts.sum_bytes * (blocks - 1)
+        return blocks if again < parts.stored_bytes * (batches - 1) else 1
+
+    def _check(self, needs: Mapping[str, int], option: str, budget: int) -> None:
+        """Refuse parts that are more than a budget."""
+        needed = sum(needs.values())
+        if needed <= budget:
+            return
+        largest = sorted(needs.items(), key=lambda part: -part[1])[:3]
+        told = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in largest)
+        memory = "memory" if option == "ram" else "device memory"
+        if self.begun is not None:
             raise OverBudgetError(
-                f"the run was begun with experts in {blocks} blocks, for which neither "
-                f"--ram {limits.ram} nor the disk has room ({format_size(parts.sum_bytes)}); "
-                "give it more of either, or begin anew with --restart"
+                f"the run was begun with {self.begun.batch_sequences} sequences at a time and "
+                f"goes on with them; that needs {format_size(needed)} of {memory}, the budget "
+                f"is {format_size(budget)}; the largest parts are {told}. Give --{option} "
+                f"{needed} or more, or begin anew with --restart"
             )
-    resident = 0
-    if limits.vram is not None:
-        room = limits.vram - sum(device.values())
-        resident = min(room // parts.expert_bytes, -(-parts.experts // blocks))
-        device = parts.device(batch, solver, resident)
-    return Allotment(
-        batch_sequences=batch,
-        expert_blocks=blocks,
-        resident_experts=resident,
-        memory=places.memory,
-        solver=solver,
-        device=device,
-        scratch=places.scratch,
-    )
-
-
-def _blocks(
-    parts: Parts,
-    limits: Limits,
-    batches: int,
-    memory: Mapping[str, int],
-    device: Mapping[str, int],
-) -> int:
-    """Return how many blocks of experts are needed for each to be read once."""
-    # a refit passes over the experts batch by batch in any case
-    if batches == 1 or parts.refits:
-        return 1
-    taken = sum(memory.values())
-    if parts.output_bytes <= limits.ram - taken:
-        taken += parts.output_bytes
-    cache = max(1, limits.available - taken)
-    blocks = -(-parts.stored_bytes // int(CACHE_SHARE * cache + 1))
-    if limits.vram is not None:
-        room = (limits.vram - sum(device.values())) // parts.expert_bytes
-        blocks = max(blocks, -(-parts.experts // max(1, room)))
-    if blocks > parts.experts:
-        return 1
-    # a pass reads states and attention's outputs, and reads and writes sums
-    again = 3 * parts.sum_bytes * (blocks - 1)
-    return blocks if again < parts.stored_bytes * (batches - 1) else 1
+        raise OverBudgetError(
+            f"the run needs {format_size(needed)} of {memory} with one sequence at a time, the "
+            f"budget is {format_size(budget)}; the largest parts are {told}. Give --{option} "
+            f"{needed} or more, or shorter sequences (--sequence-length), or fewer "
+            f"--similarity-tokens{', or --refit none' if self.parts.refits else ''}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Places:
     """What is taken of memory and disk so far."""
 
-    limits: Limits
+    budgets: Budgets
+    scratch_bytes: int | None
     memory: dict[str, int]
     scratch: dict[str, int]
     share: float
@@ -194,14 +202,14 @@ class _Places:
 
     def place(self, part: str, nbytes: int, *, or_disk: bool) -> bool:
         """Take room for a part in memory, or else on disk; tell whether there was any."""
-        room = self.limits.ram - sum(self.memory.values())
+        room = self.budgets.ram - sum(self.memory.values())
         fits = nbytes <= room
         self.memory[part] = nbytes if fits else 0
         # a tensor, and what writing makes of it: its bits, and they with their checksum
         chunk = 3 * math.ceil(nbytes * self.share)
         if fits or not or_disk or chunk > room:
             return fits
-        disk = self.limits.disk
+        disk = self.scratch_bytes
         if disk is not None and nbytes > disk - sum(self.scratch.values()):
             return False
         self.memory[CHUNKS] = self.memory.get(CHUNKS, 0) + chunk
@@ -215,38 +223,14 @@ def _placed(parts: Parts, places: _Places, blocks: int) -> bool:
         return False
     if parts.passes_again or blocks > 1:
         # a device makes them again faster than a disk gives them
-        places.place(OUTPUTS, parts.output_bytes, or_disk=places.limits.vram is None)
+        places.place(OUTPUTS, parts.output_bytes, or_disk=places.budgets.vram is None)
     if parts.refits:
         kept = parts.kept_bytes
         # those that are not kept are made again from what the experts were given
-        if places.limits.vram is not None or not places.place(
+        if places.budgets.vram is not None or not places.place(
             ACTIVATIONS, parts.activation_bytes, or_disk=False
         ):
             kept += parts.input_bytes
         if not places.place(KEPT, kept, or_disk=False):
             places.scratch[KEPT] = kept
     return blocks == 1 or places.place(SUMS, parts.sum_bytes, or_disk=True)
-
-
-def _check(parts: Mapping[str, int], limits: Limits, option: str, *, refits: bool) -> None:
-    """Refuse parts that are more than a budget."""
-    needed, begun = sum(parts.values()), limits.batch_sequences
-    limit = limits.ram if option == "ram" else limits.vram or 0
-    if needed <= limit:
-        return
-    largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
-    told = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in largest)
-    memory = "memory" if option == "ram" else "device memory"
-    if begun:
-        raise OverBudgetError(
-            f"the run was begun with {begun} sequences at a time and goes on with them; that "
-            f"needs {format_size(needed)} of {memory}, the budget is {format_size(limit)}; the "
-            f"largest parts are {told}. Give --{option} {needed} or more, or begin anew with "
-            "--restart"
-        )
-    raise OverBudgetError(
-        f"the run needs {format_size(needed)} of {memory} with one sequence at a time, the "
-        f"budget is {format_size(limit)}; the largest parts are {told}. Give --{option} "
-        f"{needed} or more, or shorter sequences (--sequence-length), or fewer "
-        f"--similarity-tokens{', or --refit none' if refits else ''}"
-    )

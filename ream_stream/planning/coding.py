@@ -65,8 +65,8 @@ def _numbers(stack: ExpertStack) -> int:
 def loads(plan: Plan, experts: int) -> int:
     """Return how often an expert is loaded in the passes of all batches."""
     kept = [
-        min(plan.resident_experts, len(block))
-        for block in cut_experts(experts, plan.expert_blocks)
+        min(plan.schedule.resident_experts, len(block))
+        for block in cut_experts(experts, plan.schedule.expert_blocks)
     ]
     return sum(kept) + (experts - sum(kept)) * plan.num_batches
 

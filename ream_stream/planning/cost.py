@@ -129,7 +129,7 @@ class _Layer:
             return phases | self._followed()
         plan, experts = self.plan, self.bytes - self.dense_bytes
         sequential, merges = plan.settings.sequential, self._merges()
-        passes = len(cut_experts(plan.num_experts, plan.expert_blocks))
+        passes = len(cut_experts(plan.num_experts, plan.schedule.expert_blocks))
         observe = self._again(self.dense_bytes + int(experts * self._readings(passes))) + Work(
             read_bytes=self.entering,
             written_bytes=plan.scratch.get(OUTPUTS, 0) if self._records(passes) else 0,
@@ -150,7 +150,7 @@ class _Layer:
             phases["refit"] = self._refitted(self.stack)
         phases |= self._followed()
         if sequential:
-            passes = len(cut_experts(plan.settings.experts, plan.expert_blocks))
+            passes = len(cut_experts(plan.settings.experts, plan.schedule.expert_blocks))
             phases |= self._propagated(self.output_bytes, passes=passes)
         return phases
 
@@ -238,7 +238,8 @@ class _Layer:
 
     def _refitted(self, stack: ExpertStack) -> Work:
         """Return the work of a refit of all experts that stay, with all its iterations."""
-        plan, method, solver = self.plan, self.plan.settings.method, self.plan.solver
+        plan, method = self.plan, self.plan.settings.method
+        solver = plan.schedule.solver
         slots, trials = self.tokens * plan.top_k, len(method.refit_lambda)
         matrix, experts = stack.hidden * stack.inner, plan.settings.experts
         iterations, blocks = method.refit_iterations, solver.column_blocks

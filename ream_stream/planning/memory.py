@@ -11,14 +11,17 @@ from dataclasses import dataclass
 
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.header import DTYPES
-from ream_stream.compression.observer import SAMPLE_ROWS
 from ream_stream.device import Lanes
 from ream_stream.host_memory import anonymous_bytes
 from ream_stream.method.alignment import ALIGNMENTS
 from ream_stream.settings import Method, Settings
 
 from .activation_memory import Footprints
-from .refit_memory import RefitMemory, Solver
+from .refit_memory import RefitMemory
+from .schedule import Solver
+
+SAMPLE_ROWS = 2048
+"""Sampled tokens that are run through an expert at once, where experts are compared."""
 
 LIBRARY_BYTES = 32_000_000
 """What libraries take once they are used: 4 MB at once, up to 20 MB for oneDNN's kernels."""
@@ -116,7 +119,7 @@ class Parts:
             for index in footprints.kinds()
         )
 
-    def host(self, batch: int, solver: Solver, *, steady: bool) -> dict[str, int]:
+    def host(self, batch: int, solver: Solver, *, trims_heap: bool) -> dict[str, int]:
         """Return the parts of host memory with so many sequences in a batch."""
         phases = _compared_work(self._footprints, self._settings, self._size)
         held = _held(self._footprints, self._settings, self._size)
@@ -130,7 +133,7 @@ class Parts:
         else:
             phases |= _layer_work(self._footprints, self._settings, self._size, batch, solver)
         phase, held_then, working = _largest(phases, held)
-        heap = SMALL_BLOCKS if steady else int(HEAP_SHARE * working)
+        heap = SMALL_BLOCKS if trims_heap else int(HEAP_SHARE * working)
         return {**fixed, **held_then, f"work: {phase}": working, "kept by the heap": heap}
 
     def device(self, batch: int, solver: Solver, resident: int) -> dict[str, int]:

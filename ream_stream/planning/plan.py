@@ -1,4 +1,4 @@
-"""What a run will read, write and hold, as data; `planning.py` makes it."""
+"""What a run will read, write and hold, as data; `planner.py` makes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from ream_stream.model.families import Family
 from ream_stream.model.tensor_map import LayerKeys
 from ream_stream.settings import Settings
 
-from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE, Solver
+from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE
+from .schedule import Budgets, Schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +42,8 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """All that is known before a run starts."""
+class Layout:
+    """What a run reads and writes: it follows from headers, settings and tokens alone."""
 
     settings: Settings
     """What was asked for."""
@@ -52,6 +53,9 @@ class Plan:
 
     kept: Checkpoint = field(repr=False)
     """The same without layers that are left out."""
+
+    supply: Supply = field(repr=False)
+    """The source's shards, layer by layer."""
 
     config: Mapping[str, Any]
     """config.json of the output."""
@@ -83,32 +87,8 @@ class Plan:
     sequence_length: int
     """Tokens of a sequence."""
 
-    batch_sequences: int
-    """Sequences that are run together."""
-
     hidden_size: int
     """H."""
-
-    expert_blocks: int
-    """Blocks that a layer's experts are run in; with 1, all batches see all of them."""
-
-    resident_experts: int
-    """Experts that stay on the device between batches."""
-
-    memory: Mapping[str, int] = field(repr=False)
-    """Anonymous host memory at its peak, by part, bytes."""
-
-    solver: Solver
-    """How a refit is solved, if there is one."""
-
-    device_memory: Mapping[str, int] = field(repr=False)
-    """Device memory at its peak, by part, bytes; empty if layers run on the processor."""
-
-    scratch: Mapping[str, int] = field(repr=False)
-    """What is kept on disk from pass to pass over a layer, by part, bytes."""
-
-    steady: bool
-    """Whether freed memory goes back to the kernel at once: with a stated budget."""
 
     @property
     def moe_layers(self) -> list[LayerPlan]:
@@ -121,23 +101,9 @@ class Plan:
         return self.settings.refits(self.num_experts)
 
     @property
-    def refit_repeats(self) -> float:
-        """How often a refit makes activations again, in passes over all tokens."""
-        if self.memory.get(ACTIVATIONS):
-            return 0.0
-        iterations = 0 if self.solver.gathered else self.settings.method.refit_iterations
-        blocks = self.solver.column_blocks
-        return HELD_BACK_SHARE + blocks * (iterations + HELD_BACK_SHARE) + blocks - 1
-
-    @property
     def follows(self) -> bool:
         """Whether the original model's own states are carried beside the others."""
         return self.settings.follows(self.num_experts)
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of the calibration set."""
-        return -(-self.sequences // self.batch_sequences)
 
     @property
     def hidden_shape(self) -> tuple[int, int, int]:
@@ -173,43 +139,11 @@ class Plan:
         return sum(shard.nbytes for shard in [*shards, *self.outside])
 
     @property
-    def disk(self) -> dict[str, int]:
-        """Bytes on disk at the high-water mark, by part."""
-        return {
-            "shards": self.output_bytes,
-            "other files": sum(path.stat().st_size for path in self.source.other_files()),
-            "hidden states": 2 * self.boundary_bytes,
-            "layer before its refit": self.staged_bytes,
-            "streamed shards": self.supply.peak_bytes,
-            **self.scratch,
-        }
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes on disk at the high-water mark."""
-        return sum(self.disk.values())
-
-    @property
     def staged_bytes(self) -> int:
         """Bytes of the largest layer, if it is written once more to be refitted."""
         if not self.refits:
             return 0
         return max(sum(s.nbytes for s in layer.shards) for layer in self.moe_layers)
-
-    def keeps(self, part: str) -> bool:
-        """Tell whether something is kept from pass to pass, in memory or on disk."""
-        return bool(self.memory.get(part) or self.scratch.get(part))
-
-    @property
-    def supply(self) -> Supply:
-        """The source's shards, layer by layer."""
-        names = [tensor.name for shard in self.outside for tensor in shard.tensors]
-        return Supply(self.source, [layer.keys.names for layer in self.layers], names)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Anonymous host memory at its peak."""
-        return sum(self.memory.values())
 
     def output_checkpoint(self, folder: Path) -> Checkpoint:
         """Return the output as a checkpoint whose layer l is on disk once it was written.
@@ -241,3 +175,69 @@ class Plan:
             entries={**entries, **outside},
             stamps=self.source.stamps,
         )
+
+    @property
+    def fixed_disk(self) -> dict[str, int]:
+        """Bytes on disk at the high-water mark, by part, but for scratch stores."""
+        return {
+            "shards": self.output_bytes,
+            "other files": sum(path.stat().st_size for path in self.source.other_files()),
+            "hidden states": 2 * self.boundary_bytes,
+            "layer before its refit": self.staged_bytes,
+            "streamed shards": self.supply.peak_bytes,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan(Layout):
+    """All that is known before a run starts."""
+
+    budgets: Budgets
+    """What it may take of the machine."""
+
+    schedule: Schedule
+    """How it goes through each layer."""
+
+    memory: Mapping[str, int] = field(repr=False)
+    """Anonymous host memory at its peak, by part, bytes."""
+
+    device_memory: Mapping[str, int] = field(repr=False)
+    """Device memory at its peak, by part, bytes; empty if layers run on the processor."""
+
+    scratch: Mapping[str, int] = field(repr=False)
+    """What is kept on disk from pass to pass over a layer, by part, bytes."""
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of the calibration set."""
+        return -(-self.sequences // self.schedule.batch_sequences)
+
+    @property
+    def refit_repeats(self) -> float:
+        """How often a refit makes activations again, in passes over all tokens."""
+        if self.memory.get(ACTIVATIONS):
+            return 0.0
+        iterations = (
+            0 if self.schedule.solver.gathered else self.settings.method.refit_iterations
+        )
+        blocks = self.schedule.solver.column_blocks
+        return HELD_BACK_SHARE + blocks * (iterations + HELD_BACK_SHARE) + blocks - 1
+
+    @property
+    def memory_bytes(self) -> int:
+        """Anonymous host memory at its peak."""
+        return sum(self.memory.values())
+
+    @property
+    def disk(self) -> dict[str, int]:
+        """Bytes on disk at the high-water mark, by part."""
+        return {**self.fixed_disk, **self.scratch}
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk at the high-water mark."""
+        return sum(self.disk.values())
+
+    def keeps(self, part: str) -> bool:
+        """Tell whether something is kept from pass to pass, in memory or on disk."""
+        return bool(self.memory.get(part) or self.scratch.get(part))

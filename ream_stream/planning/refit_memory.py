@@ -11,6 +11,8 @@ from ream_stream.checkpoint.header import DTYPES
 from ream_stream.model.experts import MAX_ROWS
 from ream_stream.settings import Settings
 
+from .schedule import Solver
+
 HELD_BACK_SHARE = 0.1
 """Share of the sequences that a refit does not see and is judged by."""
 
@@ -26,20 +28,6 @@ MOST_COLUMN_BLOCKS = 64
 
 WIDE_COST = {4: 1, 2: 3}
 """Time of a float32 product, in times of one of numbers of so many bytes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Solver:
-    """How the equations are solved on this machine; it decides last bits, or iterations."""
-
-    preconditioner: str
-    """Key of `method.preconditioning.PRECONDITIONERS`."""
-
-    gathered: bool
-    """Whether all products of activations are gathered once: no pass for an iteration."""
-
-    column_blocks: int
-    """Parts that the hidden channels are solved in, one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -115,16 +115,16 @@ class Forecast:
         return {phase: self.rates.seconds(work) for phase, work in self.work.items()}
 
 
-def forecast(plan: Plan, device: torch.device, threads: int, *, committed: int = 0) -> Forecast:
+def forecast(plan: Plan, device: torch.device, *, committed: int = 0) -> Forecast:
     """Work out what is left of a run, and measure the machine for it."""
     cache = max(0, available_bytes() - plan.memory_bytes)
     work = work_of(plan, cache_bytes=cache, committed=committed)
     # a fiftieth of a run at 100 GFLOP/s
     limit = min(0.3, 0.02 + total(work.values()).flop / 5e12)
-    return Forecast(work=work, rates=measure(plan, device, threads, limit))
+    return Forecast(work=work, rates=measure(plan, device, limit))
 
 
-def measure(plan: Plan, device: torch.device, threads: int, limit: float) -> Rates:
+def measure(plan: Plan, device: torch.device, limit: float) -> Rates:
     """Measure each rate for `limit` seconds, or once if that takes longer."""
     stack = next(layer.keys.stack for layer in plan.layers if layer.keys.stack)
     expert, product = _products(plan, stack, device, limit)
@@ -142,7 +142,7 @@ def measure(plan: Plan, device: torch.device, threads: int, limit: float) -> Rat
         expert=expert,
         product=product,
         float32=_rate(lambda: functional.linear(wide, wide), 2 * 512**3, limit / 2),
-        matching=matching * threads / growth,
+        matching=matching * plan.schedule.threads / growth,
         merge=_rate(lambda: added.add_(stored.float(), alpha=0.5), 1 << 20, limit / 4),
         read=read or ASSUMED_READ,
         read_measured=read is not None,
@@ -202,7 +202,7 @@ def _products(
     form = Form(is_gated=stack.is_gated, has_bias=stack.has_bias)
     experts = StreamedExperts(original, ExpertWeights(tensors, stack, plan.dtype, device, form))
     experts.listener = lambda _routed: None
-    batch = plan.batch_sequences * plan.sequence_length
+    batch = plan.schedule.batch_sequences * plan.sequence_length
     slots = max(1, batch * plan.top_k * count // plan.num_experts)
     tokens = -(-slots // plan.top_k)
     stream = generator(0, 0, "rates")

@@ -27,8 +27,10 @@ from ream_stream.errors import (
     UsageError,
 )
 from ream_stream.model.families import FAMILIES, REFUSED
-from ream_stream.planning import planner
-from ream_stream.planning.planner import check_disk, make_plan
+from ream_stream.planning import disk
+from ream_stream.planning.disk import check_disk
+from ream_stream.planning.planner import make_plan
+from ream_stream.planning.schedule import Budgets
 
 
 @pytest.fixture
@@ -724,9 +726,9 @@ def test_an_output_of_other_tokens_or_another_source(checkpoints, tmp_path):
 
 def test_a_disk_that_is_too_small(checkpoints, tmp_path, monkeypatch):
     plan = tiny.plan_for(checkpoints("olmoe"), some_tokens(), settings())
-    monkeypatch.setattr(planner, "free_bytes", lambda _path: plan.disk_bytes)
+    monkeypatch.setattr(disk, "free_bytes", lambda _path: plan.disk_bytes)
     check_disk(plan, tmp_path / "out")
-    monkeypatch.setattr(planner, "free_bytes", lambda _path: plan.disk_bytes - 1)
+    monkeypatch.setattr(disk, "free_bytes", lambda _path: plan.disk_bytes - 1)
     with pytest.raises(OverBudgetError, match=r"needs .* on the disk of .* are free"):
         check_disk(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -737,8 +739,8 @@ def test_a_memory_budget_that_is_too_small(checkpoints):
     fits = make_plan(source, settings(), 4, 12)
     needed = fits.memory_bytes - fits.memory["attention outputs"]
     with pytest.raises(OverBudgetError, match=r"needs .* of memory .*, the budget is 1\.00 MB"):
-        make_plan(source, settings(), 4, 12, ram=1_000_000)
+        make_plan(source, settings(), 4, 12, budgets=Budgets.of(1_000_000))
     # with just enough, what is kept only to save time is left out
-    roomy = make_plan(source, settings(), 4, 12, ram=needed + 200_000_000)
+    roomy = make_plan(source, settings(), 4, 12, budgets=Budgets.of(needed + 200_000_000))
     assert roomy.memory["attention outputs"] == fits.memory["attention outputs"] > 0
     assert tokens.num_tokens == 48

@@ -134,7 +134,9 @@ class Runs:
         plan = make_plan(source, settings, SEQUENCES, LENGTH)
         # what a refit keeps goes to disk: more steps, and strays
         memory = {**plan.memory, KEPT: 0}
-        self.plan = dataclasses.replace(plan, batch_sequences=BATCH, memory=memory)
+        self.plan = tiny.scheduled(
+            dataclasses.replace(plan, memory=memory), batch_sequences=BATCH
+        )
         ids_SL = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) * 7 % 32
         self.tokens = from_tensors({"input_ids": ids_SL}, description="counted")
         self.report = folder / "report.json"
@@ -175,7 +177,6 @@ class Runs:
                     self.tokens,
                     workspace,
                     device=torch.device("cpu"),
-                    threads=1,
                     report=report,
                 )
             return boundaries
@@ -390,7 +391,6 @@ def test_two_boundaries_are_on_disk_at_most_and_the_plan_has_room_for_all(finish
                 runs.tokens,
                 workspace,
                 device=torch.device("cpu"),
-                threads=1,
                 report=report,
             )
         return most_boundaries, most_bytes

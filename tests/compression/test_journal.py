@@ -10,6 +10,7 @@ from ream_stream.compression import journal
 from ream_stream.compression.journal import Journal, LayerRecord, Workspace
 from ream_stream.errors import DamagedError, OtherRunError
 from ream_stream.files import Written
+from ream_stream.planning.schedule import Schedule, Solver
 
 NAMES = st.text("abc-.", min_size=1).filter(lambda name: name.strip("."))
 FILES = st.builds(
@@ -26,10 +27,27 @@ LAYERS = st.builds(
     groups=st.none() | st.lists(st.lists(st.integers(0, 9), min_size=1).map(tuple)).map(tuple),
 )
 FIELDS = st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text())
+OURS = json.dumps({"format": journal.FORMAT})
+NUMBERS = st.integers(0, 99)
+SCHEDULES = st.builds(
+    Schedule,
+    batch_sequences=NUMBERS,
+    expert_blocks=NUMBERS,
+    resident_experts=NUMBERS,
+    solver=st.builds(Solver, gathered=st.booleans(), column_blocks=NUMBERS),
+    threads=NUMBERS,
+)
+SCHEDULE = Schedule(
+    batch_sequences=4,
+    expert_blocks=1,
+    resident_experts=0,
+    solver=Solver(preconditioner="blocks", gathered=False, column_blocks=1),
+    threads=1,
+)
 JOURNALS = st.builds(
     Journal,
     fingerprint=FIELDS,
-    machine=FIELDS,
+    schedule=SCHEDULES,
     files=st.lists(NAMES).map(tuple),
     layers=st.lists(LAYERS, max_size=3),
     outside=st.lists(FILES, max_size=3),
@@ -64,7 +82,7 @@ def committed(workspace):
     )
     return Journal(
         fingerprint={"seed": 0},
-        machine={},
+        schedule=SCHEDULE,
         files=(shard.name, "config.json"),
         layers=[record],
     )
@@ -72,7 +90,7 @@ def committed(workspace):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "layers": 3}', '"text"', "\0\0"],
+    ["", "{", "[]", "{}", OURS, OURS[:-1] + ', "layers": 3}', '"text"', "\0\0"],
 )
 def test_a_damaged_journal_is_named_and_nothing_is_deleted(text, workspace):
     committed(workspace)
@@ -94,13 +112,13 @@ def test_a_journal_that_names_files_elsewhere_is_damaged(workspace):
 
 
 def test_a_journal_of_another_format_is_another_program_s(workspace):
-    workspace.journal.write_text('{"format": 3}')
-    with pytest.raises(OtherRunError, match="format 3"):
+    workspace.journal.write_text('{"format": 999}')
+    with pytest.raises(OtherRunError, match="format 999"):
         journal.load(workspace)
 
 
 def test_other_settings_are_refused_with_the_fields_that_differ():
-    begun = Journal(fingerprint={"seed": 0, "experts": 6, "version": "1"}, machine={})
+    begun = Journal(fingerprint={"seed": 0, "experts": 6, "version": "1"}, schedule=SCHEDULE)
     journal.check_fingerprint(begun, dict(begun.fingerprint), "out")
     wanted = {"seed": 1, "experts": 6, "calibration": "ab"}
     with pytest.raises(OtherRunError) as caught:
@@ -179,7 +197,7 @@ def test_the_journal_is_a_document_people_can_read(workspace):
     journal.save(workspace, committed(workspace))
     text = workspace.journal.read_text(encoding="utf-8")
     assert json.loads(text)["layers"][0]["shards"][0]["size"] == 4
-    assert text.startswith('{\n  "format": 2,\n')
+    assert text.startswith(f'{{\n  "format": {journal.FORMAT},\n')
 
 
 @given(position=st.integers(0, 10**6), value=st.integers(0, 255))

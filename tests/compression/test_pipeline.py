@@ -425,9 +425,11 @@ def test_the_size_of_a_batch_does_not_matter(checkpoints, tmp_path, name, batch)
     """Stored in float32: rounding to bf16 would hide, or enlarge, what differs."""
     source = checkpoints(name, torch.float32)
     whole = tiny.plan_for(source, some_tokens(), settings(KEEP))
-    assert whole.batch_sequences == 4
+    assert whole.schedule.batch_sequences == 4
     runs = [
-        tiny.run_plan(replace(whole, batch_sequences=size), some_tokens(), tmp_path / str(size))
+        tiny.run_plan(
+            tiny.scheduled(whole, batch_sequences=size), some_tokens(), tmp_path / str(size)
+        )
         for size in (4, batch)
     ]
     assert groups_by_layer(runs[0]) == groups_by_layer(runs[1])
@@ -637,5 +639,5 @@ def test_threads_do_not_change_the_result(ream, checkpoints, tmp_path):
     source = checkpoints("olmoe")
     alone = run(source, tmp_path / "one", settings(4))
     plan = tiny.plan_for(source, some_tokens(), settings(4))
-    together = tiny.run_plan(plan, some_tokens(), tmp_path / "three", threads=3)
+    together = tiny.run_plan(tiny.scheduled(plan, threads=3), some_tokens(), tmp_path / "three")
     assert alone.files() == together.files()

@@ -7,17 +7,21 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from reports import StopAt, stop_when
 from tiny import run, settings, some_tokens
 from transformers import AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.journal import Workspace
+from ream_stream.compression.pipeline import compress
 from ream_stream.compression.refit_activations import held_back
 from ream_stream.errors import OverBudgetError, UnsupportedModelError, UsageError
 from ream_stream.events import LayerDone, Step
 from ream_stream.model.attention_cache import main_output
 from ream_stream.planning.planner import make_plan
-from ream_stream.planning.refit_memory import ACTIVATIONS, KEPT, Solver
+from ream_stream.planning.refit_memory import ACTIVATIONS, KEPT
+from ream_stream.planning.schedule import Budgets, Solver
 
 KEEP = 6
 FAMILIES = [
@@ -213,7 +217,7 @@ def test_activations_made_again_give_the_same_bytes_as_kept_ones(
     wanted = settings(KEEP, group_size=2, refit="down", refit_experts=experts, dtype="bfloat16")
     plan = tiny.plan_for(checkpoints("qwen2_moe"), tokens, wanted)
     assert plan.memory[ACTIVATIONS] > 0
-    plan = replace(plan, batch_sequences=7)
+    plan = tiny.scheduled(plan, batch_sequences=7)
     kept = tiny.run_plan(plan, tokens, tmp_path / "kept")
     plan = replace(plan, memory={**plan.memory, ACTIVATIONS: 0})
     again = tiny.run_plan(plan, tokens, tmp_path / "again")
@@ -225,9 +229,9 @@ def test_activations_made_again_give_the_same_bytes_as_kept_ones(
 
 def test_a_budget_too_small_for_a_refit_is_refused_with_what_else_would_do(source, tokens):
     with pytest.raises(OverBudgetError, match=r"Give --ram \d+ or more, .* or --refit none"):
-        make_plan(open_checkpoint(source), refitted(), 20, 24, ram=1000)
+        make_plan(open_checkpoint(source), refitted(), 20, 24, budgets=Budgets.of(1000))
     with pytest.raises(OverBudgetError, match=r"--similarity-tokens$"):
-        make_plan(open_checkpoint(source), pruned(), 20, 24, ram=1000)
+        make_plan(open_checkpoint(source), pruned(), 20, 24, budgets=Budgets.of(1000))
 
 
 def test_a_trajectory_takes_twice_the_disk_for_states(source, tokens):
@@ -248,6 +252,19 @@ def test_a_layer_that_puts_its_experts_outputs_through_a_norm_or_factor_has_no_t
     with pytest.raises(UnsupportedModelError, match=f"layer 0 of {name} does not simply"):
         tiny.plan_for(source, tokens, wanted)
     tiny.plan_for(source, tokens, refitted())
+
+
+def test_a_refit_goes_on_with_the_batch_it_began_with(source, tmp_path, tokens):
+    plan = tiny.plan_for(source, tokens, refitted())
+    plan = replace(plan, memory={**plan.memory, KEPT: 0})  # stores of as many rows as batches
+    small, large = (tiny.scheduled(plan, batch_sequences=size) for size in (3, 20))
+    wanted = tiny.run_plan(small, tokens, tmp_path / "wanted")
+    output = tmp_path / "output"
+    workspace = Workspace(output=output, work=output / ".ream-stream")
+    leave = stop_when(lambda event: isinstance(event, LayerDone))
+    with workspace.locked(), pytest.raises(StopAt):
+        compress(small, tokens, workspace, device=tiny.CPU, report=leave)
+    assert tiny.run_plan(large, tokens, output).files() == wanted.files()
 
 
 def test_only_down_projections_change(source, tmp_path, tokens):
@@ -274,9 +291,9 @@ WAYS = {
 def test_every_way_to_solve_comes_to_the_same(source, tmp_path, tokens):
     wanted = refitted(refit_iterations=30, refit_lambda=(1.0,))
     plan = tiny.plan_for(source, tokens, wanted)
-    assert plan.solver == WAYS["gathered"]
+    assert plan.schedule.solver == WAYS["gathered"]
     runs = {
-        name: tiny.run_plan(replace(plan, solver=way), tokens, tmp_path / name)
+        name: tiny.run_plan(tiny.scheduled(plan, solver=way), tokens, tmp_path / name)
         for name, way in WAYS.items()
     }
     first = tiny.load_tensors(runs["gathered"].output)
@@ -294,7 +311,7 @@ def test_stores_on_disk_give_the_same_bytes_and_are_gone_afterwards(source, tmp_
     plan = tiny.plan_for(source, tokens, refitted())
     assert plan.memory[KEPT] > 0
     one = tiny.run_plan(plan, tokens, tmp_path / "memory")
-    plan = replace(plan, memory={**plan.memory, KEPT: 0}, batch_sequences=20)
+    plan = tiny.scheduled(replace(plan, memory={**plan.memory, KEPT: 0}), batch_sequences=20)
     other = tiny.run_plan(plan, tokens, tmp_path / "disk")
     assert one.files() == other.files()
     assert not list((other.output / ".ream-stream").glob("scratch*"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reports import Events
+from reports import Events, StopAt, stop_when
 from tiny import CPU, settings
 
 from ream_stream.calibration.tokens import from_tensors, joined
@@ -27,7 +27,9 @@ from ream_stream.cli.comparison_view import (
 )
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.report.figures import bars, heat_map, lines, pareto_picture, standalone
+from ream_stream.compression import pipeline
 from ream_stream.errors import InterruptedRunError, UsageError
+from ream_stream.evaluation import comparison
 from ream_stream.evaluation.comparison import (
     ALL,
     ORIGINAL,
@@ -41,8 +43,10 @@ from ream_stream.evaluation.comparison import (
 from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
 from ream_stream.evaluation.variants import SETS, VARIANTS, named, settings_of
-from ream_stream.events import Finished, Step
+from ream_stream.events import Finished, LayerDone, Step
+from ream_stream.planning import allocation
 from ream_stream.planning.planner import make_plan
+from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Method
 
 
@@ -60,7 +64,7 @@ def bench(folder):
         device=CPU,
         dtype=torch.float32,
         threads=1,
-        ram=10**11,
+        budgets=Budgets.of(10**11),
     )
 
 
@@ -129,6 +133,23 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(made, tmp_path, a
     assert [replace(each, seconds=None) for each in again] == [
         replace(each, seconds=None) for each in outcomes[:2]
     ]
+
+
+def test_a_trial_goes_on_with_the_batch_it_began_with(tmp_path, monkeypatch):
+    planned = []
+
+    def compress(plan, *rest, **options):
+        planned.append(plan.schedule.batch_sequences)
+        return pipeline.compress(plan, *rest, **options)
+
+    monkeypatch.setattr(comparison, "compress", compress)
+    with monkeypatch.context() as smaller:
+        smaller.setattr(allocation, "MAX_BATCH_TOKENS", 2 * 24)
+        leave = stop_when(lambda event: isinstance(event, LayerDone))
+        with pytest.raises(StopAt):
+            run_trials(bench(tmp_path), [trial()], leave)
+    run_trials(bench(tmp_path), [trial()])
+    assert planned == [2, 2]
 
 
 def outcome(name, seed, nats, *, mix="", **scores):

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import tiny
 import torch
 
 from ream_stream.compression.journal import Journal, Workspace
@@ -118,7 +119,7 @@ def test_strays_of_a_killed_run_are_removed_and_look_alikes_stay(tmp_path):
         (workspace.scratch("mixer-0") / "zarr.json").write_text("{}")
         foreign = workspace.work / "scratch-My notes"
         foreign.mkdir()
-        workspace.remove_strays(Journal(fingerprint={}, machine={}))
+        workspace.remove_strays(Journal(fingerprint={}, schedule=tiny.SCHEDULE))
         assert not workspace.scratch("mixer-0").exists()
         assert foreign.exists()
 

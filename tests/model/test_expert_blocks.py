@@ -35,9 +35,7 @@ def done(checkpoints, tmp_path_factory):
         if outputs == "disk":
             kept[SUMS] = "disk"
         plan = replace(
-            plan,
-            batch_sequences=batch,
-            expert_blocks=blocks,
+            tiny.scheduled(plan, batch_sequences=batch, expert_blocks=blocks),
             memory={**plan.memory, **{k: int(place == "memory") for k, place in kept.items()}},
             scratch={k: 1 for k, place in kept.items() if place == "disk"},
         )
@@ -105,7 +103,7 @@ def test_a_wrong_sum_would_be_seen(done, checkpoints, tmp_path, monkeypatch):
         experts._Sums, "add", lambda self, slot, weighted: add(self, slot, weighted * 1.0001)
     )
     whole = done()
-    plan = replace(whole.plan, expert_blocks=3)
+    plan = tiny.scheduled(whole.plan, expert_blocks=3)
     off = tiny.run_plan(plan, whole.tokens, tmp_path / "output")
     with pytest.raises(AssertionError):
         assert_nearly_the_same(off, whole)
@@ -123,7 +121,7 @@ def test_all_batches_are_run_through_a_block_before_the_next_is_read(
     def observed(blocks):
         """Return the experts that are loaded while layer 0 is observed, in order."""
         loaded.clear()
-        plan = replace(whole.plan, expert_blocks=blocks)
+        plan = tiny.scheduled(whole.plan, expert_blocks=blocks)
         output = tmp_path / f"output-{blocks}"
         workspace = Workspace(output=output, work=output / ".ream-stream")
         with workspace.locked(), pytest.raises(StopAt) as left:
@@ -132,7 +130,6 @@ def test_all_batches_are_run_through_a_block_before_the_next_is_read(
                 whole.tokens,
                 workspace,
                 device=tiny.CPU,
-                threads=1,
                 report=stop_when(
                     lambda event: (
                         isinstance(event, Step)
@@ -155,11 +152,9 @@ def test_a_run_goes_on_with_the_blocks_it_began_with(done, tmp_path):
     with workspace.locked():
         leave = stop_when(lambda event: isinstance(event, LayerDone))
         with pytest.raises(StopAt):
-            compress(
-                whole.plan, whole.tokens, workspace, device=tiny.CPU, threads=1, report=leave
-            )
-    assert load(workspace).machine["expert_blocks"] == 3
-    again = tiny.run_plan(replace(whole.plan, expert_blocks=1), whole.tokens, output)
+            compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, report=leave)
+    assert load(workspace).schedule.expert_blocks == 3
+    again = tiny.run_plan(tiny.scheduled(whole.plan, expert_blocks=1), whole.tokens, output)
     assert again.files() == whole.files()
     assert not list((output / ".ream-stream").glob("scratch-*"))
 
@@ -193,7 +188,7 @@ def test_a_device_short_of_memory_gets_half_as_much_at_once(
     done, tmp_path, monkeypatch, times, batch
 ):
     whole = done(batch=4)
-    plan = replace(whole.plan, resident_experts=3)
+    plan = tiny.scheduled(whole.plan, resident_experts=3)
     short_of_memory(monkeypatch, 2, times)
     again = tiny.run_plan(plan, whole.tokens, tmp_path / "output")
     halved = [event for event in again.events if isinstance(event, Halved)]
@@ -214,9 +209,7 @@ def test_a_run_that_was_short_of_memory_goes_on_with_the_smaller_batch(
     with workspace.locked():
         leave = stop_when(lambda event: isinstance(event, Halved))
         with pytest.raises(StopAt):
-            compress(
-                whole.plan, whole.tokens, workspace, device=tiny.CPU, threads=1, report=leave
-            )
+            compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, report=leave)
     again = tiny.run_plan(whole.plan, whole.tokens, output)
     assert again.files() == wanted.files()
 

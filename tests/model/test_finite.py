@@ -1,6 +1,5 @@
 """Numbers that are not finite, experts that no token reaches, and experts that are alike."""
 
-import dataclasses
 import json
 import shutil
 
@@ -100,7 +99,7 @@ class Overflowing:
 def in_threes(source, tokens, **wanted):
     """Plan a run of batches of three sequences."""
     plan = tiny.plan_for(source, tokens, settings(**wanted))
-    return dataclasses.replace(plan, batch_sequences=3)
+    return tiny.scheduled(plan, batch_sequences=3)
 
 
 @pytest.mark.parametrize("sequential", [True, False])

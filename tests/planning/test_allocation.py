@@ -7,11 +7,11 @@ import pytest
 import tiny
 
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.compression.journal import Journal, Workspace
 from ream_stream.errors import OverBudgetError
-from ream_stream.planning import allocation, memory, planner
+from ream_stream.planning import allocation, disk, memory, planner, schedule
 from ream_stream.planning.allocation import CHUNKS, NORMS, OUTPUTS, SUMS
 from ream_stream.planning.cost import total, work_of
+from ream_stream.planning.schedule import Begun, Budgets
 
 SEQUENCES, LENGTH, HIDDEN = 64, 2, 32
 OURS = 300_000_000
@@ -22,18 +22,23 @@ OURS = 300_000_000
 def plan_of(checkpoints, monkeypatch):
     """Plan a run; `cache` is what the machine has beyond what the interpreter takes."""
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: OURS)
-    monkeypatch.setattr(planner, "anonymous_bytes", lambda: OURS)
+    monkeypatch.setattr(schedule, "anonymous_bytes", lambda: OURS)
     monkeypatch.setattr(allocation, "MAX_BATCH_TOKENS", 4 * LENGTH)
     checkpoint = open_checkpoint(checkpoints("qwen3_moe"))
 
-    def give(cache=1 << 40, **options):
-        monkeypatch.setattr(planner, "available_bytes", lambda: cache)
+    def give(cache=1 << 40, ram=1 << 40, disk=None, vram=None, **options):
+        monkeypatch.setattr(schedule, "available_bytes", lambda: cache)
         # comparing experts would take more than any batch of so small a model
         wanted = tiny.settings(6, grouping="none")
         plan = planner.make_plan(
-            checkpoint, wanted, SEQUENCES, LENGTH, **{"ram": 1 << 40, **options}
+            checkpoint,
+            wanted,
+            SEQUENCES,
+            LENGTH,
+            budgets=Budgets.of(ram, disk=disk, vram=vram),
+            **options,
         )
-        assert sum(plan.memory.values()) == plan.memory_bytes <= options.get("ram", 1 << 40)
+        assert sum(plan.memory.values()) == plan.memory_bytes <= ram
         return plan
 
     return give
@@ -46,7 +51,7 @@ def scarce(plan):
 
 def test_a_layer_that_the_page_cache_holds_is_not_cut(plan_of):
     plan = plan_of()
-    assert (plan.batch_sequences, plan.expert_blocks) == (4, 1)
+    assert (plan.schedule.batch_sequences, plan.schedule.expert_blocks) == (4, 1)
     assert not plan.scratch
     assert NORMS not in plan.memory
 
@@ -55,7 +60,7 @@ def test_a_layer_that_it_does_not_hold_is_cut_and_read_once_a_phase(plan_of):
     whole = plan_of()
     plan = plan_of(cache=scarce(whole))
     # 8 experts of 3 KiB in blocks that fill half of 20 kB
-    assert plan.expert_blocks == 3
+    assert plan.schedule.expert_blocks == 3
     tokens = SEQUENCES * LENGTH
     assert plan.memory[NORMS] == 4 * tokens * tiny.TOP_K
     assert plan.memory[SUMS] == 4 * tokens * HIDDEN
@@ -69,14 +74,14 @@ def test_a_layer_that_it_does_not_hold_is_cut_and_read_once_a_phase(plan_of):
 
 def test_one_batch_reads_a_layer_once_anyway(plan_of, monkeypatch):
     monkeypatch.setattr(allocation, "MAX_BATCH_TOKENS", SEQUENCES * LENGTH)
-    assert plan_of(cache=scarce(plan_of())).expert_blocks == 1
+    assert plan_of(cache=scarce(plan_of())).schedule.expert_blocks == 1
 
 
 def test_experts_are_not_cut_where_passes_would_read_more_than_batches(plan_of, monkeypatch):
     monkeypatch.setattr(allocation, "MAX_BATCH_TOKENS", 16 * LENGTH)
     whole = plan_of()
     # 3 more readings of 24 kB against 2 more passes over 16 kB of states, read and written
-    assert (whole.num_batches, plan_of(cache=scarce(whole)).expert_blocks) == (4, 1)
+    assert (whole.num_batches, plan_of(cache=scarce(whole)).schedule.expert_blocks) == (4, 1)
 
 
 def test_what_memory_has_no_room_for_goes_to_disk_and_its_chunk_is_counted(plan_of):
@@ -106,10 +111,10 @@ def test_a_disk_without_room_for_sums_leaves_experts_whole(plan_of):
     plain = sum(size for part, size in whole.memory.items() if part != OUTPUTS)
     cache, ram = plain - OURS + 20_000, plain + 12_000
     roomy = plan_of(cache=cache, ram=ram)
-    assert roomy.expert_blocks > 1
+    assert roomy.schedule.expert_blocks > 1
     assert roomy.scratch[SUMS] == 4 * SEQUENCES * LENGTH * HIDDEN
     tight = plan_of(cache=cache, ram=ram, disk=whole.disk_bytes)
-    assert tight.expert_blocks == 1
+    assert tight.schedule.expert_blocks == 1
     assert not tight.scratch
 
 
@@ -131,53 +136,53 @@ def test_other_files_are_part_of_the_disk(plan_of):
 
 def test_parts_of_device_memory_add_up_to_no_more_than_its_budget(plan_of):
     roomy = plan_of(vram=1 << 34)
-    assert roomy.resident_experts == 8
-    assert roomy.expert_blocks == 1
+    assert roomy.schedule.resident_experts == 8
+    assert roomy.schedule.expert_blocks == 1
     least = sum(roomy.device_memory.values()) - roomy.device_memory["experts kept"]
     # room for half of the experts: two blocks of four, each kept
     half = plan_of(vram=least + 4 * 3 * 32 * 16 * 4)
-    assert (half.expert_blocks, half.resident_experts) == (2, 4)
-    assert half.batch_sequences == roomy.batch_sequences
+    assert (half.schedule.expert_blocks, half.schedule.resident_experts) == (2, 4)
+    assert half.schedule.batch_sequences == roomy.schedule.batch_sequences
     assert sum(half.device_memory.values()) == least + 4 * 3 * 32 * 16 * 4
     # less: a smaller batch, down to a refusal
     small = plan_of(vram=least - 1)
-    assert small.batch_sequences < roomy.batch_sequences
+    assert small.schedule.batch_sequences < roomy.schedule.batch_sequences
     assert sum(small.device_memory.values()) <= least - 1
     with pytest.raises(OverBudgetError, match=r"of device memory .* Give --vram (\d+)"):
         plan_of(vram=1000)
 
 
 def begun(batch, blocks=1):
-    machine = {"batch_sequences": batch, "expert_blocks": blocks, "threads": 1}
-    return Journal(fingerprint={}, machine=machine)
+    then = replace(tiny.SCHEDULE, batch_sequences=batch, expert_blocks=blocks)
+    return Begun(schedule=then, layers=0, written_bytes=0)
 
 
 def test_a_run_that_is_gone_on_with_keeps_batch_and_blocks(plan_of):
-    plan = plan_of(journal=begun(3, 2))
-    assert (plan.batch_sequences, plan.expert_blocks) == (3, 2)
+    plan = plan_of(begun=begun(3, 2))
+    assert (plan.schedule.batch_sequences, plan.schedule.expert_blocks) == (3, 2)
     assert plan.memory[NORMS] > 0
 
 
 def test_a_smaller_budget_than_its_batch_needs_is_refused(plan_of):
     needed = {}
     for batch in (4, 16):
-        plan = plan_of(journal=begun(batch))
+        plan = plan_of(begun=begun(batch))
         needed[batch] = plan.memory_bytes - plan.memory[OUTPUTS]
     assert needed[4] < needed[16]
-    assert plan_of(ram=needed[4]).batch_sequences == 4, "begun anew, it would fit"
+    assert plan_of(ram=needed[4]).schedule.batch_sequences == 4, "begun anew, it would fit"
     with pytest.raises(OverBudgetError, match=r"begun with 16 sequences at a time") as refused:
-        plan_of(ram=needed[4], journal=begun(16))
+        plan_of(ram=needed[4], begun=begun(16))
     assert int(re.search(r"--ram (\d+)", str(refused.value))[1]) == needed[16]
 
 
 def test_scratch_stores_take_no_more_than_the_disk_has_free(plan_of, tmp_path, monkeypatch):
     whole = plan_of()
     ram = sum(size for part, size in whole.memory.items() if part != OUTPUTS) + 12_000
-    workspace = Workspace(output=tmp_path / "out", work=tmp_path / "out" / "work")
-    monkeypatch.setattr(planner, "free_bytes", lambda _path: whole.disk_bytes)
-    assert not plan_of(ram=ram, workspace=workspace).scratch
-    monkeypatch.setattr(planner, "free_bytes", lambda _path: whole.disk_bytes + (1 << 16))
-    assert plan_of(ram=ram, workspace=workspace).scratch
+    output = tmp_path / "out"
+    monkeypatch.setattr(disk, "free_bytes", lambda _path: whole.disk_bytes)
+    assert not plan_of(ram=ram, output=output).scratch
+    monkeypatch.setattr(disk, "free_bytes", lambda _path: whole.disk_bytes + (1 << 16))
+    assert plan_of(ram=ram, output=output).scratch
 
 
 def test_padding_is_counted_where_there_is_some(plan_of):

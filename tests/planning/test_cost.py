@@ -58,13 +58,13 @@ def test_a_layer_that_memory_cannot_hold_is_read_for_each_batch(plan_of):
 
 
 def test_experts_are_read_for_each_batch_if_neither_cache_nor_device_keeps_them(plan_of):
-    plan = replace(plan_of(), batch_sequences=1)
+    plan = tiny.scheduled(plan_of(), batch_sequences=1)
     entries, stacks = plan.source.entries, [layer.keys.stack for layer in plan.moe_layers]
     layers = [sum(entries[name].nbytes for name in stack.slots()) for stack in stacks]
     [each] = set(layers)
 
     def read(cache_bytes, resident=0):
-        kept = replace(plan, resident_experts=resident)
+        kept = tiny.scheduled(plan, resident_experts=resident)
         observe = work_of(kept, cache_bytes=cache_bytes)["observe"]
         assert not observe.cached_bytes
         return observe.read_bytes
@@ -179,7 +179,7 @@ def test_numbers_coded_are_those_that_a_run_codes(tmp_path, monkeypatch, dtype_o
 def test_merged_experts_are_encoded_and_stacks_once_for_codes_and_once_for_scales(tmp_path):
     coded, _ = quantized.write(tmp_path, "gpt_oss-mxfp4", torch.bfloat16)
     plan = tiny.plan_for(coded, tiny.some_tokens(), tiny.settings(6, alignment="weights"))
-    work = work_of(replace(plan, batch_sequences=1), cache_bytes=PLENTY)
+    work = work_of(tiny.scheduled(plan, batch_sequences=1), cache_bytes=PLENTY)
     expert = 3 * 32 * 32
     numbers = {
         name: (each.decoded_numbers, each.encoded_numbers) for name, each in work.items()
@@ -190,7 +190,7 @@ def test_merged_experts_are_encoded_and_stacks_once_for_codes_and_once_for_scale
     assert numbers["align"] == (3 * expert * 4, 0)
     assert numbers["write"] == (3 * expert * 4 * 2, 3 * expert * 2 * 2)
     assert numbers["propagate"] == (2 * expert * 6 * 4, 0)
-    known = forecast(plan, torch.device("cpu"), 1)
+    known = forecast(plan, torch.device("cpu"))
     assert known.rates.decode
     assert known.rates.encode
     faster = replace(known.rates, decode=2 * known.rates.decode, encode=None)
@@ -199,7 +199,7 @@ def test_merged_experts_are_encoded_and_stacks_once_for_codes_and_once_for_scale
 
 def test_a_forecast_measures_the_machine_in_every_dtype(plan_of):
     for dtype in ("float32", "bfloat16"):
-        known = forecast(plan_of(dtype=dtype), torch.device("cpu"), 1)
+        known = forecast(plan_of(dtype=dtype), torch.device("cpu"))
         assert set(known.seconds) == set(PHASES)
         assert all(time >= 0 for time in known.seconds.values())
         assert known.total == total(known.work.values())
@@ -214,7 +214,7 @@ def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
         )
         plan = tiny.plan_for(source, tokens, wanted)
         # passes: what is gathered costs by the width of all experts
-        plan = replace(plan, solver=replace(plan.solver, gathered=False))
+        plan = tiny.scheduled(plan, solver=replace(plan.schedule.solver, gathered=False))
         counted.append(work_of(plan, cache_bytes=1 << 30)["refit"])
     stack = plan.moe_layers[0].keys.stack
     slots = tokens.num_tokens * plan.top_k * len(plan.moe_layers)

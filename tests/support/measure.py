@@ -23,6 +23,7 @@ from ream_stream.compression.pipeline import compress
 from ream_stream.events import LayerDone
 from ream_stream.model.experts import ExpertWeights
 from ream_stream.planning import allocation, planner
+from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Method, Settings
 
 SEQUENCES, LENGTH = 16, 128
@@ -82,9 +83,13 @@ def make_plan(source, sequences, dtype, room, refit):
         return planner.make_plan(checkpoint, settings, sequences, LENGTH), None
     # told the first time: what is loaded when a plan is made is in the second one's base
     for _ in range(2):
-        planned = planner.make_plan(checkpoint, settings, sequences, LENGTH, ram=1 << 40)
+        planned = planner.make_plan(
+            checkpoint, settings, sequences, LENGTH, budgets=Budgets.of(1 << 40)
+        )
     ram = planned.memory["interpreter and libraries"] + room
-    return planner.make_plan(checkpoint, settings, sequences, LENGTH, ram=ram), ram
+    return planner.make_plan(
+        checkpoint, settings, sequences, LENGTH, budgets=Budgets.of(ram)
+    ), ram
 
 
 def main(options):
@@ -110,7 +115,7 @@ def main(options):
 
     with workspace.locked():
         finished = compress(
-            planned, tokens, workspace, device=torch.device("cpu"), threads=1, report=report
+            planned, tokens, workspace, device=torch.device("cpu"), report=report
         )
     sampler.done.set()
     sampler.join()
@@ -122,8 +127,8 @@ def main(options):
         "planned": planned.memory_bytes,
         "parts": dict(planned.memory),
         "ram": ram,
-        "batch": planned.batch_sequences,
-        "steady": planned.steady,
+        "batch": planned.schedule.batch_sequences,
+        "trims_heap": planned.budgets.trims_heap,
         "solver": str(planned.solver),
     }
     print(json.dumps(told))

@@ -8,7 +8,7 @@ or taken twice is seen. Three experts a token: sums of two do not depend on thei
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ream_stream.model.hidden_states import HiddenStates
 from ream_stream.model.streamed_model import Batch, StreamedModel
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
+from ream_stream.planning.schedule import Schedule, Solver
 from ream_stream.settings import Method, Settings
 
 CPU = torch.device("cpu")
@@ -863,7 +864,21 @@ def plan_for(source: Path, tokens: Tokens, wanted: Settings) -> Plan:
     )
 
 
-def run_plan(plan: Plan, tokens: Tokens, output: Path, *, threads: int = 1) -> Run:
+SCHEDULE = Schedule(
+    batch_sequences=4,
+    expert_blocks=1,
+    resident_experts=0,
+    solver=Solver(preconditioner="blocks", gathered=False, column_blocks=1),
+    threads=1,
+)
+
+
+def scheduled(plan: Plan, **fields: Any) -> Plan:
+    """Return a plan that goes through layers in another way."""
+    return replace(plan, schedule=replace(plan.schedule, **fields))
+
+
+def run_plan(plan: Plan, tokens: Tokens, output: Path) -> Run:
     """Compress, and read each boundary's hidden states while they are there."""
     workspace = Workspace(output=output, work=output / ".ream-stream")
     events: list[Event] = []
@@ -875,7 +890,7 @@ def run_plan(plan: Plan, tokens: Tokens, output: Path, *, threads: int = 1) -> R
             hidden[event.layer] = _read_states(plan, workspace, event.layer + 1)
 
     with workspace.locked():
-        compress(plan, tokens, workspace, device=CPU, threads=threads, report=report)
+        compress(plan, tokens, workspace, device=CPU, report=report)
     return Run(plan=plan, tokens=tokens, output=output, events=events, hidden=hidden)
 
 
@@ -886,6 +901,6 @@ def run(source: Path, output: Path, wanted: Settings, tokens: Tokens | None = No
 
 def _read_states(plan: Plan, workspace: Workspace, boundary: int) -> torch.Tensor:
     states = HiddenStates(
-        workspace.hidden(boundary), plan.hidden_shape, plan.dtype, plan.batch_sequences
+        workspace.hidden(boundary), plan.hidden_shape, plan.dtype, plan.schedule.batch_sequences
     )
     return torch.cat([states.read(number) for number in range(plan.num_batches)])

@@ -33,6 +33,7 @@ from ream_stream.checkpoint.reader import INDEX, open_checkpoint
 from ream_stream.compression import journal
 from ream_stream.compression.journal import Journal, LayerRecord, Workspace
 from ream_stream.errors import ReamStreamError
+from ream_stream.planning.schedule import Schedule, Solver
 
 try:
     import atheris
@@ -109,8 +110,12 @@ class Parsers:
             index=0, shards=(written,), hidden="hidden-00001", statistics=written,
             saliency=(0.5, 1.0), groups=((0, 1),), excluded=(3,),
         )  # fmt: skip
+        solver = Solver(preconditioner="blocks", gathered=False, column_blocks=1)
+        schedule = Schedule(
+            batch_sequences=4, expert_blocks=1, resident_experts=0, solver=solver, threads=1
+        )
         saved = Journal(
-            fingerprint={"seed": 0}, machine={"threads": 1}, files=("a",), layers=[record]
+            fingerprint={"seed": 0}, schedule=schedule, files=("a",), layers=[record]
         )
         journal.save(self.workspace, saved)
         self.documents: dict[str, Any] = {

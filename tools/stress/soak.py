@@ -52,7 +52,7 @@ def prepare(folder: Path, layers: int) -> tuple[Plan, Tokens]:
     settings = Settings(
         experts=6, method=Method(group_size=4), compute_dtype="bfloat16", max_shard_bytes=40_000
     )
-    plan = make_plan(open_checkpoint(folder), settings, *ids_SL.shape)
+    plan = make_plan(open_checkpoint(folder), settings, *ids_SL.shape, threads=1)
     return plan, tokens
 
 
@@ -65,7 +65,12 @@ def run(plan: Plan, tokens: Tokens, output: Path) -> int:
     try:
         workspace = Workspace(output=output, work=output / ".ream-stream")
         with workspace.locked():
-            compress(plan, tokens, workspace, device=CPU, threads=1)
+            compress(
+                plan,
+                tokens,
+                workspace,
+                device=CPU,
+            )
         status = 0
     except Exception:  # noqa: BLE001 - a child must not return into the loop of kills
         traceback.print_exc()
