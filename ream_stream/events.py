@@ -21,6 +21,22 @@ class Started:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TakenOver:
+    """The run goes on with one that ended without a word."""
+
+    previous: str
+    """The process that left it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluating:
+    """A pass over a checkpoint begins."""
+
+    name: str
+    """Of the checkpoint, and of what it is asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """Some work of a layer is done."""
 
@@ -132,7 +148,7 @@ class Finished:
     """Nothing was left to do."""
 
 
-Event = Started | Step | LayerDone | Halved | Finished
+Event = Started | TakenOver | Evaluating | Step | LayerDone | Halved | Finished
 
 Report = Callable[[Event], None]
 """Is told what happens as it happens; it may raise `InterruptedRunError` to end the work."""

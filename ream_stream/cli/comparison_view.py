@@ -17,7 +17,7 @@ from ream_stream.calibration.packing import read_tokens
 from ream_stream.calibration.token_cache import calibration_of, read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
-from ream_stream.compression.job import compute_dtype, num_experts
+from ream_stream.compression.job import num_experts
 from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.comparison import (
@@ -34,6 +34,7 @@ from ream_stream.evaluation.config import ComparisonOptions
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
 from ream_stream.evaluation.variants import named, settings_of
 from ream_stream.events import Event, LayerDone, Started
+from ream_stream.model.dtypes import compute_dtype
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import check_values
 

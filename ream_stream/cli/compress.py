@@ -56,11 +56,10 @@ def compress(
         ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B-REAP \\
             --method reap --experts 96 --calibration text.jsonl --ram 16GB
     """
-    from ream_stream.compression.job import prepare
+    from ream_stream.compression.job import plan_facts, prepare
 
-    from .console import console, plan_facts, print_json
-    from .run import run
-    from .run_report import outcome_facts, say_start, say_summary
+    from .console import console, print_json
+    from .run import run, say_start, say_summary
 
     shown = console(stderr=True)
     folder, remote = located(source, stream=stream)
@@ -78,9 +77,7 @@ def compress(
             print_json(plan_facts(job))
         return
     command = resume_command(ctx)
-    outcome = run(
-        job, job.workspace, shown, command=command, restart=restart, keep_work=keep_work
-    )
-    say_summary(job, outcome, shown)
+    result = run(job, shown, command=command, restart=restart, keep_work=keep_work)
+    say_summary(job, result, shown)
     if as_json:
-        print_json(plan_facts(job) | outcome_facts(outcome))
+        print_json(result.facts())

@@ -45,9 +45,10 @@ def plan(
         ream-stream plan ./Qwen3-30B-A3B --keep 75%
         ream-stream plan ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --ram 16GB --json
     """
-    from ream_stream.compression.job import prepare
+    from ream_stream.compression.job import plan_facts, prepare
 
-    from .console import console, plan_facts, plan_table, print_json
+    from .console import console, print_json
+    from .plan_view import plan_table
 
     folder, remote = located(source, stream=stream)
     streamed = remote if stream else None

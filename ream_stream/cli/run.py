@@ -1,134 +1,96 @@
-"""A prepared run, carried out: lock, tokens, log, display, signals."""
+"""A prepared run on a terminal: what is said before, while and after it runs."""
 
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+import shlex
 
 from rich.console import Console
 
-from ream_stream import files
-from ream_stream.calibration.token_cache import store
-from ream_stream.compression.job import Job
-from ream_stream.compression.journal import Workspace
-from ream_stream.compression.pipeline import compress
-from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, sentence
-from ream_stream.events import Event, Finished
+from ream_stream.compression.config import RunOptions
+from ream_stream.compression.job import Job, is_complete
+from ream_stream.compression.run import CompressionResult
+from ream_stream.compression.run import run as carry_out
+from ream_stream.units import format_seconds, format_size
 
-from .console import plan_facts
-from .progress import Log, display
+from .console import facts, phases
+from .plan_view import plan_table
+from .progress import display
 from .signals import stop_requests, stopping
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """A run that came to its end."""
-
-    finished: Finished
-    """Its last event."""
-
-    seconds: float
-    """Wall time of this run."""
 
 
 def run(
     job: Job,
-    workspace: Workspace,
     console: Console,
     *,
     command: str,
     restart: bool = False,
     keep_work: bool = True,
-) -> Outcome:
-    """Carry out a job.
-
-    Parameters
-    ----------
-    job
-        With tokens.
-    workspace
-        Where it writes.
-    console
-        Where progress is shown.
-    command
-        What goes on with it; kept in the log and told when it is interrupted.
-    restart
-        Discard the run that is there.
-    keep_work
-        Whether journal, statistics, tokens and log stay when it is done.
-
-    Raises
-    ------
-    InterruptedRunError
-        A signal asked it to stop.
-    """
-    if job.tokens is None:
-        raise ValueError("a run needs calibration tokens")
-    start = time.monotonic()
-    with ExitStack() as stack:
-        left_by = stack.enter_context(workspace.locked())
-        if job.journal is None and not restart and workspace.journal.is_file():
-            raise OtherRunError(
-                f"another run began in {workspace.output} meanwhile; run the command again"
-            )
-        if restart and workspace.journal.is_file():
-            workspace.discard()
-        if job.request is not None and job.journal is None:
-            store(workspace.tokens, job.tokens, job.request)
-        file = stack.enter_context(files.open_log(workspace.log, workspace.older_log))
-        log = Log(file, workspace.log, _layer_bytes(job))
-        log.write("command", {"command": command, "directory": str(Path.cwd())})
-        log.write("plan", plan_facts(job))
-        if left_by is not None:
-            console.print(f"taking over from {left_by}, which ended without a word")
-            log.write("taken over", {"from": left_by})
-        asked = stack.enter_context(stop_requests())
-        try:
-            finished = _follow(job, workspace, console, log, asked)
-        except InterruptedRunError as error:
-            log.end(error)
-            number = error.exit_status - 128
-            message = f"{error}\nresume with: {command}"
-            raise InterruptedRunError(message, signal_number=number) from error
-        except ReamStreamError as error:
-            log.end(error)
-            raise
-        except OSError as error:
-            failed = ReamStreamError(
-                f"{sentence(error)}\nonce it is mended, go on with: {command}"
-            )
-            log.end(failed)
-            raise failed from error
-        if not keep_work:
-            workspace.clean()
-    return Outcome(finished=finished, seconds=time.monotonic() - start)
-
-
-def _follow(
-    job: Job,
-    workspace: Workspace,
-    console: Console,
-    log: Log,
-    asked: Callable[[], int | None],
-) -> Finished:
-    plan, tokens = job.plan, job.tokens
-    assert tokens is not None
-    with display(console, _layer_bytes(job)) as shown:
-
-        def report(event: Event) -> None:
-            log.show(event)
-            shown.show(event)
-
-        return compress(
-            plan,
-            tokens,
-            workspace,
-            device=job.device,
-            report=stopping(asked, report),
+) -> CompressionResult:
+    """Carry out a job, show it on a console and let signals end it."""
+    with stop_requests() as asked, display(console, job.layer_bytes) as shown:
+        return carry_out(
+            job,
+            report=stopping(asked, shown.show),
+            command=command,
+            restart=restart,
+            keep_work=keep_work,
         )
 
 
-def _layer_bytes(job: Job) -> list[int]:
-    entries = job.plan.source.entries
-    return [sum(entries[name].nbytes for name in layer.keys.names) for layer in job.plan.layers]
+def say_start(
+    job: Job, options: RunOptions, console: Console, *, restart: bool = False
+) -> None:
+    """Print the plan, and from where a run goes on."""
+    console.print(plan_table(job, options))
+    if restart and job.workspace is not None and job.workspace.journal.is_file():
+        console.print("discarding the run that was begun here, because of --restart")
+    if job.journal is None or job.workspace is None:
+        return
+    done, count = len(job.journal.layers), len(job.plan.layers)
+    if is_complete(job.workspace):
+        console.print(f"{job.workspace.output} is complete", soft_wrap=True)
+    elif done < count:
+        console.print(f"resuming at layer {done + 1} of {count}: {done} are committed")
+    else:
+        console.print(f"resuming after all {count} layers: what is outside them is left")
+
+
+def say_summary(job: Job, result: CompressionResult, console: Console) -> None:
+    """Print what came out and what to do with it."""
+    output = shlex.quote(str(result.output))
+    checkpoint = job.plan.source
+    # of a streamed one only headers are on the disk
+    against = "" if checkpoint.fetch else f" --against {shlex.quote(str(checkpoint.folder))}"
+    on_device = [
+        (
+            "peak of device memory",
+            f"{format_size(result.peak_device_bytes)}, "
+            f"planned {format_size(sum(job.plan.device_memory.values()))}",
+        )
+    ]
+    if result.already_complete:
+        console.print("nothing was left to do")
+    else:
+        console.print(
+            facts(
+                [
+                    (
+                        "weights",
+                        f"{format_size(result.source_bytes)} -> "
+                        f"{format_size(result.output_bytes)}",
+                    ),
+                    ("time", format_seconds(result.seconds)),
+                    ("  by phase", phases(result.seconds_by_phase)),
+                    (
+                        "peak memory",
+                        f"{format_size(result.peak_anonymous_bytes)}, "
+                        f"planned {format_size(job.plan.memory_bytes)}",
+                    ),
+                    *(on_device if result.peak_device_bytes else []),
+                ],
+                title="Done",
+            )
+        )
+    for line in (
+        f"next: ream-stream verify {output}",
+        f"      ream-stream eval {output}{against} --text FILE",
+    ):
+        console.print(line, soft_wrap=True)

@@ -17,7 +17,6 @@ from ream_stream.calibration.packing import load_tokenizer
 from ream_stream.calibration.token_cache import read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
-from ream_stream.compression.job import compute_dtype as dtype_of
 from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.config import ScoreOptions
@@ -27,6 +26,7 @@ from ream_stream.evaluation.memory import plan_evaluation
 from ream_stream.evaluation.metrics import Evaluation, Mean, finite
 from ream_stream.evaluation.multiple_choice import Share, accuracies, make_quiz, read_questions
 from ream_stream.events import Event, Report, Step
+from ream_stream.model.dtypes import compute_dtype as dtype_of
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import check_values
 

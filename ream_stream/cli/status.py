@@ -1,6 +1,5 @@
 """The verb `status`."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +47,7 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     UsageError
         There is no run.
     """
+    from ream_stream.compression.event_log import newest, read_events
     from ream_stream.compression.job import is_complete
     from ream_stream.compression.journal import load
     from ream_stream.errors import UsageError
@@ -57,7 +57,7 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     if not (workspace.journal.is_file() or holder or complete):
         raise UsageError(f"{workspace.output} holds no run of ream-stream")
     journal = load(workspace) if workspace.journal.is_file() else None
-    log = read_log(workspace.log)
+    log = newest(read_events(workspace.log))
     started, command = log.get("started", {}), log.get("command", {})
     state = "complete" if complete else "running" if holder else "stopped"
     return {
@@ -75,24 +75,6 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     }
 
 
-def read_log(path: Path) -> dict[str, Any]:
-    """Return the newest line of each kind of event, and the newest of all as ``last``.
-
-    A line cut by a kill is passed over.
-    """
-    newest: dict[str, Any] = {}
-    if not path.is_file():
-        return newest
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                event = json.loads(line)
-                newest[event["event"]] = newest["last"] = event
-            except (ValueError, KeyError, TypeError):
-                continue
-    return newest
-
-
 def _left(log: dict[str, Any]) -> float | None:
     """Return the seconds that are left, as the last line of the log tells it."""
     last = log.get("last", {})
@@ -106,9 +88,7 @@ def _left(log: dict[str, Any]) -> float | None:
 
 
 def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
-    from ream_stream.units import format_size
-
-    from .console import format_seconds
+    from ream_stream.units import format_seconds, format_size
 
     count = known["layers"] or "?"
     rows = [

@@ -4,8 +4,9 @@ Nothing is written. The order is from cheap to dear: what the options say, the
 source's headers, the output folder, the plan, and the calibration text last.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,19 +14,19 @@ from ream_stream import device as devices
 from ream_stream.calibration.packing import Calibration, read_tokens
 from ream_stream.calibration.token_cache import Request, calibration_of, changed, stored
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.checkpoint.formats.codec import FLOATS
-from ream_stream.checkpoint.header import DTYPES
 from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
-from ream_stream.files import why_not_writable
+from ream_stream.files import free_bytes, why_not_writable
 from ream_stream.host_memory import trim
+from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import family_of
+from ream_stream.planning.cost import Work
 from ream_stream.planning.disk import check_disk
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
-from ream_stream.planning.serving_limits import check_served
+from ream_stream.planning.serving_limits import check_served, serving_notes
 from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
 
@@ -61,6 +62,12 @@ class Job:
 
     forecast: Forecast | None = None
     """What is left to do and about how long it takes; None if nothing is left."""
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Bytes of each layer in the source."""
+        entries, layers = self.plan.source.entries, self.plan.layers
+        return [sum(entries[name].nbytes for name in layer.keys.names) for layer in layers]
 
 
 def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = True) -> Job:
@@ -144,18 +151,71 @@ def num_experts(checkpoint: Checkpoint) -> int:
     return max(stack.count for stack in stacks)
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the float dtype that most bytes are in; bfloat16 if all is quantized."""
-    total: dict[str, int] = {}
-    for entry in checkpoint.entries.values():
-        if entry.dtype in FLOATS:
-            total[entry.dtype] = total.get(entry.dtype, 0) + entry.nbytes
-    return DTYPES[max(total, key=lambda name: total[name], default="BF16")]
+def plan_facts(job: Job) -> dict[str, Any]:
+    """Return all that is known before a run, as plain data."""
+    plan = job.plan
+    output = job.workspace.output if job.workspace else None
+    return {
+        "source": str(plan.source.folder),
+        "headers_only_files": len(plan.source.cut_files()),
+        "output": str(output) if output else None,
+        "family": plan.config["model_type"],
+        "layers": len(plan.layers),
+        "moe_layers": len(plan.moe_layers),
+        "experts_before": plan.num_experts,
+        "experts_after": plan.settings.experts,
+        "experts_per_token": plan.top_k,
+        "notes": notes_of(plan),
+        "settings": plan.settings.fields(),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "calibration_sequences": plan.sequences,
+        "calibration_sequence_length": plan.sequence_length,
+        "batch_sequences": plan.schedule.batch_sequences,
+        "memory_bytes": plan.memory_bytes,
+        "memory_parts": dict(plan.memory),
+        "memory_budget_bytes": plan.budgets.ram,
+        "expert_blocks": plan.schedule.expert_blocks,
+        "resident_experts": plan.schedule.resident_experts,
+        "device_memory_bytes": sum(plan.device_memory.values()),
+        "device_memory_parts": dict(plan.device_memory),
+        "device_memory_budget_bytes": plan.budgets.vram,
+        "disk_bytes": plan.disk_bytes,
+        "disk_parts": plan.disk,
+        "disk_free_bytes": free_bytes(output) if output else None,
+        "device": str(job.device),
+        "threads": plan.schedule.threads,
+        "committed_layers": len(job.journal.layers) if job.journal else 0,
+        "forecast": None if job.forecast is None else forecast_facts(job.forecast),
+    }
 
 
-def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """Return what ``--compute-dtype`` means for a checkpoint."""
-    return devices.compute_dtype(name, stored_dtype(checkpoint), device)
+def notes_of(plan: Plan) -> list[str]:
+    """Return what a server may make of the new number of experts, if it is a new one."""
+    experts = plan.settings.experts
+    return [] if experts == plan.num_experts else serving_notes(experts)
+
+
+def forecast_facts(forecast: Forecast) -> dict[str, Any]:
+    """Return what is left to do, by phase and in all, and the rates behind the times."""
+    seconds = forecast.seconds
+
+    def described(work: Work, time: float) -> dict[str, Any]:
+        return {
+            "read_bytes": work.read_bytes,
+            "cached_bytes": work.cached_bytes,
+            "written_bytes": work.written_bytes,
+            "flop": work.flop,
+            "decoded_numbers": work.decoded_numbers,
+            "encoded_numbers": work.encoded_numbers,
+            "seconds": time,
+        }
+
+    return {
+        **described(forecast.total, sum(seconds.values())),
+        "phases": {name: described(w, seconds[name]) for name, w in forecast.work.items()},
+        "rates": asdict(forecast.rates),
+    }
 
 
 def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device) -> Settings:

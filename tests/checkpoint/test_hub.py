@@ -21,7 +21,7 @@ from ream_stream.errors import DamagedError, InterruptedRunError, ReamStreamErro
 from ream_stream.events import LayerDone
 
 # a verb has the name of the module
-REPORT = importlib.import_module("ream_stream.cli.run_report")
+REPORT = importlib.import_module("ream_stream.cli.run")
 
 
 @pytest.fixture(scope="module")

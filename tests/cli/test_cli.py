@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from ream_stream import units
 from ream_stream.__main__ import main
 from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.cli import cli, progress
-from ream_stream.cli import console as tables
 from ream_stream.cli.demo import CHECKPOINT
-from ream_stream.compression import job
+from ream_stream.compression import event_log, job
 from ream_stream.compression.config import RunOptions, settings_for
 from ream_stream.evaluation import variants
 from ream_stream.evaluation.config import ComparisonOptions, ScoreOptions
@@ -211,7 +211,7 @@ def stop_at_start(monkeypatch):
         if isinstance(event, Started):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(progress.Log, "show", stop)
+    monkeypatch.setattr(event_log.Log, "show", stop)
 
 
 def test_a_compressed_checkpoint_loads_with_fewer_experts(capsys, words, tmp_path):
@@ -250,7 +250,7 @@ def test_a_signal_stops_after_a_commit_and_the_next_run_gives_the_same_bytes(
     capsys, monkeypatch, words, finished, tmp_path, name
 ):
     output, number = tmp_path / "output", getattr(signal, name)
-    show = progress.Log.show
+    show = event_log.Log.show
 
     def stop_after_the_first_layer(log, event):
         show(log, event)
@@ -258,7 +258,7 @@ def test_a_signal_stops_after_a_commit_and_the_next_run_gives_the_same_bytes(
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress.Log, "show", stop_after_the_first_layer)
+        patch.setattr(event_log.Log, "show", stop_after_the_first_layer)
         status, _, err = call(capsys, *words(output))
     assert status == 128 + number
     line = next(line for line in err.splitlines() if line.startswith("resume with: "))
@@ -299,12 +299,12 @@ def test_the_process_itself_ends_with_130_on_ctrl_c(words, tmp_path):
     code = (
         "import os, signal, sys\n"
         "from ream_stream.__main__ import main\n"
-        "from ream_stream.cli import progress\n"
+        "from ream_stream.compression import event_log\n"
         "from ream_stream.events import Started\n"
         "def stop(log, event):\n"
         "    if isinstance(event, Started):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "progress.Log.show = stop\n"
+        "event_log.Log.show = stop\n"
         "sys.exit(main())"
     )
     command = [sys.executable, "-c", code, *map(str, words(tmp_path / "output"))]
@@ -770,7 +770,7 @@ def test_compare_and_sweep_write_their_results_and_do_nothing_twice(capsys, tmp_
 
 
 def test_what_is_left_follows_from_bytes_and_times():
-    pace = progress.Pace([10, 10, 40, 20])
+    pace = event_log.Pace([10, 10, 40, 20])
     assert pace.left() is None
     pace.skip(1)
     pace.finish(2.0)
@@ -792,7 +792,7 @@ def test_what_is_left_follows_from_bytes_and_times():
     ],
 )
 def test_durations_are_told_in_two_units(seconds, text):
-    assert tables.format_seconds(seconds) == text
+    assert units.format_seconds(seconds) == text
 
 
 LAYER_DONE = LayerDone(
@@ -829,7 +829,7 @@ def test_a_log_gets_one_line_for_each_layer():
 
 def test_a_line_tells_the_memory_of_a_device_that_was_used():
     event = replace(LAYER_DONE, peak_device_bytes=3_000_000_000)
-    line = progress.layer_line(event, 3, progress.Pace([1, 2, 4]))
+    line = progress.layer_line(event, 3, event_log.Pace([1, 2, 4]))
     assert line.endswith("peak 700 MB  device 3.00 GB")
 
 

@@ -14,8 +14,9 @@ import torch
 
 from ream_stream.__main__ import main
 from ream_stream.cli.demo import CHECKPOINT
-from ream_stream.cli.report.facts import gather, read_events
+from ream_stream.cli.report.facts import gather
 from ream_stream.cli.report.figures import heat_map
+from ream_stream.compression.event_log import read_events
 from ream_stream.compression.journal import Workspace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -31,13 +31,14 @@ from test_crash import source as crash_source  # noqa: F401 - a fixture
 
 from ream_stream import files
 from ream_stream.__main__ import main
-from ream_stream.cli import console, progress
+from ream_stream.cli import console
+from ream_stream.compression import event_log
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import LayerDone
 from ream_stream.planning.planner import make_plan
 
 # a verb has the name of the module
-REPORT = importlib.import_module("ream_stream.cli.run_report")
+REPORT = importlib.import_module("ream_stream.cli.run")
 
 
 @dataclass
@@ -97,14 +98,14 @@ class Case:
 
 def when_a_layer_is_committed(patch, act):
     """Do something once, between the first layer and the second."""
-    show = progress.Log.show
+    show = event_log.Log.show
 
     def tell(log, event):
         show(log, event)
         if isinstance(event, LayerDone) and event.layer == 0:
             act()
 
-    patch.setattr(progress.Log, "show", tell)
+    patch.setattr(event_log.Log, "show", tell)
 
 
 def reads_fail(patch, name, number):
@@ -267,7 +268,7 @@ def clock(jump):
         def now(cls, tz=None):
             return datetime.now(tz) + jump
 
-    return during(lambda case: case.patch.setattr(progress, "datetime", Jumped))
+    return during(lambda case: case.patch.setattr(event_log, "datetime", Jumped))
 
 
 def held(case):

@@ -11,7 +11,7 @@ from ream_stream import files
 from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
 from ream_stream.calibration.tokens import joined
 from ream_stream.cli import score_view
-from ream_stream.cli.console import columns, format_seconds
+from ream_stream.cli.console import columns
 from ream_stream.cli.report.facts import gather
 from ream_stream.cli.report.page import page
 from ream_stream.cli.run import run
@@ -22,7 +22,7 @@ from ream_stream.errors import DamagedError
 from ream_stream.evaluation.config import ScoreOptions
 from ream_stream.evaluation.metrics import Evaluation, finite
 from ream_stream.evaluation.verify import verify
-from ream_stream.units import format_size
+from ream_stream.units import format_seconds, format_size
 
 from . import CHECKPOINT
 from .texts import DOMAINS, documents
@@ -151,15 +151,15 @@ def _compress(folder: Path, name: str, console: Console) -> Measured:
     assert job.workspace is not None
     command = " ".join(["ream-stream", "compress", *arguments(folder, name)])
     console.print(command, soft_wrap=True)
-    outcome = run(job, job.workspace, console, command=command, restart=True)
+    result = run(job, console, command=command, restart=True)
     failed = [each for each in verify(job.workspace.output) if not each.ok]
     if failed:
         raise DamagedError(f"{job.workspace.output}: {failed[0].message}")
     return Measured(
         folder=job.workspace.output,
-        num_bytes=outcome.finished.output_bytes,
-        seconds=outcome.seconds,
-        peak_bytes=outcome.finished.peak_anonymous_bytes,
+        num_bytes=result.output_bytes,
+        seconds=result.seconds,
+        peak_bytes=result.peak_anonymous_bytes,
         scores={},
     )
 

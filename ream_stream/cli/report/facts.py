@@ -1,6 +1,5 @@
 """All that a report tells of an output, as plain numbers: read from its files, not measured."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ream_stream import __version__
 from ream_stream.checkpoint.reader import open_checkpoint, read_object
+from ream_stream.compression.event_log import read_events
 from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.journal import Workspace
 from ream_stream.compression.manifest import LayerGroups, Manifest, read_manifest
@@ -63,21 +63,6 @@ def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
         "evaluation": next((each for each in quality if "kind" not in each), None),
         **{kind: next((q for q in quality if q.get("kind") == kind), None) for kind in _KINDS},
     }
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log; those that a kill cut are passed over."""
-    if not path.is_file():
-        return []
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return events
 
 
 def _result(path: Path) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""The log of a run: events as JSON lines, written while it runs and read by who looks later."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from ream_stream import files
+from ream_stream.errors import OverBudgetError, ReamStreamError
+from ream_stream.events import (
+    Evaluating,
+    Event,
+    Finished,
+    Halved,
+    LayerDone,
+    Started,
+    Step,
+    TakenOver,
+)
+from ream_stream.host_memory import anonymous_bytes
+
+BEAT_SECONDS = 30.0
+"""A log is silent no longer than this, unless a single batch takes longer."""
+
+
+class Pace:
+    """Time that is left, from the bytes and times of the layers finished in this run.
+
+    Parameters
+    ----------
+    layer_bytes
+        Bytes of every layer, committed ones included.
+    """
+
+    def __init__(self, layer_bytes: Sequence[int]) -> None:
+        self._layer_bytes = layer_bytes
+        self._next = 0
+        self._bytes, self._seconds = 0, 0.0
+
+    def skip(self, layers: int) -> None:
+        """Leave out layers that earlier runs have finished."""
+        self._next = layers
+
+    def finish(self, seconds: float) -> None:
+        """Note that the next layer took so long."""
+        self._bytes += self._layer_bytes[self._next]
+        self._seconds += seconds
+        self._next += 1
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes of all finished layers."""
+        return sum(self._layer_bytes[: self._next])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(self._layer_bytes)
+
+    def left(self, since_last: float = 0.0) -> float | None:
+        """Return the seconds left, `since_last` after a layer; None before the first."""
+        if not self._bytes:
+            return None
+        rest = self.total_bytes - self.done_bytes
+        return max(0.0, rest * self._seconds / self._bytes - since_last)
+
+
+class Log:
+    """Events as JSON lines; of the steps within a phase, one now and then.
+
+    Each tells the time that is left and the memory in use, for who looks from elsewhere.
+    """
+
+    def __init__(self, file: TextIO, path: Path, layer_bytes: Sequence[int] = ()) -> None:
+        self._file, self._path, self._pace = file, path, Pace(layer_bytes)
+        self._begun = self._told = time.monotonic()
+
+    def show(self, event: Event) -> None:
+        """Append the event."""
+        now = time.monotonic()
+        within = isinstance(event, Step) and event.done < event.total
+        if within and now - self._told < BEAT_SECONDS:
+            return
+        if isinstance(event, Started):
+            self._pace.skip(event.committed)
+        elif isinstance(event, LayerDone):
+            self._pace.finish(now - self._begun)
+        if isinstance(event, Started | LayerDone):
+            self._begun = now
+        self._told = now
+        known = {
+            "left_seconds": self._pace.left(now - self._begun),
+            "anonymous_bytes": anonymous_bytes(),
+        }
+        self.write("step" if within else NAMES[type(event)], asdict(event) | known)
+
+    def write(self, name: str, fields: Mapping[str, object]) -> None:
+        """Append a line."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"time": now, "event": name, **fields}
+        with files.space_for(self._path):
+            self._file.write(json.dumps(line) + "\n")
+
+    def end(self, error: ReamStreamError) -> None:
+        """Append why the run ends; where the log itself cannot be written, that is known."""
+        with suppress(OSError, OverBudgetError):
+            self.write("failed", {"status": error.exit_status, "message": str(error)})
+
+
+NAMES: Mapping[type[Event], str] = {
+    Started: "started",
+    TakenOver: "taken over",
+    Evaluating: "evaluating",
+    Step: "phase done",
+    LayerDone: "layer done",
+    Halved: "device memory was short",
+    Finished: "finished",
+}
+"""What the log calls an event."""
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; those that a kill cut are passed over."""
+    if not path.is_file():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return events
+
+
+def newest(events: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the newest event of each kind, and the newest of all as ``last``."""
+    found: dict[str, dict[str, Any]] = {}
+    for event in events:
+        found[str(event["event"])] = found["last"] = event
+    return found

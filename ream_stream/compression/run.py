@@ -1,0 +1,154 @@
+"""A prepared run, carried out: lock, tokens, log."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ream_stream import files
+from ream_stream.calibration.token_cache import store
+from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, sentence
+from ream_stream.events import Event, Report, TakenOver, no_report
+
+from .event_log import Log
+from .job import Job, plan_facts
+from .pipeline import compress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressionResult:
+    """A run that came to its end."""
+
+    output: Path
+    """The compressed checkpoint."""
+
+    source_bytes: int
+    """Bytes of the source's tensors."""
+
+    output_bytes: int
+    """Bytes of the output's shards."""
+
+    seconds: float
+    """Wall time of this run."""
+
+    seconds_by_phase: Mapping[str, float]
+    """Time of this run by phase."""
+
+    peak_anonymous_bytes: int
+    """Highest anonymous memory of this run."""
+
+    peak_device_bytes: int
+    """Highest memory of the GPU in this run; 0 if layers ran on the processor."""
+
+    already_complete: bool
+    """Nothing was left to do."""
+
+    plan: Mapping[str, Any]
+    """What was known before, as `plan_facts` gives it."""
+
+    quality: Mapping[str, Any] | None = None
+    """What was measured of the output; None if nothing was asked for."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what came out, for ``--json``."""
+        names = ("already_complete", "output_bytes", "seconds", "seconds_by_phase")
+        peaks = ("peak_anonymous_bytes", "peak_device_bytes")
+        return {**self.plan, **{name: getattr(self, name) for name in (*names, *peaks)}}
+
+
+def run(
+    job: Job,
+    *,
+    report: Report = no_report,
+    command: str | None = None,
+    restart: bool = False,
+    keep_work: bool = True,
+) -> CompressionResult:
+    """Carry out a job.
+
+    Parameters
+    ----------
+    job
+        With an output and tokens.
+    report
+        Is told what happens; it may raise `InterruptedRunError`.
+    command
+        What goes on with the run; kept in the log and told when it ends early.
+    restart
+        Discard the run that is there.
+    keep_work
+        Whether journal, statistics, tokens and log stay when it is done.
+
+    Raises
+    ------
+    InterruptedRunError
+        `report` asked for it; what was committed stays.
+    """
+    workspace = job.workspace
+    if workspace is None or job.tokens is None:
+        raise ValueError("a run needs an output and calibration tokens")
+    start = time.monotonic()
+    with ExitStack() as stack:
+        left_by = stack.enter_context(workspace.locked())
+        if job.journal is None and not restart and workspace.journal.is_file():
+            raise OtherRunError(
+                f"another run began in {workspace.output} meanwhile; run the command again"
+            )
+        if restart and workspace.journal.is_file():
+            workspace.discard()
+        if job.request is not None and job.journal is None:
+            store(workspace.tokens, job.tokens, job.request)
+        file = stack.enter_context(files.open_log(workspace.log, workspace.older_log))
+        log = Log(file, workspace.log, job.layer_bytes)
+        known = plan_facts(job)
+        log.write("command", {"command": command, "directory": str(Path.cwd())})
+        log.write("plan", known)
+
+        def tell(event: Event) -> None:
+            log.show(event)
+            report(event)
+
+        with _logged_end(log, command or "the same call"):
+            if left_by is not None:
+                tell(TakenOver(previous=left_by))
+            finished = compress(
+                job.plan,
+                job.tokens,
+                workspace,
+                device=job.device,
+                report=tell,
+            )
+        if not keep_work:
+            workspace.clean()
+    return CompressionResult(
+        output=workspace.output,
+        source_bytes=finished.source_bytes,
+        output_bytes=finished.output_bytes,
+        seconds=time.monotonic() - start,
+        seconds_by_phase=finished.seconds,
+        peak_anonymous_bytes=finished.peak_anonymous_bytes,
+        peak_device_bytes=finished.peak_device_bytes,
+        already_complete=finished.already_complete,
+        plan=known,
+    )
+
+
+@contextmanager
+def _logged_end(log: Log, again: str) -> Iterator[None]:
+    """Write into the log why a run ends early, and say what goes on with it."""
+    try:
+        yield
+    except InterruptedRunError as error:
+        log.end(error)
+        number = error.exit_status - 128
+        message = f"{error}\nresume with: {again}"
+        raise InterruptedRunError(message, signal_number=number) from error
+    except ReamStreamError as error:
+        log.end(error)
+        raise
+    except OSError as error:
+        failed = ReamStreamError(f"{sentence(error)}\nonce it is mended, go on with: {again}")
+        log.end(failed)
+        raise failed from error
