@@ -1,5 +1,6 @@
 """The quantized matrices of a checkpoint, under the names a model has for their floats."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,18 @@ _CODES = {
     "_blocks": ("U8",),
 }
 """Suffixes of what holds the codes of a matrix, with their dtypes."""
+
+_CACHE_SCALE = re.compile(
+    r"\.(?:[qkv]_(?:scale|zero_point)|kv_scale|prob(?:_output)?_scale|[qkv]_proj\.output_scale)$"
+)
+
+
+def is_cache_scale(name: str) -> bool:
+    """Tell whether a tensor is a scale of cached keys and values, or of attention's inputs.
+
+    Servers read them beside quantized weights; transformers' classes have no place for them.
+    """
+    return _CACHE_SCALE.search(name) is not None
 
 
 def find_quantized(

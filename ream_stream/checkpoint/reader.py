@@ -29,7 +29,16 @@ MAX_CONFIG_BYTES = 16_000_000
 MAX_JSON_BYTES = 200_000_000
 """Of an index: that of a million tensors."""
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""What config.json calls the description of formats, the second in older checkpoints."""
+
+QUANTIZATION_FILE = "hf_quant_config.json"
+"""Where ModelOpt puts it, also beside one in config.json."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+_PARSED = frozenset({"config.json", QUANTIZATION_FILE})
+"""Beside weights, what is not copied as it is."""
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pth?|ckpt|gguf|h5|msgpack|onnx|onnx_data|index\.json)", re.IGNORECASE
@@ -112,19 +121,41 @@ class Checkpoint:
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
     """What the files were when their headers were read; those not listed are not watched."""
 
+    quantization_file: Mapping[str, Any] | None = field(default=None, repr=False)
+    """`QUANTIZATION_FILE` as it stands, if there is one."""
+
     fetch: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
     """Puts a shard in its place, if they are not there from the beginning."""
 
+    def described(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield what describes formats, with the file it is in; the first one counts.
+
+        That of a wrapper's text decoder comes after the wrapper's.
+
+        Raises
+        ------
+        DamagedError
+            One is not an object.
+        """
+        found = [
+            ("config.json", key, config[key])
+            for config in (self.config, self.config.get("text_config"))
+            for key in QUANTIZATION_KEYS
+            if isinstance(config, Mapping) and config.get(key)
+        ]
+        beside = self.quantization_file or {}
+        if "quantization" in beside:
+            found.append((QUANTIZATION_FILE, "quantization", beside["quantization"]))
+        for file, key, value in found:
+            if not isinstance(value, Mapping):
+                raise DamagedError(f"{key} of {file} is not an object")
+            yield file, value
+
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """Return the quantization_config, of a wrapper's text decoder if it has its own."""
-        for config in (self.config, self.config.get("text_config")):
-            if isinstance(config, Mapping) and config.get("quantization_config"):
-                found = config["quantization_config"]
-                if not isinstance(found, Mapping):
-                    raise DamagedError("quantization_config of config.json is not an object")
-                return found
-        return None
+        """Return the first description of formats; None if there is none."""
+        every = [value for _, value in self.described()]
+        return every[0] if every else None
 
     def experts(self) -> dict[str, ExpertStack]:
         """Return the stacks of routed experts, by prefix; see `find_experts`."""
@@ -176,13 +207,15 @@ class Checkpoint:
 
     def digest(self) -> str:
         """Return a digest of config, names, shapes, offsets and file sizes; not of the data."""
-        described = {
+        described: dict[str, Any] = {
             "config": self.config,
             "tensors": [
                 [e.name, e.path.name, e.dtype, e.shape, e.start, e.stop]
                 for e in sorted(self.entries.values(), key=lambda entry: entry.name)
             ],
         }
+        if self.quantization_file is not None:
+            described["quantization"] = self.quantization_file
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def other_files(self) -> list[Path]:
@@ -229,7 +262,14 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
         raise DamagedError(f"{folder} holds no tensor")
     _check_links(folder)
     stamps = {path: Stamp.of(path) for path in {entry.path for entry in entries.values()}}
-    return Checkpoint(folder=folder, config=config, entries=entries, stamps=stamps)
+    beside = folder / QUANTIZATION_FILE
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        entries=entries,
+        stamps=stamps,
+        quantization_file=read_object(beside, MAX_CONFIG_BYTES) if beside.exists() else None,
+    )
 
 
 def _indexed(folder: Path, *, with_data: bool) -> dict[str, TensorEntry]:
@@ -283,7 +323,7 @@ def _other_files(folder: Path) -> list[Path]:
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or inside == Path("config.json") or _WEIGHTS.fullmatch(path.name):
+        if hidden or str(inside) in _PARSED or _WEIGHTS.fullmatch(path.name):
             continue
         if path.is_file():
             found.append(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.checkpoint.reader import INDEX, Checkpoint
+from ream_stream.checkpoint.reader import INDEX, QUANTIZATION_FILE, Checkpoint
 from ream_stream.planning.plan import Plan
 
 from .journal import Journal, Workspace
@@ -28,6 +28,7 @@ def output_files(plan: Plan) -> tuple[str, ...]:
     return (
         *(shard.name for shard in [*shards, *plan.outside]),
         "config.json",
+        *([QUANTIZATION_FILE] if plan.quantization_file is not None else []),
         *copied_files(plan.source),
         INDEX,
         CARD,
@@ -43,6 +44,8 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
     """
     output = workspace.output
     files.write_json(output / "config.json", plan.config)
+    if plan.quantization_file is not None:
+        files.write_json(output / QUANTIZATION_FILE, plan.quantization_file)
     for name in copied_files(plan.source):
         files.make_directory((output / name).parent)
         files.copy_file(plan.source.folder / name, output / name)

@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from ream_stream.checkpoint.formats import Modules, named_modules
 from ream_stream.checkpoint.formats.codec import FLOATS
-from ream_stream.checkpoint.formats.ignored_modules import SKIP_KEYS, Modules, is_pattern
 from ream_stream.checkpoint.quantized import find_quantized
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.model.mtp import find_mtp
@@ -18,18 +18,18 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 def format_problems(checkpoint: Checkpoint) -> Iterator[str]:
     """Compare whether there are quantized tensors with whether the config tells of any."""
-    described = checkpoint.quantization
-    quantized = find_quantized(checkpoint.entries, described)
-    if quantized and described is None:
+    described = list(checkpoint.described())
+    quantized = find_quantized(checkpoint.entries, checkpoint.quantization)
+    if quantized and not described:
         yield f"{min(quantized)} is quantized, config.json has no quantization_config"
-    if described is not None and not quantized:
-        yield "config.json has a quantization_config, no tensor is quantized"
+    if described and not quantized:
+        yield f"{described[0][0]} has a quantization_config, no tensor is quantized"
 
 
 def list_problems(
     checkpoint: Checkpoint, modules: Iterable[str], num_experts: int
 ) -> Iterator[str]:
-    """Find the modules that lists of the quantization_config name, and that are gone.
+    """Find the modules that descriptions of formats name, and that are gone.
 
     Parameters
     ----------
@@ -40,14 +40,12 @@ def list_problems(
     num_experts
         Experts of a layer.
     """
-    described = checkpoint.quantization or {}
-    listed = [(key, name) for key in SKIP_KEYS for name in described.get(key) or ()]
-    if not listed:
-        return
-    known = Modules([*checkpoint.entries, *modules], num_experts)
-    for key, name in listed:
-        if not is_pattern(str(name)) and str(name) not in known:
-            yield f"quantization_config names {name} in {key}: there is no such module"
+    known: Modules | None = None
+    for file, described in checkpoint.described():
+        for key, name in named_modules(described):
+            known = known or Modules([*checkpoint.entries, *modules], num_experts)
+            if name not in known:
+                yield f"{file} names {name} in {key}: there is no such module"
 
 
 def dtype_problems(checkpoint: Checkpoint) -> Iterator[str]:

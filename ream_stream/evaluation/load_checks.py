@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from ream_stream.checkpoint.quantized import tensors_of
+from ream_stream.checkpoint.quantized import is_cache_scale, tensors_of
+from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.model.finite import is_finite
 from ream_stream.model.meta_model import get_tensor, places
 from ream_stream.model.mtp import find_mtp
@@ -32,7 +33,7 @@ def _places(subject: Subject) -> Iterator[str]:
     model, entries = subject.model, subject.checkpoint.entries
     whole, kind = model.model, type(model.model).__name__
     state, reached = whole.state_dict(), set(whole.all_tied_weights_keys)
-    apart = find_mtp(entries, subject.checkpoint.config)
+    apart = {*find_mtp(entries, subject.checkpoint.config), *cache_scales(subject.checkpoint)}
     experts = tuple(stack.prefix + "." for stack in subject.stacks.values())
     origin = model.map.placed(_floats(model))
     for place, target, _, converter in places(whole, origin):
@@ -49,6 +50,16 @@ def _places(subject: Subject) -> Iterator[str]:
     for target in sorted(set(state) - reached):
         if not _any(whole._keys_to_ignore_on_load_missing, target):
             yield f"no tensor is loaded into {target} of {kind}"
+
+
+def cache_scales(checkpoint: Checkpoint) -> list[str]:
+    """Return the scales of cached keys and values, if any weight is quantized.
+
+    They are servers' business: no class of transformers has a place for them.
+    """
+    if checkpoint.quantization is None:
+        return []
+    return sorted(name for name in checkpoint.entries if is_cache_scale(name))
 
 
 def _parts(target: str, converter: WeightConverter | None) -> Iterator[str]:

@@ -15,7 +15,12 @@ from torch import Tensor
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.formats import Stored
 from ream_stream.checkpoint.quantized import find_quantized
-from ream_stream.checkpoint.reader import Checkpoint, MappedTensors, open_checkpoint
+from ream_stream.checkpoint.reader import (
+    QUANTIZATION_FILE,
+    Checkpoint,
+    MappedTensors,
+    open_checkpoint,
+)
 from ream_stream.compression.finalize import copied_files
 from ream_stream.compression.manifest import LayerGroups
 from ream_stream.errors import ReamStreamError
@@ -68,7 +73,7 @@ def against(output: Path, source: Path) -> Iterator[Finding]:
 
 def _drifted(subject: Subject, original: Checkpoint) -> Iterator[str]:
     """Find tensors that the source has not, or has in another dtype: merged ones too."""
-    if subject.manifest.fingerprint.get("dtype") == "bf16":
+    if _is_decoded(subject):
         return
     for name, entry in subject.checkpoint.entries.items():
         old = original.entries.get(name)
@@ -78,12 +83,19 @@ def _drifted(subject: Subject, original: Checkpoint) -> Iterator[str]:
             yield f"{name} is {entry.dtype}, in the source {old.dtype}"
 
 
+def _is_decoded(subject: Subject) -> bool:
+    return subject.manifest.fingerprint.get("dtype") == "bf16"
+
+
 def _documents(subject: Subject, original: Checkpoint) -> Iterator[Finding]:
     """Compare config.json but for the counts, and the bytes of all files that are copied."""
     bad = [
         f"config.json differs from the source's in {key}"
         for key in _differences(original.config, subject.checkpoint.config, subject.family)
     ]
+    described = original.quantization_file is not None and not _is_decoded(subject)
+    if described is (subject.checkpoint.quantization_file is None):
+        bad.append(f"{QUANTIZATION_FILE} is {'missing' if described else 'left'}")
     copied = copied_files(original)
     for name in copied:
         have, want = subject.folder / name, original.folder / name

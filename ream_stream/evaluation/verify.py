@@ -14,7 +14,7 @@ from ream_stream.model.finite import is_finite
 from ream_stream.planning.serving_limits import serving_notes
 
 from .checks import CHECKS, Subject
-from .load_checks import LOAD, RUN
+from .load_checks import LOAD, RUN, cache_scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,7 @@ def verify(
             for finding in _findings(check.name, check.good, check.problems(subject)):
                 yield finding
                 failed |= set() if finding.ok else {finding.check}
-    yield from _notes(subject, failed)
+    yield from _notes(subject, failed, load=load)
     if not scan or "headers" in failed:
         return
     for shard in [path.name for path in subject.checkpoint.files()]:
@@ -98,8 +98,17 @@ def verify(
                 yield from _findings(each.name, good, each.problems(subject, shard))
 
 
-def _notes(subject: Subject, failed: set[str]) -> Iterator[Finding]:
-    """Tell what servers make of the number of experts, if it is known and a new one."""
+def _notes(subject: Subject, failed: set[str], *, load: bool) -> Iterator[Finding]:
+    """Tell what servers make of the number of experts, if it is known and a new one.
+
+    And what is for servers alone, if places were asked for.
+    """
+    if load and "headers" not in failed and (scales := cache_scales(subject.checkpoint)):
+        message = (
+            f"{len(scales)} scales of cached keys and values, such as {scales[0]}, have no "
+            "place in transformers: servers read them"
+        )
+        yield Finding(check=LOAD.name, ok=True, is_note=True, message=message)
     if failed.isdisjoint(("manifest", "headers", "experts", "kept")):
         manifest = subject.manifest
         if manifest.after != manifest.before:

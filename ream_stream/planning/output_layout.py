@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from ream_stream.checkpoint.expert_stack import ExpertStack
-from ream_stream.checkpoint.formats import Modules, Stored, rename_skipped
+from ream_stream.checkpoint.formats import Modules, Stored, without_gone
 from ream_stream.checkpoint.header import TensorEntry
-from ream_stream.checkpoint.quantized import tensors_of
-from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.checkpoint.quantized import is_cache_scale, tensors_of
+from ream_stream.checkpoint.reader import QUANTIZATION_KEYS, Checkpoint
 from ream_stream.checkpoint.shards import PlannedTensor, Shard, cut, name_shards
 from ream_stream.errors import DamagedError
 from ream_stream.model.families import Family, with_expert_count
@@ -19,7 +19,7 @@ from ream_stream.settings import Settings
 
 from .plan import LayerPlan
 
-FORMAT_KEYS = ("quantization_config", "expert_dtype")
+FORMAT_KEYS = (*QUANTIZATION_KEYS, "expert_dtype")
 """Keys of config.json that tell how weights are stored."""
 
 
@@ -51,11 +51,17 @@ def lay_out(
         A router-side tensor is not there, or has no axis of experts.
     """
     entries = model.checkpoint.entries
+    coded = model.checkpoint.quantization is not None and settings.decodes
+
+    def kept(names: Iterable[str]) -> list[str]:
+        """Leave out what belongs to a format that the output has not."""
+        return [name for name in names if not (coded and is_cache_scale(name))]
+
     routers = [_routers(layer, family, entries, num_experts) for layer in model.layers]
     stacks = [_output_stack(layer.stack, settings) for layer in model.layers]
     groups = []
     for layer, stack, axes in zip(model.layers, stacks, routers, strict=True):
-        planned = _unchanged(layer.dense_tensors(), entries, decoded)
+        planned = _unchanged(kept(layer.dense_tensors()), entries, decoded)
         if stack is not None:
             planned = [_resized(t, axes.get(t.name), settings, num_experts) for t in planned]
             planned += [
@@ -63,7 +69,7 @@ def lay_out(
                 for name, slot in stack.slots().items()
             ]
         groups.append(sorted(planned, key=lambda tensor: tensor.name))
-    groups.append(_unchanged(model.outside_names, entries, decoded))
+    groups.append(_unchanged(kept(model.outside_names), entries, decoded))
     shards = name_shards([cut(group, settings.max_shard_bytes) for group in groups])
     layers = tuple(
         LayerPlan(
@@ -108,19 +114,27 @@ def output_config(
     config = with_expert_count(source.config, family, settings.experts)
     if settings.mtp == "drop":
         config = without_mtp(config)
-    if source.quantization:
-        known = Modules(names, settings.experts)
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict) and isinstance(part.get("quantization_config"), dict):
-                part["quantization_config"] = rename_skipped(
-                    part["quantization_config"], lambda name: name if name in known else None
-                )
-    if settings.decodes:
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict):
-                for key in FORMAT_KEYS:
-                    part.pop(key, None)
+    known = Modules(names if source.quantization else (), settings.experts)
+    for part in (config, config.get("text_config")):
+        for key in FORMAT_KEYS:
+            if isinstance(part, dict) and key in part:
+                if settings.decodes:
+                    del part[key]
+                else:
+                    part[key] = without_gone(part[key], known)
     return config
+
+
+def output_quantization(
+    source: Checkpoint, settings: Settings, names: Iterable[str]
+) -> dict[str, Any] | None:
+    """Return the description of formats that is a file of the output; None if there is none."""
+    if source.quantization_file is None or settings.decodes:
+        return None
+    followed: dict[str, Any] = without_gone(
+        source.quantization_file, Modules(names, settings.experts)
+    )
+    return followed
 
 
 def _routers(

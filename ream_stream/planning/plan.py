@@ -60,6 +60,9 @@ class Layout:
     config: Mapping[str, Any]
     """config.json of the output."""
 
+    quantization_file: Mapping[str, Any] | None
+    """hf_quant_config.json of the output; None if it has none."""
+
     family: Family
     """The model's family."""
 

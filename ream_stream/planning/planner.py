@@ -23,7 +23,7 @@ from .activation_memory import Footprints
 from .allocation import allocate
 from .disk import scratch_room
 from .memory import Parts, Size
-from .output_layout import decoded_matrices, lay_out, output_config
+from .output_layout import decoded_matrices, lay_out, output_config, output_quantization
 from .plan import Layout, Plan
 from .schedule import Begun, Budgets
 
@@ -136,6 +136,7 @@ def _lay_out(
         kept=kept,
         supply=Supply(source, [layer.keys.names for layer in layers], beside),
         config=output_config(source, family, settings, names),
+        quantization_file=output_quantization(source, settings, names),
         family=family,
         num_experts=num_experts,
         top_k=model.top_k,

@@ -14,13 +14,16 @@ from ream_stream.checkpoint.formats import (
     Fp8Block,
     Fp8Scaled,
     Int4,
+    Modules,
     Mxfp4,
     Nvfp4,
     Plain,
     detect,
-    rename_skipped,
+    named_modules,
+    without_gone,
 )
 from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.quantized import is_cache_scale
 from ream_stream.errors import DamagedError, UnsupportedModelError
 
 MODELOPT = Nvfp4(
@@ -693,21 +696,92 @@ def test_plain_weights_pass_through():
     assert wide.encode(matrix)[".weight"].dtype == torch.float32
 
 
-# lists of modules that are not quantized
+# names of modules in descriptions
 
 
-def test_lists_of_skipped_modules_follow_renumbered_experts():
-    config = {
-        "quant_method": "fp8",
-        "modules_to_not_convert": ["lm_head", "l.3.experts.5.up_proj", "l.3.experts.6.up_proj"],
-        "ignore": ["re:.*gate$", "l.3.experts.7.up_proj", "model.layers.0.mlp*"],
+def described(*experts):
+    """Return a description of formats that names some experts wherever one can be named."""
+    names = [f"model.layers.1.mlp.experts.{e}.up_proj" for e in experts]
+    return {
+        "quant_method": "x",
+        "version": "0.29.0",
+        "weight_block_size": [128, 128],
+        "producer": {"name": "modelopt", "versions": ["0.29.0", "1.2"]},
+        "modules_to_not_convert": ["lm_head", "mlp.gate", *names],
+        "ignore": ["re:.*gate$", *names, "model.layers.0.mlp*"],
+        "exclude_modules": [*(f"model.layers.1.mlp.experts.{e}*" for e in experts)],
+        "dynamic": {f"re:model\\.layers\\.1\\.mlp\\.experts\\.{e}\\..*": {} for e in experts},
+        "quantized_layers": {name: {"quant_algo": "NVFP4"} for name in names},
+        "config_groups": {
+            "group_0": {"targets": ["Linear", "re:.*self_attn.*"], "weights": {"num_bits": 8}},
+            "group_1": {"targets": [*names, "layers.1.self_attn.q_proj"]},
+            **({"group_2": {"targets": names[-1:]}} if 7 in experts else {}),
+            "group_3": {"targets": []},
+        },
+        "kv_cache_scheme": None,
+        "sparsity_config": {"ignore": names, "targets": []},
     }
-    renames = {"l.3.experts.5.up_proj": "l.3.experts.2.up_proj", "l.3.experts.6.up_proj": None}
-    renames["l.3.experts.7.up_proj"] = None
-    renamed = rename_skipped(config, lambda name: renames.get(name, name))
-    assert renamed == {
-        "quant_method": "fp8",
-        "modules_to_not_convert": ["lm_head", "l.3.experts.2.up_proj"],
-        "ignore": ["re:.*gate$", "model.layers.0.mlp*"],
-    }
-    assert config["ignore"][1] == "l.3.experts.7.up_proj"
+
+
+NAMES = [
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.1.mlp.gate.weight",
+    *(f"model.layers.1.mlp.experts.{e}.up_proj.weight" for e in range(4)),
+]
+
+
+def test_names_of_experts_that_are_gone_are_taken_out_wherever_they_stand():
+    before = described(0, 3, 4, 7)
+    assert without_gone(before, Modules(NAMES, 4)) == described(0, 3)
+    assert before == described(0, 3, 4, 7)
+    assert without_gone(before, Modules(NAMES, 8)) == before
+
+
+def test_every_name_of_a_module_is_found_with_its_key():
+    found = set(named_modules({"quantization": described(7)}))
+    assert {key for key, name in found if name.endswith("7.up_proj")} == {
+        "modules_to_not_convert", "ignore", "quantized_layers", "targets"
+    }  # fmt: skip
+    assert ("exclude_modules", "model.layers.1.mlp.experts.7*") in found
+    assert not any("0.29" in name for _, name in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_there"),
+    [
+        ("model.layers.1.self_attn.q_proj", True),
+        ("layers.1.self_attn.q_proj", True),
+        ("language_model.model.layers.1.self_attn.q_proj", True),
+        ("model.layers.2.self_attn.q_proj", False),
+        ("model.layers.1.mlp.experts.3.down_proj", True),
+        ("model.layers.1.mlp.experts.4.down_proj", False),
+        ("model.layers.1.mlp.experts." + "9" * 5000, False),
+        ("re:.*experts\\.4\\..*", False),
+        ("re:.*experts\\.(4|5)\\..*", True),
+        ("*.experts.10*", False),
+        ("*.experts.*", True),
+        ("visual", True),
+    ],
+)
+def test_a_module_is_there_or_gone(name, is_there):
+    assert (name in Modules(NAMES, 4)) is is_there
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("model.layers.0.self_attn.k_proj.k_scale", True),
+        ("model.layers.0.self_attn.v_scale", True),
+        ("model.layers.0.self_attn.q_scale", True),
+        ("model.layers.0.self_attn.prob_scale", True),
+        ("model.layers.0.self_attn.prob_output_scale", True),
+        ("model.layers.0.self_attn.k_zero_point", True),
+        ("model.layers.0.self_attn.kv_scale", True),
+        ("model.layers.0.self_attn.v_proj.output_scale", True),
+        ("model.layers.0.self_attn.k_proj.weight_scale", False),
+        ("model.layers.0.self_attn.k_norm.weight", False),
+        ("model.layers.0.self_attn.k_proj.input_scale", False),
+    ],
+)
+def test_scales_of_the_cache_are_known_by_name(name, is_one):
+    assert is_cache_scale(name) is is_one

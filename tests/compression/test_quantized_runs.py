@@ -15,6 +15,7 @@ from tiny import CPU, forward_in_transformers, forward_streamed, run, settings, 
 
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.refit_activations import held_back
+from ream_stream.errors import DamagedError
 from ream_stream.evaluation.source_diff import against
 from ream_stream.evaluation.verify import verify
 from ream_stream.model.experts import ExpertWeights, Form
@@ -259,3 +260,84 @@ def test_lists_of_modules_lose_experts_that_are_gone(tmp_path):
     left = tiny.read_config(done.output)["quantization_config"]["ignore"]
     listed = config["quantization_config"]["ignore"]
     assert left == [*listed[:4], "model.layers.2.mlp.gate"]
+
+
+def moved(coded, folder, place):
+    """Return a copy of a checkpoint whose description of formats stands elsewhere."""
+    copy = shutil.copytree(coded, folder)
+    config = tiny.read_config(copy)
+    described = config.pop("quantization_config")
+    names = ["lm_head", *(f"model.layers.1.mlp.experts.{e}.up_proj" for e in (0, 7))]
+    inside = {"quant_algo": "NVFP4", "exclude_modules": names}
+    if place != "file":
+        config["compression_config" if place == "older key" else "quantization_config"] = (
+            described | {"quantized_layers": dict.fromkeys(names[1:], inside)}
+        )
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if place in {"file", "both"}:
+        text = json.dumps({"producer": {"version": "0.29.0"}, "quantization": inside})
+        (copy / "hf_quant_config.json").write_text(text, encoding="utf-8")
+    return copy
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "place", ["file", pytest.param("both", marks=SLOW), pytest.param("older key", marks=SLOW)]
+)
+def test_a_description_of_formats_is_followed_wherever_it_stands(pair, tmp_path, place):
+    coded, _ = pair("glm4_moe-nvfp4-modelopt")
+    source = moved(coded, tmp_path / "source", place)
+    for dtype in ("keep", "bf16"):
+        wanted = settings(KEEP, dtype_out=dtype, grouping="none")
+        done = run(source, tmp_path / f"out-{dtype}", wanted)
+        plain = run(coded, tmp_path / f"plain-{dtype}", wanted)
+        good(done.output, source)
+        have, want = tiny.load_tensors(done.output), tiny.load_tensors(plain.output)
+        assert have.keys() == want.keys()
+        assert all(same_bits(have[key], want[key]) for key in want)
+        said = "".join(path.read_text(encoding="utf-8") for path in done.output.glob("*.json"))
+        assert "experts.7" not in said
+        is_coded = dtype == "keep"
+        assert ("quant_algo" in said) is is_coded
+        assert ("0.29.0" in said) is (is_coded and place != "older key")
+        assert (done.output / "hf_quant_config.json").exists() is (
+            is_coded and place != "older key"
+        )
+
+
+def test_a_description_that_is_lost_or_none_is_seen(pair, tmp_path):
+    source = moved(pair("glm4_moe-nvfp4-modelopt")[0], tmp_path / "source", "both")
+    done = run(source, tmp_path / "out", settings(KEEP, grouping="none"))
+    (done.output / "hf_quant_config.json").unlink()
+    [finding] = [finding for finding in against(done.output, source) if not finding.ok]
+    assert "hf_quant_config.json" in finding.message
+    (source / "hf_quant_config.json").write_text('{"quantization": []}', encoding="utf-8")
+    with pytest.raises(DamagedError, match=r"quantization of hf_quant_config\.json is not an"):
+        run(source, tmp_path / "other", settings(KEEP, grouping="none"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("k_proj.k_scale", "v_proj.v_scale"),
+        pytest.param(("k_scale", "v_scale", "q_scale", "prob_scale"), marks=SLOW),
+    ],
+    ids=["modelopt", "llm-compressor"],
+)
+def test_scales_of_the_cache_are_kept_with_the_format_and_no_longer(pair, tmp_path, names):
+    source = shutil.copytree(pair("glm4_moe-fp8-channel")[0], tmp_path / "source")
+    scales = {
+        f"model.layers.{i}.self_attn.{n}": torch.tensor(0.5) for i in (0, 1) for n in names
+    }
+    tiny.save_tensors(source, tiny.load_tensors(source) | scales)
+    done = run(source, tmp_path / "out", settings(KEEP, grouping="none"))
+    good(done.output, source)
+    assert scales.keys() <= tiny.load_tensors(done.output).keys()
+    [note] = [f for f in verify(done.output, load=True) if f.is_note and f.check == "load"]
+    assert f"{len(scales)} scales of cached keys and values" in note.message
+    floats = run(source, tmp_path / "floats", settings(KEEP, dtype_out="bf16", grouping="none"))
+    good(floats.output, source)
+    assert not scales.keys() & tiny.load_tensors(floats.output).keys()
+    assert not any(f.is_note and f.check == "load" for f in verify(floats.output, load=True))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from .codec import Codec, Part, Plain
 from .detect import ACTIVATION_SUFFIXES, Stored, detect, weight_settings
 from .fp8 import Fp8Block, Fp8Scaled
-from .ignored_modules import Modules, rename_skipped
+from .ignored_modules import Modules, named_modules, without_gone
 from .int4 import Int4
 from .mxfp4 import Mxfp4
 from .nvfp4 import Nvfp4
@@ -34,6 +34,7 @@ __all__ = [
     "Plain",
     "Stored",
     "detect",
-    "rename_skipped",
+    "named_modules",
     "weight_settings",
+    "without_gone",
 ]

@@ -1,19 +1,20 @@
-"""Lists of modules in a quantization_config that are not quantized.
+"""Names of modules in a description of formats, such as a quantization_config.
 
-They may name experts one by one; when experts are renumbered or dropped, these
-names must follow, or an engine looks for scales that a plain weight has not.
+They may name experts one by one: in lists of what is not quantized, in targets of a
+group, as keys of settings layer by layer. When experts are dropped these names must
+follow, or an engine looks for scales that a plain weight has not, or for an expert.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
-SKIP_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-"""Where the lists are: FP8 and MXFP4, MiniMax, compressed-tensors, modelopt."""
-
 _PATTERN = frozenset("*?[(|^$\\")
-_EXPERT = re.compile(r"\.experts\.(\d+)(?:\.|$)")
+_EXPERT = re.compile(r"\.experts\.([0-9]{1,9})(?:\.|$)")
+_EXPERT_OF_PATTERN = re.compile(r"\bexperts\\?\.([0-9]{1,9})(?:\\?\.|\*|\$|$)")
 _NUMBER = re.compile(r"(?:^|\.)\d+(?:\.|$)")
+_MODULE = re.compile(r"(?:^|\.)[A-Za-z_]\w*\.\d+(?:\.|$)")
+"""A part of a name and a number of it: no version, no size."""
 
 
 class Modules:
@@ -28,9 +29,9 @@ class Modules:
 
     Notes
     -----
-    A name may lack its beginning, as ``mlp.gate`` does. One without the number of a layer
-    or expert is always taken to be there: ``lm_head`` may be tied, ``visual`` a part that
-    this checkpoint does without.
+    A name may lack its beginning, as ``mlp.gate`` does, or have another. One without the
+    number of a layer or expert is always taken to be there: ``lm_head`` may be tied,
+    ``visual`` a part that this checkpoint does without.
     """
 
     def __init__(self, names: Iterable[str], num_experts: int) -> None:
@@ -42,40 +43,71 @@ class Modules:
         self._num_experts = num_experts
         self._text = "\n".join(["", *(f".{path}" for path in self._paths), ""])
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        if _is_pattern(name):  # which modules it means cannot be said, but for one expert's
+            match = _EXPERT_OF_PATTERN.search(name)
+            return match is None or int(match[1]) < self._num_experts
         if match := _EXPERT.search(name):
             return int(match[1]) < self._num_experts
-        if not _NUMBER.search(name) or name in self._paths:
+        number = _NUMBER.search(name)
+        if number is None or name in self._paths:
             return True
-        return f".{name}\n" in self._text
+        # servers name the parts around the decoder otherwise: what is before the first
+        # numbered part does not count
+        start = name.rfind(".", 0, number.start()) + 1
+        return f".{name[start:]}\n" in self._text
 
 
-def rename_skipped(
-    quantization: Mapping[str, Any], rename: Callable[[str], str | None]
-) -> dict[str, Any]:
-    """Return a quantization_config whose lists of skipped modules follow a renaming.
+def without_gone(described: Any, known: Container[str]) -> Any:  # noqa: ANN401 - JSON
+    """Return a description of formats without the names of modules that are not known.
 
-    Parameters
-    ----------
-    quantization
-        As it stands in config.json; other keys are returned as they are.
-    rename
-        Gives a module's new name (the same, for most), or None if it is gone.
-
-    Notes
-    -----
-    Patterns (``re:...``, ``*``) are kept: which modules they meant cannot be said
-    in general. Order is kept, and names that become equal are listed once.
+    Names are the keys of mappings and the strings in lists, at any depth. A group whose
+    targets are all gone is left out. Everything else is returned as it is.
     """
-    renamed = dict(quantization)
-    for key in SKIP_KEYS:
-        listed = quantization.get(key)
-        if isinstance(listed, list):
-            names = (n if is_pattern(n) else rename(n) for n in listed)
-            renamed[key] = list(dict.fromkeys(name for name in names if name is not None))
-    return renamed
+    if isinstance(described, Mapping):
+        followed = {
+            key: without_gone(value, known)
+            for key, value in described.items()
+            if not _is_module(key) or key in known
+        }
+        return {k: v for k, v in followed.items() if not _lost_targets(described[k], v)}
+    if isinstance(described, list):
+        return [
+            without_gone(value, known)
+            for value in described
+            if not _is_module(value) or value in known
+        ]
+    return described
 
 
-def is_pattern(name: str) -> bool:
-    """Tell whether a listed name stands for several modules."""
+def named_modules(described: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the names of modules in a description, each with the key that it is under."""
+    if isinstance(described, Mapping):
+        yield from ((key, name) for name in described if _is_module(name))
+        for inner, value in described.items():
+            yield from named_modules(value, key if _is_module(inner) else inner)
+    elif isinstance(described, list):
+        for value in described:
+            if _is_module(value):
+                yield key, value
+            else:
+                yield from named_modules(value, key)
+
+
+def _lost_targets(before: object, after: object) -> bool:
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return False
+    return bool(before.get("targets")) and after.get("targets") == []
+
+
+def _is_module(name: object) -> bool:
+    """Tell whether a string names modules of one layer or expert, a pattern among them."""
+    if not isinstance(name, str):
+        return False
+    return bool(_MODULE.search(name) or _EXPERT_OF_PATTERN.search(name))
+
+
+def _is_pattern(name: str) -> bool:
     return name.startswith("re:") or not _PATTERN.isdisjoint(name)
