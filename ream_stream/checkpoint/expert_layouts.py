@@ -215,7 +215,11 @@ def _is_transposed(prefix: str, stored: Mapping[str, Stored]) -> bool:
 
 
 def _assemble(prefix: str, count: int, matrices: list[ExpertMatrix]) -> ExpertStack:
-    """Make a stack of matrices, whose shapes must belong together."""
+    """Make a stack of matrices, whose shapes must belong together, in order of name.
+
+    The order of tensors in a file, and of files, is any.
+    """
+    matrices = sorted(matrices, key=lambda matrix: (matrix.leaf, matrix.is_vector))
     (down,) = (matrix for matrix in matrices if matrix.parts == ("down",))
     hidden, inner = down.shape
     for matrix in matrices:

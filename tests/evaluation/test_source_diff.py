@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import quantized
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,44 @@ def test_what_was_not_merged_is_the_source_byte_for_byte(name, grouping, checkpo
     findings = list(against(done, checkpoints(name)))
     assert all(finding.ok for finding in findings)
     assert (made(findings) > 0) == (grouping == "ream")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "gpt_oss",
+        pytest.param("granitemoe", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", marks=pytest.mark.slow),
+    ],
+)
+def test_it_does_not_matter_in_which_file_a_matrix_of_an_expert_is(name, checkpoints, tmp_path):
+    whole = shutil.copytree(checkpoints(name), tmp_path / "whole")
+    if name in tiny.MTP:
+        tiny.add_mtp(whole, name)
+    source = shutil.copytree(whole, tmp_path / "source")
+    tiny.scatter_tensors(source, tiny.load_tensors(whole))
+    wanted = tiny.settings(6, group_size=2)
+    done = tiny.run(source, tmp_path / "out", wanted).output
+    findings = list(against(done, source))
+    assert all(finding.ok for finding in findings), findings
+    assert made(findings) > 0
+    same = tiny.load_tensors(tiny.run(whole, tmp_path / "same", wanted).output)
+    have = tiny.load_tensors(done)
+    assert have.keys() == same.keys()
+    assert all(torch.equal(have[key], same[key]) for key in have)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe-nvfp4", "gpt_oss-mxfp4", "deepseek_v3-int4"])
+@pytest.mark.parametrize("dtype_out", ["source", "bfloat16"])
+def test_nor_where_its_scales_are(name, dtype_out, tmp_path):
+    source, _ = quantized.write(tmp_path, name, torch.float32)
+    tiny.scatter_tensors(source, tiny.load_tensors(source))
+    wanted = tiny.settings(6, group_size=2, dtype_out=dtype_out)
+    done = tiny.run(source, tmp_path / "out", wanted).output
+    findings = list(against(done, source))
+    assert all(finding.ok for finding in findings), findings
 
 
 def made(findings):

@@ -718,6 +718,22 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def scatter_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], files: int = 3) -> None:
+    """Make a checkpoint of several files, each tensor in a drawn one; its other files stay."""
+    save_tensors(folder, {})
+    (folder / "model.safetensors").unlink()
+    draw = torch.Generator().manual_seed(3)
+    where = torch.randint(files, (len(tensors),), generator=draw).tolist()
+    weight_map = {
+        name: f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        for name, number in zip(sorted(tensors), where, strict=True)
+    }
+    for file in set(weight_map.values()):
+        part = {name: tensors[name] for name, own in weight_map.items() if own == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json as it stands."""
     values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
