@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from ream_stream.checkpoint.reader import (
 from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.manifest import Manifest, group_problems, read_manifest
 from ream_stream.files import PARTIAL
-from ream_stream.model.families import Family, family_of, text_config
+from ream_stream.model.families import COUNT_KEYS, Family, family_of, told_counts
 from ream_stream.model.streamed_model import StreamedModel
 
 from .consistency import dtype_problems, format_problems, list_problems
@@ -151,31 +150,15 @@ def _model(subject: Subject) -> Iterator[str]:
 
 
 def _experts(subject: Subject) -> Iterator[str]:
-    config, counts = text_config(subject.checkpoint.config), _config_counts(subject)
+    counts = told_counts(subject.checkpoint.config)
     if not counts:
-        keys = " or ".join(subject.family.count_keys)
+        keys = " or ".join(COUNT_KEYS)
         yield f"config.json has no {keys}: readers will take their class's default"
     for prefix, stack in subject.stacks.items():
-        for key, count in counts.items():
-            if count != stack.count:
-                yield (
-                    f"{prefix} has {stack.count} experts, config.json says "
-                    f"{key}={config[key]!r}"
-                )
-
-
-def _config_counts(subject: Subject) -> dict[str, Any]:
-    """Return what config.json says of the number of experts, by key.
-
-    A list that gives one number layer by layer is that number.
-    """
-    counts, config = {}, text_config(subject.checkpoint.config)
-    for key in subject.family.count_keys:
-        if key in config:
-            value = config[key]
-            uniform = isinstance(value, list) and value and all(v == value[0] for v in value)
-            counts[key] = value[0] if uniform else value
-    return counts
+        # a class may not read all of them: what it reads is for the check of the model
+        if counts and stack.count not in counts.values():
+            key, count = next(iter(counts.items()))
+            yield f"{prefix} has {stack.count} experts, config.json says {key}={count!r}"
 
 
 def _lists(subject: Subject) -> Iterator[str]:
@@ -191,6 +174,10 @@ def _kept(subject: Subject) -> Iterator[str]:
                 f"{prefix} has {stack.count} experts, the manifest says "
                 f"{subject.manifest.after}"
             )
+    before, after = subject.manifest.before, subject.manifest.after
+    for key, count in told_counts(subject.checkpoint.config).items():
+        if count == before != after:
+            yield f"config.json says {key}={count}, the manifest that {after} of them are kept"
 
 
 def _routers(subject: Subject) -> Iterator[str]:

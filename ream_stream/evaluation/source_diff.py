@@ -25,8 +25,8 @@ from ream_stream.compression.finalize import copied_files
 from ream_stream.compression.manifest import LayerGroups
 from ream_stream.errors import ReamStreamError
 from ream_stream.method.hash_routing import renumbered
-from ream_stream.model.families import Family
-from ream_stream.model.mtp import COUNT_KEYS
+from ream_stream.model.families import COUNT_KEYS, with_expert_count
+from ream_stream.model.mtp import COUNT_KEYS as MTP_KEYS
 from ream_stream.planning.output_layout import FORMAT_KEYS
 
 from .checks import Subject
@@ -91,7 +91,10 @@ def _documents(subject: Subject, original: Checkpoint) -> Iterator[Finding]:
     """Compare config.json but for the counts, and the bytes of all files that are copied."""
     bad = [
         f"config.json differs from the source's in {key}"
-        for key in _differences(original.config, subject.checkpoint.config, subject.family)
+        for key in _differences(
+            with_expert_count(original.config, subject.manifest.before, subject.manifest.after),
+            subject.checkpoint.config,
+        )
     ]
     described = original.quantization_file is not None and not _is_decoded(subject)
     if described is (subject.checkpoint.quantization_file is None):
@@ -107,15 +110,14 @@ def _documents(subject: Subject, original: Checkpoint) -> Iterator[Finding]:
         yield Finding(check=CHECK, ok=True, message=message)
 
 
-def _differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], family: Family
-) -> Iterator[str]:
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys that differ, but for those that a compression changes."""
-    changing = {*family.count_keys, *family.count_lists, *COUNT_KEYS, *FORMAT_KEYS}
+    # a count that was the class's default is added
+    changing = {*MTP_KEYS, *FORMAT_KEYS, *(set(COUNT_KEYS) - old.keys())}
     for key in sorted((old.keys() | new.keys()) - changing):
         one, other = old.get(key), new.get(key)
         if key == "text_config" and isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differences(one, other, family)
+            yield from _differences(one, other)
         elif one != other or (key in old) != (key in new):
             yield key
 

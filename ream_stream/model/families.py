@@ -3,7 +3,7 @@
 A new family is one entry here and one tiny checkpoint in the tests.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,15 @@ def _deepseek_v2_groups(config: Any) -> int:  # noqa: ANN401
     return _groups(config) if config.topk_method == "group_limited_greedy" else 1
 
 
-_EXPERTS = ("num_experts", "num_local_experts")
-_LOCAL = ("num_local_experts", "num_experts")
-_ROUTED = ("n_routed_experts",)
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json for the number of routed experts: classes read several of them."""
+
+_COUNT_LISTS = ("moe_capacity",)
+"""Keys of lists in which the same number may stand again."""
+
+_BY_LAYER = ("per_layer_config", "mtp_per_layer_config")
+"""Keys of what is otherwise in some layers."""
+
 _GATE = ("gate.weight",)
 _BIASED = ("gate.weight", "gate.e_score_correction_bias")
 
@@ -79,12 +85,6 @@ class Routing:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """One Hugging Face ``model_type``; of a wrapper, that of its text decoder."""
-
-    count_keys: tuple[str, ...] = _EXPERTS
-    """Keys of config.json that may hold the number of routed experts."""
-
-    count_lists: tuple[str, ...] = ()
-    """Keys of lists in which the same number may stand again."""
 
     routers: tuple[str, ...] = _GATE
     """Router-side tensors, as they are named inside the MoE block on disk; one axis is E."""
@@ -129,11 +129,10 @@ class Family:
 
 def _deepseek(**fields: Any) -> Family:  # noqa: ANN401
     """Return a family with the router of DeepSeek-V3: sigmoid, and a bias for the choice."""
-    given = {"count_keys": _ROUTED, "routers": _BIASED, "score": _sigmoid, **fields}
-    return Family(**given)
+    return Family(**{"routers": _BIASED, "score": _sigmoid, **fields})
 
 
-_GRANITE = Family(count_keys=_LOCAL, routers=("router.layer.weight",))
+_GRANITE = Family(routers=("router.layer.weight",))
 
 FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": Family(),
@@ -143,31 +142,25 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_vl_moe_text": Family(),
     "olmoe": Family(),
     "flex_olmo": Family(),
-    "mixtral": Family(count_keys=_LOCAL),
-    "minimax": Family(count_keys=_LOCAL),
-    "phimoe": Family(count_keys=_LOCAL),
-    "mellum": Family(count_keys=_LOCAL),
-    "gpt_oss": Family(count_keys=_LOCAL, routers=("router.weight", "router.bias")),
+    "mixtral": Family(),
+    "minimax": Family(),
+    "phimoe": Family(),
+    "mellum": Family(),
+    "gpt_oss": Family(routers=("router.weight", "router.bias")),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "granitemoehybrid": _GRANITE,
-    "granitemoe_swa": Family(count_keys=_LOCAL, routers=("router.weight",)),
+    "granitemoe_swa": Family(routers=("router.weight",)),
     "jamba": Family(routers=("router.weight",)),
     "hunyuan_v1_moe": Family(routers=("gate.wg.weight",)),
-    "ernie4_5_moe": Family(
-        count_keys=("moe_num_experts",),
-        count_lists=("moe_capacity",),
-        routers=("gate.weight", "moe_statics.e_score_correction_bias"),
-    ),
+    "ernie4_5_moe": Family(routers=("gate.weight", "moe_statics.e_score_correction_bias")),
     "gemma4_text": Family(
         routers=("router.proj.weight", "router.per_expert_scale"),
         score=lambda scores_TE: scores_TE.float(),
         gives_scores=True,
     ),
-    "llama4_text": Family(
-        count_keys=_LOCAL, routers=("router.weight",), score=_sigmoid, scales_inputs=True
-    ),
-    "deepseek_v2": Family(count_keys=_ROUTED, groups=_deepseek_v2_groups),
+    "llama4_text": Family(routers=("router.weight",), score=_sigmoid, scales_inputs=True),
+    "deepseek_v2": Family(groups=_deepseek_v2_groups),
     "deepseek_v3": _deepseek(),
     "deepseek_v32": _deepseek(),
     "deepseek_v4": _deepseek(
@@ -184,27 +177,16 @@ FAMILIES: Mapping[str, Family] = {
     "axk1": _deepseek(),
     "axk2": _deepseek(),
     "nemotron_h": _deepseek(),
-    "kimi_linear": _deepseek(count_keys=_EXPERTS),
-    "bailing_hybrid": _deepseek(
-        count_keys=_EXPERTS, routers=("gate.weight", "gate.expert_bias")
-    ),
-    "exaone_moe": _deepseek(
-        count_keys=_EXPERTS, routers=("gate.weight", "e_score_correction_bias")
-    ),
-    "laguna": _deepseek(
-        count_keys=_EXPERTS, routers=("gate.weight", "experts.e_score_correction_bias")
-    ),
-    "afmoe": _deepseek(count_keys=_EXPERTS, routers=("router.gate.weight", "expert_bias")),
-    "hy_v3": _deepseek(count_keys=_EXPERTS, routers=("router.gate.weight", "expert_bias")),
-    "lfm2_moe": _deepseek(count_keys=_EXPERTS, routers=("gate.weight", "expert_bias")),
-    "minimax_m2": _deepseek(
-        count_keys=_LOCAL, routers=("gate.weight", "e_score_correction_bias")
-    ),
-    "step3p5": _deepseek(
-        count_keys=("moe_num_experts", "n_routed_experts"),
-        routers=("gate.weight", "router_bias"),
-    ),
-    "flint": _deepseek(count_keys=_EXPERTS, routers=_GATE),
+    "kimi_linear": _deepseek(),
+    "bailing_hybrid": _deepseek(routers=("gate.weight", "gate.expert_bias")),
+    "exaone_moe": _deepseek(routers=("gate.weight", "e_score_correction_bias")),
+    "laguna": _deepseek(routers=("gate.weight", "experts.e_score_correction_bias")),
+    "afmoe": _deepseek(routers=("router.gate.weight", "expert_bias")),
+    "hy_v3": _deepseek(routers=("router.gate.weight", "expert_bias")),
+    "lfm2_moe": _deepseek(routers=("gate.weight", "expert_bias")),
+    "minimax_m2": _deepseek(routers=("gate.weight", "e_score_correction_bias")),
+    "step3p5": _deepseek(routers=("gate.weight", "router_bias")),
+    "flint": _deepseek(routers=_GATE),
 }
 """By model type; each has a tiny checkpoint in tests/support/tiny.py."""
 
@@ -262,21 +244,40 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text if isinstance(text, Mapping) else config
 
 
-def with_expert_count(config: Mapping[str, Any], family: Family, count: int) -> dict[str, Any]:
+def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
     """Return config.json with another number of experts and nothing else changed.
 
-    A count given layer by layer stays a list. The document is patched as raw
-    JSON: saving it through transformers would rename keys.
+    Under any key that may hold it, and layer by layer in lists. The document is patched as
+    raw JSON: saving it through transformers would rename keys.
     """
     patched = dict(config)
-    if text_config(config) is not config:
-        patched["text_config"] = with_expert_count(text_config(config), family, count)
-    before = {config[key] for key in family.count_keys if isinstance(config.get(key), int)}
-    for key in family.count_keys:
-        if key in patched:
-            old = patched[key]
-            patched[key] = [count] * len(old) if isinstance(old, Sequence) else count
-    for key in family.count_lists:
-        if isinstance(patched.get(key), list):
-            patched[key] = [count if each in before else each for each in patched[key]]
+    for key, value in config.items():
+        if key in COUNT_KEYS and value == before:
+            patched[key] = after
+        elif key in {*COUNT_KEYS, *_COUNT_LISTS} and isinstance(value, list):
+            patched[key] = [after if each == before else each for each in value]
+        elif key == "text_config" and isinstance(value, Mapping):
+            patched[key] = with_expert_count(value, before, after)
+        elif key in _BY_LAYER and isinstance(value, Mapping):
+            patched[key] = {
+                layer: with_expert_count(each, before, after)
+                if isinstance(each, Mapping)
+                else each
+                for layer, each in value.items()
+            }
     return patched
+
+
+def told_counts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what config.json says of the number of experts, by key.
+
+    A list that gives one number layer by layer is that number.
+    """
+    text = text_config(config)
+    found = {key: text[key] for key in COUNT_KEYS if key in text}
+    return {
+        key: value[0]
+        if isinstance(value, list) and value and all(each == value[0] for each in value)
+        else value
+        for key, value in found.items()
+    }

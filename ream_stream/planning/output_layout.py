@@ -11,7 +11,13 @@ from ream_stream.checkpoint.quantized import is_cache_scale, tensors_of
 from ream_stream.checkpoint.reader import QUANTIZATION_KEYS, Checkpoint
 from ream_stream.checkpoint.shards import PlannedTensor, Shard, cut, name_shards
 from ream_stream.errors import DamagedError
-from ream_stream.model.families import Family, with_expert_count
+from ream_stream.model.families import (
+    COUNT_KEYS,
+    Family,
+    text_config,
+    told_counts,
+    with_expert_count,
+)
 from ream_stream.model.mtp import without_mtp
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.model.tensor_map import LayerKeys, shape_of
@@ -108,10 +114,22 @@ def decoded_matrices(model: StreamedModel) -> dict[str, Stored]:
 
 
 def output_config(
-    source: Checkpoint, family: Family, settings: Settings, names: Iterable[str]
+    source: Checkpoint,
+    built: Any,  # noqa: ANN401 - a config of transformers
+    num_experts: int,
+    settings: Settings,
+    names: Iterable[str],
 ) -> dict[str, Any]:
-    """Return config.json of the output, whose tensors and modules have these names."""
-    config = with_expert_count(source.config, family, settings.experts)
+    """Return config.json of the output, whose tensors and modules have these names.
+
+    `built` is what transformers made of the source's: of its text decoder.
+    """
+    config = with_expert_count(source.config, num_experts, settings.experts)
+    if settings.experts not in told_counts(config).values():  # it was the class's default
+        key = next(key for key in COUNT_KEYS if getattr(built, key, None) == num_experts)
+        told = {built.attribute_map.get(key, key): settings.experts}
+        text = text_config(config)
+        config |= told if text is config else {"text_config": {**text, **told}}
     if settings.mtp == "drop":
         config = without_mtp(config)
     known = Modules(names if source.quantization else (), settings.experts)

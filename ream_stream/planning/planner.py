@@ -135,7 +135,7 @@ def _lay_out(
         source=source,
         kept=kept,
         supply=Supply(source, [layer.keys.names for layer in layers], beside),
-        config=output_config(source, family, settings, names),
+        config=output_config(source, model.text_config, num_experts, settings, names),
         quantization_file=output_quantization(source, settings, names),
         family=family,
         num_experts=num_experts,

@@ -284,7 +284,7 @@ DAMAGES = [
     (
         "counts that differ",
         set_config(num_local_experts=8),
-        "experts",
+        "kept",
         "num_local_experts=8",
     ),
     ("a gap between experts", drop_expert(2), "experts", "gaps: 2 missing"),
