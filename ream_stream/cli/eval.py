@@ -1,8 +1,6 @@
 """The verb `eval`."""
 
-from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -37,22 +35,18 @@ def evaluate(
         ream-stream eval ./Qwen3-23B --against ./Qwen3-30B-A3B --max-tokens 100000 \\
             --text code=./src --text math=test.jsonl --questions arc.jsonl --layers
     """
-    from .console import console, print_json
-    from .score_view import measure, prepare, score_facts, score_tables
-    from .signals import stop_requests
+    from ream_stream.evaluation.session import measure
 
-    options = ScoreOptions(**values)
-    job = prepare(checkpoint, options)
-    with ExitStack() as stack:
-        work = options.work_dir or Path(
-            stack.enter_context(TemporaryDirectory(prefix="ream-stream-"))
-        )
-        asked = stack.enter_context(stop_requests())
-        shown = console(stderr=True)
-        measured = measure(job, work, shown, asked, with_layers=options.layers)
+    from .console import console, print_json
+    from .progress import evaluating
+    from .score_view import score_tables
+    from .signals import stop_requests, stopping
+
+    with stop_requests() as asked, evaluating(console(stderr=True)) as show:
+        scores = measure(checkpoint, ScoreOptions(**values), report=stopping(asked, show))
     if as_json:
-        print_json(score_facts(job, measured))
+        print_json(scores.facts())
         return
     shown = console(stderr=False)
-    for table in score_tables(job, measured):
+    for table in score_tables(scores):
         shown.print(table)

@@ -10,17 +10,18 @@ from rich.console import Console
 from ream_stream import files
 from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
 from ream_stream.calibration.tokens import joined
-from ream_stream.cli import score_view
 from ream_stream.cli.console import columns
+from ream_stream.cli.progress import evaluating
 from ream_stream.cli.report.facts import gather
 from ream_stream.cli.report.page import page
 from ream_stream.cli.run import run
-from ream_stream.cli.signals import stop_requests
+from ream_stream.cli.signals import stop_requests, stopping
 from ream_stream.compression.config import RunOptions
 from ream_stream.compression.job import prepare, workspace_of
 from ream_stream.errors import DamagedError
 from ream_stream.evaluation.config import ScoreOptions
 from ream_stream.evaluation.metrics import Evaluation, finite
+from ream_stream.evaluation.session import measure
 from ream_stream.evaluation.verify import verify
 from ream_stream.units import format_seconds, format_size
 
@@ -169,7 +170,7 @@ def _score(
 ) -> dict[str, dict[str, Evaluation]]:
     """Return the scores of the original and of each method's output, by domain."""
     scores: dict[str, dict[str, Evaluation]] = {ORIGINAL: {}}
-    with stop_requests() as asked:
+    with stop_requests() as asked, evaluating(console) as show:
         for name, method in METHODS.items():
             options = ScoreOptions(
                 against=folder / ORIGINAL,
@@ -177,12 +178,12 @@ def _score(
                 sequence_length=SEQUENCE_LENGTH,
                 device="cpu",
                 compute_dtype="float32",
+                layers=True,
+                work_dir=folder,
             )
-            job = score_view.prepare(folder / method, options)
-            measured = score_view.measure(
-                job, folder, console, asked, with_layers=True, keep_original=True
-            )
-            files.write_json(folder / f"{method}.json", score_view.score_facts(job, measured))
+            report = stopping(asked, show)
+            measured = measure(folder / method, options, report=report, keep_original=True)
+            files.write_json(folder / f"{method}.json", measured.facts())
             scores[name] = {d: each.evaluation for d, each in measured.domains.items()}
             for domain, each in measured.domains.items():
                 assert each.against is not None

@@ -1,0 +1,252 @@
+"""One checkpoint measured, alone or beside its original, on text and on questions."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ream_stream.calibration.mix import parts_of
+from ream_stream.calibration.packing import load_tokenizer
+from ream_stream.calibration.token_cache import read_test_tokens
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.device import choose_device
+from ream_stream.errors import UsageError
+from ream_stream.events import Evaluating, Report, no_report
+from ream_stream.model.dtypes import compute_dtype
+from ream_stream.planning.schedule import Budgets
+from ream_stream.settings import check_values
+
+from .config import ScoreOptions
+from .evaluate import Result, evaluate
+from .layer_errors import LayerError, layer_errors
+from .memory import plan_evaluation
+from .metrics import finite
+from .multiple_choice import Share, accuracies, make_quiz, read_questions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What was measured of a checkpoint."""
+
+    checkpoint: Path
+    """The one in question."""
+
+    against: Path | None
+    """The one it was compared with."""
+
+    tokens: str | None
+    """Digest of the tokens that were predicted; None if only questions were asked."""
+
+    compute_dtype: str
+    """What layers were run in: the same for both, so that only the weights differ."""
+
+    result: Result | None
+    """On the text."""
+
+    domains: Mapping[str, Result]
+    """The same by domain; empty if there is one."""
+
+    questions: Mapping[str, Mapping[str, Mapping[str, Share]]]
+    """By file: `acc` and `acc_norm` of ``checkpoint`` and ``original``."""
+
+    layers: tuple[LayerError, ...]
+    """Errors of each layer, if they were asked for."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the scores as JSON can hold them."""
+        known: dict[str, Any] = {"against": None, "difference": None}
+        if self.result is not None:
+            known |= self.result.facts()
+        if self.against is not None:
+            known["against"] = {"checkpoint": str(self.against), **(known["against"] or {})}
+        return {
+            "checkpoint": str(self.checkpoint),
+            "tokens": self.tokens,
+            "compute_dtype": self.compute_dtype,
+            **known,
+            "domains": {name: each.facts() for name, each in self.domains.items()},
+            "questions": {
+                name: {
+                    role: {
+                        k: {n: finite(x) for n, x in asdict(v).items()} for k, v in e.items()
+                    }
+                    for role, e in answers.items()
+                }
+                for name, answers in self.questions.items()
+            },
+            "layers": [asdict(error) for error in self.layers],
+        }
+
+
+def measure(
+    checkpoint: Path,
+    options: ScoreOptions,
+    *,
+    report: Report = no_report,
+    keep_original: bool = False,
+) -> Scores:
+    """Measure a checkpoint.
+
+    Parameters
+    ----------
+    checkpoint
+        Its folder.
+    options
+        What it is measured on.
+    report
+        Is told what happens; it may raise `InterruptedRunError`.
+    keep_original
+        Whether what the original makes of the text stays in the work folder.
+
+    Raises
+    ------
+    UsageError
+        There is no text, the checkpoints do not make the same tokens of it, or layers are to
+        be compared and there is no original or no text.
+    OverBudgetError
+        The budget is too small.
+    """
+    bench = _Bench.of(checkpoint, options, report)
+    tokens, original, name = bench.tokens, bench.original, bench.checkpoint.folder.name
+    if options.layers and (original is None or tokens is None):
+        raise UsageError("--layers compares checkpoints on a text: give --against and --text")
+    result: Result | None = None
+    errors: tuple[LayerError, ...] = ()
+    with ExitStack() as stack:
+        work = options.work_dir or Path(
+            stack.enter_context(TemporaryDirectory(prefix="ream-stream-"))
+        )
+        if tokens is not None:
+            batch = bench.batch(tokens, bench.checkpoint, original)
+            report(Evaluating(name=name))
+            result = evaluate(
+                bench.checkpoint,
+                tokens,
+                work,
+                dtype=bench.dtype,
+                device=bench.device,
+                original=original,
+                batch_sequences=batch,
+                keep_original=keep_original,
+                report=report,
+            )
+            if options.layers and original is not None:
+                report(Evaluating(name=f"{name} layers"))
+                errors = layer_errors(
+                    bench.checkpoint,
+                    original,
+                    tokens,
+                    work,
+                    dtype=bench.dtype,
+                    device=bench.device,
+                    batch_sequences=batch,
+                    report=report,
+                )
+        questions = {path.stem: _ask(bench, path, work) for path in options.questions}
+    return Scores(
+        checkpoint=bench.checkpoint.folder,
+        against=original.folder if original else None,
+        tokens=tokens.digest if tokens else None,
+        compute_dtype=str(bench.dtype).removeprefix("torch."),
+        result=result,
+        domains=result.by_domain(tokens) if result and tokens else {},
+        questions=questions,
+        layers=errors,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Bench:
+    """What all passes of a measurement share."""
+
+    checkpoint: Checkpoint
+    original: Checkpoint | None
+    tokens: Tokens | None
+    sequence_length: int
+    dtype: torch.dtype
+    device: torch.device
+    ram: int
+    report: Report
+
+    @classmethod
+    def of(cls, checkpoint: Path, options: ScoreOptions, report: Report) -> "_Bench":
+        """Read headers and tokens."""
+        check_values(options)
+        folders = [folder for folder in (checkpoint, options.against) if folder is not None]
+        opened = [open_checkpoint(folder) for folder in folders]
+        where, parts = choose_device(options.device), parts_of(options.text)
+        if not parts and not options.questions:
+            raise UsageError("say what to predict: --text, --questions, or both")
+        sets = [
+            read_test_tokens(
+                parts,
+                each.folder,
+                vocab_size=each.config.get("vocab_size"),
+                text_field=options.text_field,
+                sequence_length=options.sequence_length,
+                max_tokens=options.max_tokens,
+            )
+            for each in opened
+            if parts
+        ]
+        if len({tokens.digest for tokens in sets}) > 1:
+            raise UsageError(
+                f"{folders[0]} and {folders[1]} have different tokenizers: their perplexities "
+                "cannot be compared"
+            )
+        return cls(
+            checkpoint=opened[0],
+            original=opened[1] if len(opened) > 1 else None,
+            tokens=sets[0] if sets else None,
+            sequence_length=options.sequence_length,
+            dtype=compute_dtype(options.compute_dtype, opened[0], where),
+            device=where,
+            ram=Budgets.of(options.ram).ram,
+            report=report,
+        )
+
+    def batch(self, tokens: Tokens, *checkpoints: Checkpoint | None) -> int:
+        """Return the sequences that are run together."""
+        there = [each for each in checkpoints if each is not None]
+        return plan_evaluation(there, tokens, self.dtype, self.ram).batch_sequences
+
+
+def _share_facts(shares: Mapping[str, Share]) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {key: finite(value) for key, value in asdict(share).items()}
+        for name, share in shares.items()
+    }
+
+
+def _ask(bench: _Bench, path: Path, work: Path) -> dict[str, Mapping[str, Share]]:
+    """Return the accuracies of both checkpoints on a file of questions."""
+    asked = read_questions(path)
+    answers: dict[str, Mapping[str, Share]] = {}
+    for role, checkpoint in (("checkpoint", bench.checkpoint), ("original", bench.original)):
+        if checkpoint is None:
+            continue
+        quiz = make_quiz(
+            asked,
+            load_tokenizer(checkpoint.folder),
+            max_length=bench.sequence_length,
+            description=str(path),
+        )
+        batch = bench.batch(quiz.tokens, checkpoint)
+        bench.report(Evaluating(name=f"{checkpoint.folder.name} {path.name}"))
+        result = evaluate(
+            checkpoint,
+            quiz.tokens,
+            work,
+            dtype=bench.dtype,
+            device=bench.device,
+            target_SL=quiz.target_SL,
+            batch_sequences=batch,
+            report=bench.report,
+        )
+        answers[role] = accuracies(asked, result.evaluation.loss.total_S)
+    return answers
