@@ -37,6 +37,23 @@ class Evaluating:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """The result of one check of an output, or one of the things that it found wrong."""
+
+    check: str
+    """Name of the check."""
+
+    ok: bool
+    """Whether all is well."""
+
+    message: str
+    """One sentence: what, and where."""
+
+    is_note: bool = False
+    """Whether it is no result, but something that the user may want to know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """Some work of a layer is done."""
 
@@ -148,7 +165,7 @@ class Finished:
     """Nothing was left to do."""
 
 
-Event = Started | TakenOver | Evaluating | Step | LayerDone | Halved | Finished
+Event = Started | TakenOver | Evaluating | Finding | Step | LayerDone | Halved | Finished
 
 Report = Callable[[Event], None]
 """Is told what happens as it happens; it may raise `InterruptedRunError` to end the work."""

@@ -1,11 +1,11 @@
 """The verb `verify`."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from ream_stream.errors import DamagedError
+from ream_stream.events import Event, Finding
 
 from .params import FOLDER, Verb, exit_statuses, json_option, option
 
@@ -61,23 +61,22 @@ def verify(
         ream-stream verify ./Qwen3-23B --load --run
         ream-stream verify ./Qwen3-23B --no-scan --json
     """
-    from itertools import chain
-
-    from ream_stream.evaluation.source_diff import against as compare
-    from ream_stream.evaluation.verify import verify as findings_of
+    from ream_stream.evaluation.verify import verify as check
 
     from .console import print_json
 
-    findings = []
-    compared = compare(output, against) if against else ()
-    for finding in chain(findings_of(output, scan=scan, load=load, run=run), compared):
-        findings.append(finding)
-        if not as_json:  # as they come: reading a large output takes minutes
-            word = "note" if finding.is_note else "ok" if finding.ok else "FAILED"
-            click.echo(f"{word:6}  {finding.check:9}  {finding.message}")
-    failed = sum(not finding.ok for finding in findings)
+    def show(event: Event) -> None:
+        if isinstance(event, Finding) and not as_json:
+            # as they come: reading a large output takes minutes
+            word = "note" if event.is_note else "ok" if event.ok else "FAILED"
+            click.echo(f"{word:6}  {event.check:9}  {event.message}")
+
+    found = check(output, scan=scan, load=load, run=run, against=against, report=show)
     if as_json:
-        print_json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
-    if failed:
-        click.echo(f"error: {output}: {failed} of {len(findings)} findings are bad", err=True)
+        print_json(found.facts())
+    if not found.ok:
+        failed = sum(not finding.ok for finding in found.findings)
+        click.echo(
+            f"error: {output}: {failed} of {len(found.findings)} findings are bad", err=True
+        )
         ctx.exit(DamagedError.exit_status)

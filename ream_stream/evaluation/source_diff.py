@@ -24,13 +24,13 @@ from ream_stream.checkpoint.reader import (
 from ream_stream.compression.finalize import copied_files
 from ream_stream.compression.manifest import LayerGroups
 from ream_stream.errors import ReamStreamError
+from ream_stream.events import Finding
 from ream_stream.method.hash_routing import renumbered
 from ream_stream.model.families import COUNT_KEYS, with_expert_count
 from ream_stream.model.mtp import COUNT_KEYS as MTP_KEYS
 from ream_stream.planning.output_layout import FORMAT_KEYS
 
 from .checks import Subject
-from .verify import Finding
 
 CHECK = "against"
 

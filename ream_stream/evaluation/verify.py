@@ -6,32 +6,43 @@ on a copy of it on any machine.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from ream_stream.errors import ReamStreamError, UsageError
+from ream_stream.events import Finding, Report, no_report
 from ream_stream.model.finite import is_finite
 from ream_stream.planning.serving_limits import serving_notes
 
 from .checks import CHECKS, Subject
 from .load_checks import LOAD, RUN, cache_scales
+from .source_diff import against as compare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """The result of one check, or one of the things that it found wrong."""
+class Verification:
+    """What a verification found."""
 
-    check: str
-    """Name of the check."""
+    output: Path
+    """The folder that was checked."""
 
-    ok: bool
-    """Whether all is well."""
+    findings: tuple[Finding, ...]
+    """One for each check and shard that is good, one for each thing that is wrong."""
 
-    message: str
-    """One sentence: what, and where."""
+    def __iter__(self) -> Iterator[Finding]:
+        """Return the findings one by one."""
+        return iter(self.findings)
 
-    is_note: bool = False
-    """Whether it is no result, but something that the user may want to know."""
+    @property
+    def ok(self) -> bool:
+        """Whether all is well."""
+        return all(finding.ok for finding in self.findings)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the findings as JSON can hold them."""
+        return {"ok": self.ok, "findings": [asdict(finding) for finding in self.findings]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +63,14 @@ class ShardCheck:
 
 
 def verify(
-    output: Path, *, scan: bool = True, load: bool = False, run: bool = False
-) -> Iterator[Finding]:
+    output: str | Path,
+    *,
+    scan: bool = True,
+    load: bool = False,
+    run: bool = False,
+    against: str | Path | None = None,
+    report: Report = no_report,
+) -> Verification:
     """Check an output folder.
 
     Parameters
@@ -68,18 +85,31 @@ def verify(
         for every place.
     run
         Whether to run some tokens through all layers.
+    against
+        The checkpoint that it was made from: all that was not merged must be its bytes.
+    report
+        Is told each finding; it may raise `InterruptedRunError`.
 
-    Yields
-    ------
-    Finding
-        One for each check and shard that is good, one for each thing that is wrong. A
-        check that builds on one that failed is left out.
+    Returns
+    -------
+    Verification
+        Its findings. A check that builds on one that failed is left out.
 
     Raises
     ------
     UsageError
         There is no such folder.
     """
+    folder, found = Path(output), []
+    compared = () if against is None else compare(folder, Path(against))
+    for finding in chain(_checked(folder, scan=scan, load=load, run=run), compared):
+        found.append(finding)
+        report(finding)
+    return Verification(output=folder, findings=tuple(found))
+
+
+def _checked(output: Path, *, scan: bool, load: bool, run: bool) -> Iterator[Finding]:
+    """Yield what is found in an output folder by itself."""
     if not output.is_dir():
         raise UsageError(f"{output} is not a folder")
     subject, failed = Subject(output), set[str]()

@@ -527,7 +527,7 @@ def test_an_original_checkpoint_lacks_only_the_manifest():
 
 def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="is not a folder"):
-        next(verify(tmp_path / "nothing"))
+        verify(tmp_path / "nothing")
 
 
 def test_an_empty_folder_is_found_wrong(tmp_path):
