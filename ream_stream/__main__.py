@@ -1,15 +1,8 @@
-"""The entry point: the one place where an error becomes a message and an exit status."""
+"""The entry point: errors become a message and an exit status, from the first import on."""
 
 import os
 import sys
 from collections.abc import Sequence
-
-import click
-
-from .cli import cli
-from .errors import ReamStreamError, sentence
-
-_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,36 +11,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # processors too (2 threads, load 11: 317 s, or 37 s asleep); torch reads it when imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        status = cli.main(arguments, prog_name="ream-stream", standalone_mode=False)
-        sys.stdout.flush()
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except ReamStreamError as error:
-        return _fail(str(error), error.exit_status)
-    except click.Abort as error:
-        # click makes one exception of Ctrl-C, of an end of input and of a question answered no
-        return _INTERRUPTED if isinstance(error.__cause__, KeyboardInterrupt) else 1
+        from . import cli
+        from .cli.ending import end, quiet_threads
+        from .cli.terminal import guarded
     except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        _discard_output()
+        return 130
+    except (ImportError, MemoryError, OSError) as error:
+        if sys.stderr is not None:
+            sys.stderr.write(f"error: it cannot be started: {type(error).__name__}: {error}\n")
         return 1
-    except OSError as error:
-        return _fail(sentence(error), ReamStreamError.exit_status)
+    with guarded(), quiet_threads():
+        try:
+            status = cli.cli.main(arguments, prog_name="ream-stream", standalone_mode=False)
+            sys.stdout.flush()
+        except BaseException as error:  # noqa: BLE001 - the last place there is
+            return end(error)
     return status if isinstance(status, int) else 0
-
-
-def _fail(message: str, status: int) -> int:
-    click.echo(f"error: {message}", err=True)
-    return status
-
-
-def _discard_output() -> None:
-    """Keep Python from a second complaint when it flushes at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,17 @@ The message of an error is written for the person at the terminal: what is
 wrong, where, and what to do. A status that is not listed here means failure.
 """
 
-
-def sentence(error: OSError) -> str:
-    """Return what the system says of an error, with the file that it is about."""
-    if error.filename is None or error.strerror is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}"
+import errno
 
 
 class ReamStreamError(Exception):
-    """The run failed."""
+    """The run failed; `then` is the line that says how to go on, shown as it is."""
 
     exit_status = 1
+
+    def __init__(self, message: str, *, then: str | None = None) -> None:
+        super().__init__(message)
+        self.then = then
 
 
 class UsageError(ReamStreamError):
@@ -57,6 +56,45 @@ class InterruptedRunError(ReamStreamError):
 
     exit_status = 130
 
-    def __init__(self, message: str, *, signal_number: int = 2) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, *, then: str | None = None, signal_number: int = 2
+    ) -> None:
+        super().__init__(message, then=then)
         self.exit_status = 128 + signal_number
+
+
+_SHORT_OF_MEMORY = (
+    "can't allocate memory",
+    "bad_alloc",
+    "out of memory",
+    "failed to map segment",
+    "cannot allocate memory",
+    "can't start new thread",
+)
+"""What libraries say, with a type of their own, where memory or address space ran out."""
+
+
+def sentence(error: OSError) -> str:
+    """Return what the system says of an error, with the file that it is about."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
+
+
+def of_system(error: BaseException) -> ReamStreamError | None:
+    """Return what the system refused as an error of ours; None if that is not what it was."""
+    told = sentence(error) if isinstance(error, OSError) else " ".join(str(error).split())
+    number = error.errno if isinstance(error, OSError) else None
+    if number in {errno.ENOSPC, errno.EDQUOT}:
+        return OverBudgetError(f"{told}: free some space")
+    if number in {errno.EMFILE, errno.ENFILE}:
+        return ReamStreamError(f"{told}: raise the limit of open files (ulimit -n)")
+    short = isinstance(error, RuntimeError | ImportError) and any(
+        words in told.lower() for words in _SHORT_OF_MEMORY
+    )
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or short:
+        return OverBudgetError(
+            f"memory ran out ({told or type(error).__name__}): give --ram less than there is, "
+            "or raise the limit of the process (ulimit -v)"
+        )
+    return ReamStreamError(told) if number is not None else None

@@ -6,6 +6,7 @@ thread, because a hint itself takes about as long as the reading that it starts.
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from queue import Full, Queue
 from threading import Thread
 
@@ -49,7 +50,8 @@ class ReadAhead:
     def _read(self) -> None:
         while (ranges := self._asked.get()) is not None:
             for each in ranges:
-                with each.path.open("rb", buffering=0) as file:
+                # a read that fails is told where its bytes are needed
+                with suppress(OSError), each.path.open("rb", buffering=0) as file:
                     for start in range(each.start, each.stop, _PIECE):
                         size = min(_PIECE, each.stop - start)
                         os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)

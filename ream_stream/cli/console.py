@@ -1,51 +1,33 @@
 """What the verbs print with: consoles, tables of facts and of numbers, JSON."""
 
-import errno
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ream_stream.printable import MOST_CHARACTERS, printable
 from ream_stream.units import format_seconds
+
+from .terminal import beneath
+
+
+class _Console(Console):
+    """Shows text as it is, but for what a terminal would obey: paths may hold brackets."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401
+        """Return what is shown of a string, that of a table's cell too."""
+        return super().render_str(printable(text, most=MOST_CHARACTERS), **options)
 
 
 def console(*, stderr: bool) -> Console:
-    """Return a console that prints text as it is: paths may hold brackets and colons."""
-    # what is asked for goes to stdout and ends with its reader; a run goes on without one
-    file: Any = _Lasting(sys.stderr) if stderr else None
-    return Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
-
-
-class _Lasting:
-    """A stream that goes silent once its reader is gone: a run outlives its terminal."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._gone = stream, False
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write, if anyone reads."""
-        self._lasting(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, if anyone reads."""
-        self._lasting(self._stream.flush)
-
-    def _lasting(self, act: Callable[[], object]) -> None:
-        try:
-            if not self._gone:
-                act()
-        except OSError as error:
-            if error.errno not in {errno.EPIPE, errno.EIO}:
-                raise
-            self._gone = True
+    """Return a console for one of the streams."""
+    file = beneath(sys.stderr if stderr else sys.stdout)
+    return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def print_json(value: object) -> None:

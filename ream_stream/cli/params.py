@@ -1,11 +1,12 @@
 """How the verbs look: options in sections, exit statuses below, paths and values as types."""
 
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from ream_stream.printable import shell_words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,7 +52,7 @@ class Root(click.Group):
 def resume_command(ctx: click.Context) -> str:
     """Return the command line of this process as one would type it to go on."""
     arguments = [word for word in ctx.find_root().obj or [] if word != "--restart"]
-    return shlex.join(["ream-stream", *arguments])
+    return shell_words(["ream-stream", *arguments])
 
 
 class Verb(click.Command):

@@ -1,13 +1,12 @@
 """A prepared run on a terminal: what is said before, while and after it runs."""
 
-import shlex
-
 from rich.console import Console
 
 from ream_stream.compression.config import RunOptions
 from ream_stream.compression.job import Job, is_complete
 from ream_stream.compression.run import CompressionResult
 from ream_stream.compression.run import run as carry_out
+from ream_stream.printable import shell_words
 from ream_stream.units import format_seconds, format_size
 
 from .console import facts, phases
@@ -55,10 +54,10 @@ def say_start(
 
 def say_summary(job: Job, result: CompressionResult, console: Console) -> None:
     """Print what came out and what to do with it."""
-    output = shlex.quote(str(result.output))
+    output = shell_words([str(result.output)])
     checkpoint = job.plan.source
     # of a streamed one only headers are on the disk
-    against = "" if checkpoint.fetch else f" --against {shlex.quote(str(checkpoint.folder))}"
+    against = "" if checkpoint.fetch else f" --against {shell_words([str(checkpoint.folder)])}"
     on_device = [
         (
             "peak of device memory",

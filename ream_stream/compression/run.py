@@ -9,7 +9,7 @@ from typing import Any
 
 from ream_stream import files
 from ream_stream.calibration.token_cache import store
-from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, sentence
+from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, of_system
 from ream_stream.events import Event, Report, TakenOver, no_report
 
 from .event_log import Log
@@ -140,15 +140,22 @@ def _logged_end(log: Log, again: str) -> Iterator[None]:
     """Write into the log why a run ends early, and say what goes on with it."""
     try:
         yield
-    except InterruptedRunError as error:
-        log.end(error)
-        number = error.exit_status - 128
-        message = f"{error}\nresume with: {again}"
-        raise InterruptedRunError(message, signal_number=number) from error
-    except ReamStreamError as error:
-        log.end(error)
-        raise
-    except OSError as error:
-        failed = ReamStreamError(f"{sentence(error)}\nonce it is mended, go on with: {again}")
+    except Exception as error:
+        failed = _failure(error, again)
+        if failed is None:
+            raise
         log.end(failed)
         raise failed from error
+
+
+def _failure(error: Exception, again: str) -> ReamStreamError | None:
+    """Return why a run ends, with what goes on with it; None for a mistake of ours."""
+    if isinstance(error, InterruptedRunError):
+        number, then = error.exit_status - 128, f"resume with: {again}"
+        return InterruptedRunError(str(error), then=then, signal_number=number)
+    if isinstance(error, ReamStreamError):
+        return error
+    failed = of_system(error)
+    if failed is not None:
+        failed.then = f"once it is mended, go on with: {again}"
+    return failed
