@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 from safetensors.torch import save
 from torch import Tensor
@@ -102,7 +102,9 @@ def write_bytes(path: Path, data: bytes) -> Written:
 
 def write_json(path: Path, value: object) -> Written:
     """Write a JSON document as people read it: indented, keys in the given order."""
-    return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    # what is no text, such as the name of a file that is not UTF-8, becomes JSON's own escape
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_tensors(
@@ -390,10 +392,3 @@ def _make(path: Path) -> None:
 
 def _remove_empty(path: Path) -> None:
     path.rmdir()
-
-
-def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is of any type
-    """Read a JSON document."""
-    with reading(path):
-        data = path.read_bytes()
-    return json.loads(data)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ream_stream.errors import UsageError
+from ream_stream.parsing import MAX_YAML_CHARACTERS, parse_yaml
 
 HUB = "hf:"
 """What a source on the hub begins with: ``hf:OWNER/NAME/PATTERN``."""
@@ -154,13 +155,11 @@ def _weighted(parts: Sequence[Part], mix: str) -> list[Part]:
 
 def _read(path: Path) -> list[Part]:
     """Read a YAML file of parts; sources in it are relative to its folder."""
-    import yaml  # type: ignore[import-untyped]
-
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{path}: not YAML that can be read ({reason})") from error
+        with path.open(encoding="utf-8") as file:
+            value = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not YAML that can be read ({error})") from error
     if not isinstance(value, dict) or not value:
         raise UsageError(f"{path}: not a mapping of names, such as code: {{source: ./src}}")
     return [_listed(path, str(name), fields) for name, fields in value.items()]
@@ -170,14 +169,18 @@ def _listed(path: Path, name: str, fields: object) -> Part:
     where = f"{path}: {name}"
     if not isinstance(fields, dict) or "source" not in fields or not _FIELDS.issuperset(fields):
         raise UsageError(f"{where} has source and, if wanted, weight and field; no others")
-    source, weight, field = fields["source"], fields.get("weight", 1.0), fields.get("field")
+    source, weight = fields["source"], fields.get("weight", "1")
+    field = fields.get("field") or None
     if not isinstance(source, str) or not isinstance(field, str | None):
         raise UsageError(f"{where}: source and field are text")
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 <= weight < math.inf:
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
         raise UsageError(f"{where}: weight {weight!r} is not a number from 0 on")
     if not source.startswith(HUB):
         source = str(path.parent / source)
         if not Path(source).exists():
             raise UsageError(f"{where}: {source}: there is no such file or folder")
-    return Part(name=name, source=source, weight=float(weight), field=field)
+    return Part(name=name, source=source, weight=number, field=field)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ream_stream import files
 from ream_stream.errors import UsageError
+from ream_stream.parsing import parse_json
 
 from .chat_templates import ChatRenderer
 from .config import CalibrationOptions
@@ -89,10 +90,12 @@ def changed(request: Request, path: Path) -> str | None:
     """Say what the tokens stored in `path` were made from differently; None if nothing."""
     try:
         with safe_open(path, framework="pt") as file:
-            then = json.loads((file.metadata() or {})[_KEY])
+            then = parse_json((file.metadata() or {})[_KEY], text=False)
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
     now = asdict(request)
+    if not isinstance(then, dict):
+        return None
     names = [name for name in now if then.get(name) != now[name]]
     return f"other {', '.join(names)}" if names else None
 

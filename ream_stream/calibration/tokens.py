@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ream_stream.errors import UsageError
+from ream_stream.parsing import parse_json
 
 ONE_DOMAIN = "all"
 """Name of the domain of sequences that were not told apart."""
@@ -254,7 +255,7 @@ def _domains(
 
 def _names(text: str, path: Path) -> list[str]:
     try:
-        names = json.loads(text)
+        names = parse_json(text)
     except ValueError:
         names = None
     if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):

@@ -6,7 +6,6 @@ size of the file before anything is allocated or mapped.
 """
 
 import hashlib
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -17,12 +16,16 @@ import torch
 
 from ream_stream import files
 from ream_stream.errors import DamagedError
+from ream_stream.parsing import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 MAX_TENSORS = 1_000_000
 """Ten times those of the largest model there is; one that fills the header takes gigabytes."""
+
+MAX_NAME = 1000
+"""Characters of a tensor's name; patterns are looked for in it."""
 
 MAX_AXES = 64
 """torch's own limit; the product of a million sizes would take hours."""
@@ -136,12 +139,14 @@ def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]
         if raw.count(b"data_offsets") > MAX_TENSORS:
             raise DamagedError(f"{path}: the header describes more than {MAX_TENSORS} tensors")
         try:
-            header = json.loads(raw, object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
+            header = parse_json(raw)
+        except ValueError as error:
             raise DamagedError(f"{path}: the header is not valid: {error}") from error
     if not isinstance(header, dict):
         raise DamagedError(f"{path}: the header is not a JSON object")
     header.pop("__metadata__", None)
+    if any(len(name) > MAX_NAME for name in header):
+        raise DamagedError(f"{path}: a tensor has a name of more than {MAX_NAME} characters")
     base = 8 + header_bytes
     entries = {name: _entry(path, name, value, base) for name, value in header.items()}
     end = _check_layout(path, entries, base)
@@ -193,10 +198,3 @@ def _check_layout(path: Path, entries: dict[str, TensorEntry], base: int) -> int
             )
         position = entry.stop
     return position
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result

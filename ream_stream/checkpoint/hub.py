@@ -30,9 +30,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported la
 
 from ream_stream import files as durable
 from ream_stream.errors import DamagedError, ReamStreamError, UsageError
+from ream_stream.parsing import read_object
 
 from .header import MAX_HEADER_BYTES
-from .reader import INDEX, SINGLE, Checkpoint, read_object
+from .reader import INDEX, SINGLE, Checkpoint
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 """How a checkpoint on the hub is written: ``ORG/NAME`` or ``ORG/NAME@REVISION``."""

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ream_stream import files
 from ream_stream.errors import DamagedError, UsageError
 from ream_stream.files import FileRange
+from ream_stream.parsing import read_object
 
 from .expert_layouts import find_experts
 from .expert_stack import ExpertStack, Send, one_of, stay
@@ -26,9 +26,6 @@ from .read_ahead import ReadAhead
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_CONFIG_BYTES = 16_000_000
-MAX_JSON_BYTES = 200_000_000
-"""Of an index: that of a million tensors."""
-
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """What config.json calls the description of formats, the second in older checkpoints."""
 
@@ -248,7 +245,7 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
         raise UsageError(f"{folder} is not a folder")
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: it is not a model checkpoint")
-    config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
+    config = read_config(folder)
     if (folder / INDEX).exists():
         entries = _indexed(folder, with_data=with_data)
     elif (folder / SINGLE).is_file():
@@ -270,6 +267,19 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
         stamps=stamps,
         quantization_file=read_object(beside, MAX_CONFIG_BYTES) if beside.exists() else None,
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json; older ones have infinite numbers."""
+    return read_object(folder / "config.json", MAX_CONFIG_BYTES, finite=False)
+
+
+def vocab_size_of(config: Mapping[str, Any]) -> int | None:
+    """Return the number of tokens that config.json tells; None if it tells none."""
+    size = config.get("vocab_size")
+    if size is not None and (type(size) is not int or size < 1):
+        raise DamagedError(f"config.json: vocab_size {size!r} is not a number above 0")
+    return size
 
 
 def _indexed(folder: Path, *, with_data: bool) -> dict[str, TensorEntry]:
@@ -360,17 +370,3 @@ def _check_links(folder: Path) -> None:
             raise UsageError(
                 f"{path} is a link to {target}, outside of the folder: replace it by a copy"
             )
-
-
-def read_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON object of bounded size."""
-    if not path.is_file() or path.stat().st_size > most:
-        raise DamagedError(f"{path} is not a file of at most {most} bytes")
-    try:
-        with files.reading(path):
-            value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DamagedError(f"{path} is not a JSON object")
-    return value

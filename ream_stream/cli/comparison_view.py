@@ -16,7 +16,7 @@ from ream_stream.calibration.mix import MIXES, parts_of
 from ream_stream.calibration.packing import read_tokens
 from ream_stream.calibration.token_cache import calibration_of, read_test_tokens
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
 from ream_stream.compression.job import num_experts
 from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
@@ -89,7 +89,7 @@ def bench_of(
     tests = read_test_tokens(
         parts_of(options.text),
         checkpoint.folder,
-        vocab_size=checkpoint.config.get("vocab_size"),
+        vocab_size=vocab_size_of(checkpoint.config),
         text_field=options.text_field,
         sequence_length=options.sequence_length,
         max_tokens=options.max_tokens,
@@ -110,7 +110,7 @@ def token_maker(
 ) -> Callable[[str, int], Tokens]:
     """Return what makes the calibration of a mix and a seed, each once."""
     made: dict[tuple[str, int], Tokens] = {}
-    vocab_size = checkpoint.config.get("vocab_size")
+    vocab_size = vocab_size_of(checkpoint.config)
 
     def make(mix: str, seed: int) -> Tokens:
         if (mix, seed) not in made:

@@ -26,7 +26,8 @@ class _Console(Console):
 
 def console(*, stderr: bool) -> Console:
     """Return a console for one of the streams."""
-    file = beneath(sys.stderr if stderr else sys.stdout)
+    # what is asked for goes to stdout and ends with its reader; a run goes on without one
+    file = beneath(sys.stderr if stderr else sys.stdout, lasting=stderr)
     return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
 
 

@@ -72,16 +72,16 @@ class Gate(Stream):
         return super().write(text)
 
 
-def beneath(stream: Any) -> Any:  # noqa: ANN401 - what rich writes to
+def beneath(stream: Any, *, lasting: bool) -> Any:  # noqa: ANN401 - what rich writes to
     """Return the stream beneath the gate, for text that went through `printable`."""
     if isinstance(stream, Gate):
-        return Stream(stream.stream, stream._name, lasting=stream._lasting)
-    return stream
+        return Stream(stream.stream, stream._name, lasting=lasting)
+    return stream and Stream(stream, "output", lasting=lasting)
 
 
 def discard(stream: TextIO) -> None:
     """Keep Python from a second complaint when it flushes at exit."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
@@ -104,7 +104,6 @@ def guarded() -> Iterator[None]:
     for stream in (out, err):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    # what is asked for goes to stdout and ends with its reader; a run goes on without one
     sys.stdout = Gate(out, "standard output", lasting=False)
     sys.stderr = Gate(err, "standard error", lasting=True)
     try:

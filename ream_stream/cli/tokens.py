@@ -52,7 +52,7 @@ def make_tokens(
     from ream_stream import files
     from ream_stream.calibration.packing import read_tokens
     from ream_stream.calibration.token_cache import calibration_of
-    from ream_stream.checkpoint.reader import read_object
+    from ream_stream.checkpoint.reader import read_config, vocab_size_of
     from ream_stream.errors import UsageError
 
     from .console import columns, console, facts, print_json
@@ -61,7 +61,7 @@ def make_tokens(
         raise UsageError(f"--output {output}: give a new file that ends in .safetensors")
     wanted = calibration_of(CalibrationOptions(**values))
     assert wanted is not None  # --calibration is required, and a mix without parts is refused
-    vocab_size = read_object(checkpoint / "config.json").get("vocab_size")
+    vocab_size = vocab_size_of(read_config(checkpoint))
     tokens = read_tokens(wanted, checkpoint, vocab_size=vocab_size)
     if output is not None:
         files.make_directory(output.parent)

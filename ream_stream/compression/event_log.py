@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from ream_stream.events import (
     TakenOver,
 )
 from ream_stream.host_memory import anonymous_bytes
+from ream_stream.parsing import parse_json
 
 BEAT_SECONDS = 30.0
 """A log is silent no longer than this, unless a single batch takes longer."""
@@ -123,19 +124,75 @@ NAMES: Mapping[type[Event], str] = {
 """What the log calls an event."""
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log; those that a kill cut are passed over."""
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a log that are as `Log` writes them.
+
+    Those that a kill cut are passed over, and so are those of others' making.
+    """
     if not path.is_file():
-        return []
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return events
+        return
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            try:
+                event = parse_json(line, text=False)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and _is_written_so(event):
+                yield event
+
+
+def _is_written_so(event: Mapping[str, Any]) -> bool:
+    """Tell whether an event has the fields that are read, and they are of their kinds."""
+    needed = {
+        "event": _is_text,
+        "time": _is_text,
+        **_FIELDS_OF.get(str(event.get("event")), {}),
+    }
+    return needed.keys() <= event.keys() and all(
+        fits(event[name]) for name, fits in {**_FIELDS, **needed}.items() if name in event
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in {int, float} and 0 <= value < 1e18  # type: ignore[operator]
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+_FIELDS: Mapping[str, Callable[[object], bool]] = {
+    "message": _is_text,
+    "phase": _is_text,
+    "layer": _is_number,
+    "layers": _is_number,
+    "left_seconds": lambda value: value is None or _is_number(value),
+    "anonymous_bytes": _is_number,
+}
+"""Of any event, where it has them."""
+
+_FIELDS_OF: Mapping[str, Mapping[str, Callable[[object], bool]]] = {
+    "command": {
+        "command": lambda value: value is None or _is_text(value),
+        "directory": _is_text,
+    },
+    "layer done": {
+        "layer": _is_number,
+        "seconds": _are_numbers,
+        "peak_anonymous_bytes": _is_number,
+        "read_bytes": _is_number,
+        "written_bytes": _is_number,
+    },
+    "finished": {"seconds": _are_numbers, "peak_anonymous_bytes": _is_number},
+}
+"""Of one kind of event, which must have them."""
+
+MAX_LINE_BYTES = 10_000_000
+"""Of a log; that with the plan is the longest."""
 
 
 def newest(events: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -11,10 +11,11 @@ from typing import Any
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import INDEX, QUANTIZATION_FILE, Checkpoint
+from ream_stream.checkpoint.source_card import CARD
 from ream_stream.planning.plan import Plan
 
 from .journal import Journal, Workspace
-from .model_card import CARD, card
+from .model_card import card
 
 MANIFEST = "ream_stream.json"
 

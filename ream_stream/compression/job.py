@@ -15,7 +15,7 @@ from ream_stream.calibration.packing import Calibration, read_tokens
 from ream_stream.calibration.token_cache import Request, calibration_of, changed, stored
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.hub import streamed
-from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
 from ream_stream.files import free_bytes, why_not_writable
 from ream_stream.host_memory import trim
@@ -268,9 +268,7 @@ def _token_file(wanted: Calibration | None, checkpoint: Checkpoint) -> Tokens | 
     """Return the tokens of a single token file, which has its own numbers."""
     if wanted is None or len(wanted.parts) > 1 or not wanted.parts[0].is_tokens:
         return None
-    return read_tokens(
-        wanted, checkpoint.folder, vocab_size=checkpoint.config.get("vocab_size")
-    )
+    return read_tokens(wanted, checkpoint.folder, vocab_size=vocab_size_of(checkpoint.config))
 
 
 def _with_tokens(job: Job, calibration: Calibration | None) -> Job:
@@ -294,7 +292,7 @@ def _with_tokens(job: Job, calibration: Calibration | None) -> Job:
     if tokens is None:
         source = job.plan.source
         tokens = read_tokens(
-            calibration, source.folder, vocab_size=source.config.get("vocab_size")
+            calibration, source.folder, vocab_size=vocab_size_of(source.config)
         )
         trim()  # a tokenizer takes hundreds of megabytes, which no plan counts
     if journal is not None and workspace is not None:

@@ -29,6 +29,7 @@ from ream_stream import files as durable
 from ream_stream.errors import DamagedError, OtherRunError
 from ream_stream.events import Refitted
 from ream_stream.files import Written
+from ream_stream.parsing import read_json
 from ream_stream.planning.schedule import Begun, Schedule, Solver
 
 FORMAT = 3
@@ -276,7 +277,7 @@ def load(workspace: Workspace) -> Journal:
         It is not a journal.
     """
     try:
-        value = durable.read_json(workspace.journal)
+        value = read_json(workspace.journal, text=False)
         if value["format"] != FORMAT:
             raise OtherRunError(
                 f"{workspace.journal} is of format {value['format']}, not {FORMAT}"
@@ -292,7 +293,7 @@ def load(workspace: Workspace) -> Journal:
             layers=[_record(record) for record in value["layers"]],
             outside=[Written(**file) for file in value["outside"]],
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (DamagedError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
             f"{workspace.journal} is damaged ({error}); "
             f"delete {workspace.output} and {workspace.work} and start over"

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ream_stream.checkpoint.reader import read_object
 from ream_stream.errors import DamagedError
 from ream_stream.files import Written
 from ream_stream.method.grouping import centroids
+from ream_stream.parsing import read_object
 
 FORMAT = 1
 

@@ -6,9 +6,7 @@ gives the same bytes.
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ream_stream import __version__
 from ream_stream.calibration.tokens import ONE_DOMAIN, Tokens
@@ -18,14 +16,6 @@ from ream_stream.units import format_size
 
 from .journal import Journal
 
-CARD = "README.md"
-
-_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""What a source's card says that holds for the output too."""
-
-_FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-_CARD_BYTES = 1 << 20
-
 
 def card(plan: Plan, tokens: Tokens, journal: Journal) -> str:
     """Return the card as Markdown with a YAML head."""
@@ -34,7 +24,6 @@ def card(plan: Plan, tokens: Tokens, journal: Journal) -> str:
     settings, method = plan.settings, plan.settings.method
     verb = "pruned" if method.grouping == "none" else "merged"
     name, base = plan.source.folder.resolve().name, base_model(plan.source.folder)
-    inherited = source_metadata(plan.source.folder / CARD)
     head = {
         **({"base_model": base} if base else {}),
         "library_name": "transformers",
@@ -43,7 +32,7 @@ def card(plan: Plan, tokens: Tokens, journal: Journal) -> str:
             "mixture-of-experts",
             f"expert-{'pruning' if verb == 'pruned' else 'merging'}",
         ],
-        **inherited,
+        **plan.inherited,
     }
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     shown = base or name
@@ -89,31 +78,6 @@ def base_model(folder: Path) -> str | None:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
     return resolved.name if re.fullmatch(r"[\w.-]+", resolved.name) else None
-
-
-def source_metadata(path: Path) -> dict[str, Any]:
-    """Return what the output inherits from its source's card; nothing of one that is none."""
-    import yaml
-
-    if not path.is_file() or path.stat().st_size > _CARD_BYTES:
-        return {}
-    match = _FRONT.search(path.read_text(encoding="utf-8", errors="replace"))
-    if match is None:
-        return {}
-    try:
-        values = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        return {}
-    if not isinstance(values, Mapping):
-        return {}
-    return {name: values[name] for name in _INHERITED if _is_plain(values.get(name))}
-
-
-def _is_plain(value: object) -> bool:
-    """Tell whether a value is text or a list of texts, as these fields are."""
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(each, str) for each in value)
-    return isinstance(value, str)
 
 
 def _what(grouping: str, changed: int, groups: int) -> str:

@@ -4,7 +4,6 @@ Checks are small functions in a table. Each yields a sentence for every thing th
 is wrong, saying what and where.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,16 +14,16 @@ import torch
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.reader import (
     INDEX,
-    MAX_JSON_BYTES,
     Checkpoint,
     open_checkpoint,
-    read_object,
 )
 from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.manifest import Manifest, group_problems, read_manifest
+from ream_stream.errors import DamagedError
 from ream_stream.files import PARTIAL
 from ream_stream.model.families import COUNT_KEYS, Family, family_of, told_counts
 from ream_stream.model.streamed_model import StreamedModel
+from ream_stream.parsing import read_json, read_object
 
 from .consistency import dtype_problems, format_problems, list_problems
 
@@ -134,13 +133,10 @@ def _total(subject: Subject) -> Iterator[str]:
 
 def _documents(subject: Subject) -> Iterator[str]:
     for path in sorted(subject.folder.glob("*.json")):
-        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-            yield f"{path.name} is not a file of at most {MAX_JSON_BYTES} bytes"
-            continue
         try:
-            json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            yield f"{path.name} is not valid JSON: {error}"
+            read_json(path, finite=False)
+        except DamagedError as error:
+            yield str(error)
 
 
 def _model(subject: Subject) -> Iterator[str]:

@@ -21,7 +21,9 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.compression.journal import Workspace, load
 from ream_stream.compression.pipeline import compress
+from ream_stream.errors import DamagedError
 from ream_stream.events import Finished, Report, no_report
+from ream_stream.parsing import read_json
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Settings
@@ -130,9 +132,22 @@ def run_trials(
                 files.write_json(path, asdict(outcome))
             # made or not: what a kill left after the numbers were written goes too
             files.remove(_place(bench, path.stem))
-            outcomes.append(Outcome(**files.read_json(path)))
+            outcomes.append(_outcome(path))
         files.remove(bench.folder / "evaluate")
         return tuple(outcomes)
+
+
+def _outcome(path: Path) -> Outcome:
+    """Read the numbers of a trial."""
+    found = read_json(path, finite=False, text=False)
+    try:
+        outcome = Outcome(**found)
+        list(rows([outcome]))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(
+            f"{path} is not what a trial wrote ({error!r}): delete it, and it is made again"
+        ) from error
+    return outcome
 
 
 def spread(values: Sequence[float | None]) -> tuple[float, float] | None:

@@ -18,12 +18,13 @@ from ream_stream import __version__
 from ream_stream import files as durable
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
-from ream_stream.errors import UsageError
+from ream_stream.errors import DamagedError, UsageError
 from ream_stream.events import Report, Step
 from ream_stream.model.batches import Batches, advance
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 from ream_stream.model.meta_model import get_tensor
 from ream_stream.model.streamed_model import StreamedModel
+from ream_stream.parsing import read_json
 
 _JOURNAL = "journal.json"
 
@@ -58,8 +59,10 @@ class States:
         self.records: list[Any] = []
         path = folder / _JOURNAL
         if path.is_file():
-            found = durable.read_json(path)
-            if found["fingerprint"] == self._fingerprint:
+            found = read_json(path, finite=False, text=False)
+            if not (isinstance(found, dict) and isinstance(found.get("records"), list)):
+                raise DamagedError(f"{path} is damaged: delete {folder} and start over")
+            if found.get("fingerprint") == self._fingerprint:
                 self.records = found["records"]
         if not self.records:
             durable.remove(folder)

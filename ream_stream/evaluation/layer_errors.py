@@ -22,7 +22,7 @@ from torch import Tensor
 from ream_stream import files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
-from ream_stream.errors import UsageError
+from ream_stream.errors import DamagedError, UsageError
 from ream_stream.events import Report, Step, no_report
 from ream_stream.model.batches import Batches
 from ream_stream.model.families import family_of
@@ -106,8 +106,14 @@ def layer_errors(
                 stack.enter_context(model.open_outside())
             for index in range(len(states.records), models[0].num_layers):
                 _layer(models, states, batches, index, report)
+        try:
+            found = tuple(LayerError(**record) for record in states.records)
+        except TypeError as error:
+            raise DamagedError(
+                f"{folder / 'states'} is damaged: delete it and start over"
+            ) from error
         files.remove(folder)
-    return tuple(LayerError(**record) for record in states.records)
+    return found
 
 
 def _layer(

@@ -13,7 +13,7 @@ from ream_stream.calibration.mix import parts_of
 from ream_stream.calibration.packing import load_tokenizer
 from ream_stream.calibration.token_cache import read_test_tokens
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
 from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
 from ream_stream.events import Evaluating, Report, no_report
@@ -186,7 +186,7 @@ class _Bench:
             read_test_tokens(
                 parts,
                 each.folder,
-                vocab_size=each.config.get("vocab_size"),
+                vocab_size=vocab_size_of(each.config),
                 text_field=options.text_field,
                 sequence_length=options.sequence_length,
                 max_tokens=options.max_tokens,

@@ -67,6 +67,8 @@ class Routing:
     def problem(self, experts: int) -> str | None:
         """Return why the router cannot choose among so many experts; None if it can."""
         groups, taken = self.groups, self.groups_per_token
+        if not 1 <= taken <= groups:
+            return f"the router chooses among {taken} of {groups} groups"
         if experts < self.top_k:
             return f"the router sends each token to {self.top_k} experts"
         if groups > 1 and (experts % groups or experts // groups < 2):

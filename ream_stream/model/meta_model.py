@@ -4,8 +4,9 @@ Private names of transformers used here are its key mapping and the context that
 `from_pretrained` builds models in; tests/model/test_streamed_model.py is the contract.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.monkey_patching import patch_output_recorders
 
-from ream_stream.errors import UnsupportedModelError
+from ream_stream.errors import DamagedError, ReamStreamError, UnsupportedModelError
 
 from .experts import WITHOUT_FLAGS, StreamedExperts
 from .mtp import Wiring, lengthen
@@ -43,6 +44,16 @@ NAMES_CODE = frozenset(
     }
 )
 """Keys of a config that name code: a checkpoint's own files, or somebody's on the hub."""
+
+_LABELS = frozenset({"num_labels", "id2label", "label2id"})
+"""Keys of which transformers makes tables of names, which no causal model has."""
+
+MAX_COMPUTED_BYTES = 1_000_000_000
+"""Of tables that a model computes, such as frequencies; the largest known takes megabytes."""
+
+MAX_COUNT = 1 << 24
+_COUNT = re.compile(r"(?:^|_)(?:n|num)_|(?:layer|head|expert|group|block)s?$|depth$")
+_LAYERS = re.compile(r"layers?$|depth$")
 
 
 def build_skeleton(
@@ -67,13 +78,57 @@ def build_skeleton(
     UnsupportedModelError
         transformers cannot make a model of the config.
     """
-    try:
+    with trusting("transformers cannot build the model of config.json"):
         return _build(config, dtype, device, mtp)
-    except Exception as error:  # anything: transformers trusts a config
-        reason = " ".join(str(error).split())
-        raise UnsupportedModelError(
-            f"transformers cannot build the model of config.json: {reason}"
-        ) from error
+
+
+@contextmanager
+def trusting(what: str) -> Iterator[None]:
+    """Turn whatever code raises that trusts the values of a config into one error.
+
+    transformers checks few of them: what a value of another type, or one out of its range,
+    ends in is of any kind. It may decorate a function too.
+
+    Raises
+    ------
+    UnsupportedModelError
+        What `what` says, and why.
+    """
+    try:
+        yield
+    except (ReamStreamError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        raise UnsupportedModelError(f"{what}: {type(error).__name__}: {reason}") from error
+
+
+def check_sizes(config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse numbers of things for which memory or time would have no bounds.
+
+    Parameters
+    ----------
+    config
+        config.json, or a part of it.
+    tensors
+        Those of the checkpoint; every layer has some.
+
+    Raises
+    ------
+    DamagedError
+        One is too large.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_sizes(value, tensors)
+        if type(value) is not int or key in _LABELS:
+            continue
+        if _LAYERS.search(key) and value > max(tensors, 1000):
+            raise DamagedError(
+                f"config.json says {key} is {value}, the checkpoint has {tensors} tensors"
+            )
+        if _COUNT.search(key) and value > MAX_COUNT:
+            raise DamagedError(f"config.json says {key} is {value}, which is not plausible")
 
 
 def _build(
@@ -107,6 +162,16 @@ def _build(
             path, decoder = find_decoder(model)
             decoder[-1].next_token = mtp.joins(type(final_norm(model, path)), text)
         patch_output_recorders(model)
+    _fill_computed(model, device)
+    skeleton: PreTrainedModel = model.eval()
+    return skeleton
+
+
+def _fill_computed(model: PreTrainedModel, device: torch.device) -> None:
+    """Fill the buffers that a model computes and no checkpoint holds."""
+    computed = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
+    if computed > MAX_COMPUTED_BYTES:
+        raise DamagedError(f"the model of config.json computes tables of {computed} bytes")
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
         empty = torch.empty_like(buffer, device="cpu")
@@ -114,18 +179,16 @@ def _build(
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True  # drawing numbers on meta takes a second
     # fills nothing but the buffers above
-    model.initialize_weights()
+    model.initialize_weights()  # type: ignore[no-untyped-call]
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = buffer.to(device)
-    skeleton: PreTrainedModel = model.eval()
-    return skeleton
 
 
 def _without_code(value: Any) -> Any:  # noqa: ANN401 - JSON is of any type
     """Return a config without what makes transformers fetch or run somebody's code."""
     if isinstance(value, Mapping):
-        return {k: _without_code(v) for k, v in value.items() if k not in NAMES_CODE}
+        return {k: _without_code(v) for k, v in value.items() if k not in NAMES_CODE | _LABELS}
     return [_without_code(each) for each in value] if isinstance(value, list) else value
 
 

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from .families import text_config
 
-_NAME = re.compile(r"(?:model\.|language_model\.)*(?:mtp[._].*|layers\.(?P<layer>\d+)\..*)")
+_NAME = re.compile(
+    r"(?:model\.|language_model\.)*(?:mtp[._].*|layers\.(?P<layer>[0-9]{1,9})\..*)"
+)
 
 COUNT_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 """Keys of config.json for their number."""

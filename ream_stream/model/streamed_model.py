@@ -27,6 +27,7 @@ from .experts import ExpertWeights, Form, StreamedExperts
 from .llama4 import route_scaled
 from .meta_model import (
     build_skeleton,
+    check_sizes,
     embed_rows,
     final_norm,
     find_decoder,
@@ -38,6 +39,7 @@ from .meta_model import (
     project_pieces,
     put_tensor,
     states_axis,
+    trusting,
 )
 from .mtp import find_wiring
 from .rotary import forgetting
@@ -84,16 +86,13 @@ class StreamedModel:
         The checkpoint lacks tensors of the model, or they have other shapes.
     """
 
+    @trusting("config.json is not of a model that can be run layer by layer")
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     ) -> None:
         bound_kernel_caches()
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        layers = checkpoint.config.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > len(checkpoint.entries):
-            raise DamagedError(
-                f"config.json says {layers} layers, there are {len(checkpoint.entries)} tensors"
-            )
+        check_sizes(checkpoint.config, len(checkpoint.entries))
         stacks = checkpoint.experts()
         self._mtp = find_wiring(stacks, checkpoint.config)
         self.model = build_skeleton(checkpoint.config, dtype, device, self._mtp)
@@ -149,11 +148,19 @@ class StreamedModel:
     @property
     def top_k(self) -> int:
         """Experts a token is sent to, in the layer where they are most."""
-        routers = [self.router(layer.index) for layer in self.layers if layer.stack]
-        return max(
-            int(getattr(router, "top_k", None) or self.text_config.top_k_experts)
-            for router in routers
-        )
+        given = getattr(self.text_config, "top_k_experts", None)
+        told: list[tuple[Any, int]] = [
+            (getattr(self.router(layer.index), "top_k", given), layer.stack.count)
+            for layer in self.layers
+            if layer.stack
+        ]
+        for top_k, count in told:
+            if type(top_k) is not int or not 1 <= top_k <= count:
+                raise DamagedError(
+                    f"config.json sends each token to {top_k!r} of {count} experts"
+                )
+        largest: int = max(top_k for top_k, _ in told)
+        return largest
 
     @contextmanager
     def open_outside(self) -> Iterator[None]:

@@ -130,7 +130,7 @@ class TensorMap:
         return origin
 
     def _plan_layers(self, stacks: Iterable[ExpertStack]) -> list[LayerKeys]:
-        pattern = re.compile(re.escape(self._layers_path) + r"\.(\d+)\.(.+)")
+        pattern = re.compile(re.escape(self._layers_path) + r"\.([0-9]{1,9})\.(.+)")
         names: list[list[str]] = [[] for _ in self._decoder]
         dense: list[dict[str, tuple[str, ...]]] = [{} for _ in self._decoder]
         owner: dict[int, ExpertStack] = {}

@@ -63,6 +63,12 @@ class Layout:
     quantization_file: Mapping[str, Any] | None
     """hf_quant_config.json of the output; None if it has none."""
 
+    inherited: Mapping[str, Any] = field(repr=False)
+    """What the output's model card takes from the source's."""
+
+    notes: tuple[str, ...]
+    """What is not as one may expect, though the run can be made."""
+
     family: Family
     """The model's family."""
 

@@ -13,8 +13,10 @@ import torch
 
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.checkpoint.shard_fetcher import Supply
-from ream_stream.errors import UnsupportedModelError, UsageError
+from ream_stream.checkpoint.source_card import source_metadata
+from ream_stream.errors import DamagedError, UnsupportedModelError, UsageError
 from ream_stream.model.families import family_of, text_config
+from ream_stream.model.meta_model import trusting
 from ream_stream.model.mtp import find_mtp, why_unknown
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.settings import Settings, check_settings
@@ -30,6 +32,7 @@ from .schedule import Begun, Budgets
 CPU = torch.device("cpu")
 
 
+@trusting("no plan can be made for the values of config.json")
 def make_plan(
     source: Checkpoint,
     settings: Settings,
@@ -121,6 +124,8 @@ def _lay_out(
     if any(stack.count != num_experts for stack in stacks):
         raise UnsupportedModelError("layers have different numbers of experts")
     routing = family.routing(model.text_config, model.top_k)
+    if wrong := routing.problem(num_experts):
+        raise DamagedError(f"config.json, for {num_experts} experts: {wrong}")
     check_settings(settings, num_experts)
     if problem := routing.problem(settings.experts):
         raise UsageError(f"--experts {settings.experts}: {problem}")
@@ -129,6 +134,7 @@ def _lay_out(
     shards = [*(shard for layer in layers for shard in layer.shards), *outside]
     names = [tensor.name for shard in shards for tensor in shard.tensors]
     names += [name for name, _ in model.model.named_modules()]
+    inherited, note = source_metadata(source.folder)
     beside = [tensor.name for shard in outside for tensor in shard.tensors]
     layout = Layout(
         settings=settings,
@@ -137,6 +143,8 @@ def _lay_out(
         supply=Supply(source, [layer.keys.names for layer in layers], beside),
         config=output_config(source, model.text_config, num_experts, settings, names),
         quantization_file=output_quantization(source, settings, names),
+        inherited=inherited,
+        notes=(note,) if note else (),
         family=family,
         num_experts=num_experts,
         top_k=model.top_k,

@@ -204,9 +204,13 @@ BAD_LISTS = {
     "- a": "not a mapping of names",
     "code: a.txt": "code has source and",
     "code: {source: mix.yaml, wait: 1}": "code has source and",
-    "code: {source: 3}": "source and field are text",
-    "code: {source: mix.yaml, weight: -1}": "weight -1 is not a number from 0 on",
-    "code: {source: mix.yaml, weight: .inf}": "weight inf is not",
+    "code: {source: [a]}": "source and field are text",
+    "code: {source: a, source: b}": "a name occurs twice",
+    "code: {source: mix.yaml, weight: 2023-02-31}": "is not a number from 0 on",
+    "code: " + 2000 * "[": "it is nested too deeply",
+    "a: &a {b: 1}\nc: {<<: [*a, *a]}": "has source and",
+    "code: {source: mix.yaml, weight: -1}": "weight '-1' is not a number from 0 on",
+    "code: {source: mix.yaml, weight: .inf}": "weight '.inf' is not",
     "code: {source: none.txt}": r"none\.txt: there is no such file",
 }
 

@@ -198,10 +198,10 @@ def test_a_file_that_is_no_result_and_a_folder_that_is_no_output_are_refused(mad
 def test_times_of_a_run_that_was_cut_are_added_up(made):
     workspace = Workspace(output=made / "out", work=made / "out/.ream-stream")
     lines = workspace.log.read_text().splitlines()
-    events = read_events(workspace.log)
+    events = list(read_events(workspace.log))
     log = made / "log.jsonl"
     log.write_text("\n".join([*lines, lines[-1][:20], "[]"]))
-    assert read_events(log) == events
+    assert list(read_events(log)) == events
     run = gather(workspace, [])["run"]
     done = [each for each in events if each["event"] == "layer done"]
     observed = sum(each["seconds"]["observe"] for each in done)

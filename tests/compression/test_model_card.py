@@ -6,7 +6,8 @@ from huggingface_hub import ModelCard
 from tiny import settings, some_tokens
 
 from ream_stream.calibration.tokens import joined
-from ream_stream.compression.model_card import base_model, source_metadata
+from ream_stream.checkpoint.source_card import source_metadata
+from ream_stream.compression.model_card import base_model
 
 SOURCE_CARD = """---
 license: other
@@ -68,22 +69,62 @@ def test_pruned_experts_are_told_as_byte_copies(checkpoints, tmp_path):
 CARDS = {
     "none": "# Source",
     "not closed": "---\nlicense: mit\n# Source",
-    "no YAML": "---\nlicense: [\n---\n",
     "no mapping": "---\n- mit\n---\n",
-    "other types": "---\nlicense: 3\nlanguage: {a: b}\npipeline_tag: [[a]]\n---\n",
+    "other types": "---\nlicense: {a: b}\nlanguage: []\npipeline_tag: [[a]]\n---\n",
+    "codes of a terminal": '---\nlicense: "\\e[2J"\nlanguage: "\\ud800"\n---\n',
+    "a card larger than is read": "---\nlicense: mit\nx: " + 200_000 * "x" + "\n---\n",
 }
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_source_card_that_says_nothing_gives_nothing(tmp_path, name):
     (tmp_path / "README.md").write_text(CARDS[name], encoding="utf-8")
-    assert source_metadata(tmp_path / "README.md") == {}
-    assert source_metadata(tmp_path / "missing.md") == {}
+    assert source_metadata(tmp_path) == ({}, None)
+
+
+def test_a_card_that_is_missing_or_a_folder_gives_nothing(tmp_path):
+    assert source_metadata(tmp_path) == ({}, None)
+    (tmp_path / "README.md").mkdir()
+    assert source_metadata(tmp_path) == ({}, None)
+
+
+UNREADABLE = {
+    "no YAML": "license: [",
+    "deep": "license: " + 20_000 * "[",
+    "a name twice": "license: mit\nlicense: other",
+    "a character out of range": 'license: "\\UFFFFFFFF"',
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_card_whose_head_cannot_be_read_is_noted(tmp_path, name):
+    head = f"---\n{UNREADABLE[name]}\n---\n"
+    (tmp_path / "README.md").write_text(head, encoding="utf-8")
+    values, note = source_metadata(tmp_path)
+    assert values == {}
+    assert "cannot be read" in note
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "date: 2023-02-31",
+        "x: " + 6000 * "9",
+        "y: !!timestamp foo",
+        "z: !!bool foo",
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
+        "a: &a {b: c}\n<<: [*a, *a, *a]",
+        "when: .nan\n1: 2\n~: ~",
+    ],
+)
+def test_what_looks_like_a_number_or_a_date_in_a_card_is_text(tmp_path, line):
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{line}\n---\n", encoding="utf-8")
+    assert source_metadata(tmp_path) == ({"license": "mit"}, None)
 
 
 def test_a_card_with_windows_line_ends_is_read(tmp_path):
     (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\nText\r\n")
-    assert source_metadata(tmp_path / "README.md") == {"license": "mit"}
+    assert source_metadata(tmp_path) == ({"license": "mit"}, None)
 
 
 def test_a_folder_s_name_is_a_base_model_only_if_the_hub_takes_it(tmp_path):

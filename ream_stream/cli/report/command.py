@@ -60,13 +60,20 @@ def report(
     from ream_stream import files
     from ream_stream.cli.console import console, print_json
     from ream_stream.compression.job import workspace_of
+    from ream_stream.errors import DamagedError
 
     from .facts import gather, without_matrices
     from .page import page
 
-    facts = gather(workspace_of(output, work_dir), results)
+    workspace = workspace_of(output, work_dir)
+    facts = gather(workspace, results)
+    try:
+        text = page(facts)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        told = " or ".join(map(str, (*results, workspace.log)))
+        raise DamagedError(f"{told} is not as it was written: {error!r}") from error
     files.make_directory(html.parent)
-    files.write_bytes(html, page(facts).encode())
+    files.write_bytes(html, text.encode(errors="backslashreplace"))
     if as_json:
         print_json(without_matrices(facts))
     else:

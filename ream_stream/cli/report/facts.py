@@ -9,13 +9,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ream_stream import __version__
-from ream_stream.checkpoint.reader import open_checkpoint, read_object
+from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.event_log import read_events
 from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.journal import Workspace
 from ream_stream.compression.manifest import LayerGroups, Manifest, read_manifest
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.pareto import correlation
+from ream_stream.parsing import read_object
 
 _KINDS = ("comparison", "sweep")
 
@@ -39,7 +40,7 @@ def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
         A file of results is none.
     """
     manifest = read_manifest(workspace.output / MANIFEST)
-    events = read_events(workspace.log)
+    events = list(read_events(workspace.log))
     plans = [each for each in events if each["event"] == "plan"]
     plan = plans[-1] if plans else {}
     quality = [_result(path) for path in results]

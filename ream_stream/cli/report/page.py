@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from ream_stream.printable import printable
 from ream_stream.units import format_seconds, format_size
 
 from .figures import STYLE, bars, heat_map, lines, pareto_picture
@@ -19,6 +20,7 @@ def page(facts: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
@@ -41,11 +43,16 @@ def page(facts: Mapping[str, Any]) -> str:
     )
 
 
+def _shown(value: object) -> object:
+    return printable(value, keep="\n") if type(value) is str else value
+
+
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Markup:
     """Return a table that scrolls by itself where the page is narrow."""
-    head = "".join(f"<th>{escape(each)}</th>" for each in heads)
+    head = "".join(f"<th>{escape(printable(each))}</th>" for each in heads)
     body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{escape(printable(cell))}</td>' for cell in row)}</tr>"
+        for row in rows
     )
     told = f'<p class="soft">{escape(caption)}</p>' if caption else ""
     return Markup(

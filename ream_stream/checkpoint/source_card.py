@@ -1,0 +1,47 @@
+"""What an output's model card inherits from that of its source: metadata of the hub."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ream_stream.parsing import MAX_YAML_CHARACTERS, parse_yaml
+
+CARD = "README.md"
+
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""What a source's card says that holds for the output too."""
+
+_FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+
+
+def source_metadata(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Return what the output inherits, and a note if the card's head cannot be read."""
+    path = folder / CARD
+    if not path.is_file():
+        return {}, None
+    with path.open("rb") as file:
+        text = file.read(MAX_YAML_CHARACTERS).decode(errors="replace")
+    match = _FRONT.search(text)
+    if match is None:
+        return {}, None
+    try:
+        values = parse_yaml(match[1])
+    except ValueError as error:
+        return {}, (
+            f"the head of {CARD} in the source cannot be read ({error}): its license and "
+            "language are not carried over"
+        )
+    if not isinstance(values, Mapping):
+        return {}, None
+    return {name: values[name] for name in _INHERITED if _is_plain(values.get(name))}, None
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether a value is text or a list of texts, as these fields are."""
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(t, str) and t and _is_text(t) for t in texts)
+
+
+def _is_text(value: str) -> bool:
+    return len(value) < 1000 and value.isprintable()
