@@ -112,7 +112,9 @@ def write_tensors(
 ) -> Written:
     """Write a small safetensors file."""
     # not save_file: safetensors 0.8 neither syncs nor honors the umask, it leaves mode 0600
-    return write_bytes(path, save(dict(tensors), metadata={"format": "pt", **(metadata or {})}))
+    told = {"format": "pt", **(metadata or {})}
+    told = {key: t.encode(errors="backslashreplace").decode() for key, t in told.items()}
+    return write_bytes(path, save(dict(tensors), metadata=told))
 
 
 def copy_file(source: Path, target: Path) -> Written:
@@ -166,12 +168,12 @@ def remove_empty(path: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Return what the file system of the nearest existing folder has free."""
-    return shutil.disk_usage(_existing(path)).free
+    return shutil.disk_usage(existing(path)).free
 
 
 def same_disk(one: Path, other: Path) -> bool:
     """Tell whether what is written to either takes space from both."""
-    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+    return existing(one).stat().st_dev == existing(other).stat().st_dev
 
 
 def open_log(path: Path, older: Path) -> TextIO:
@@ -221,7 +223,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def why_not_writable(path: Path) -> str | None:
     """Tell why nothing can be written where a folder is or would be; None if it can."""
-    folder = _existing(path)
+    folder = existing(path)
     if os.statvfs(folder).f_flag & os.ST_RDONLY:
         return "its file system is read-only"
     return None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
@@ -284,7 +286,8 @@ def lock_holder(path: Path) -> str | None:
     return None
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """Return the nearest folder that is there."""
     while not path.exists():
         path = path.parent
     return path

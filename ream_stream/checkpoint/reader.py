@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -61,6 +62,9 @@ class MappedTensors:
             try:
                 opened = safe_open(path, framework="pt")
             except SafetensorError as error:
+                if told := re.search(r"os error (\d+)", str(error)):
+                    number = int(told[1])
+                    raise OSError(number, os.strerror(number), str(path)) from error
                 raise DamagedError(f"{path} cannot be mapped: {error}") from error
             self._files[path] = self._stack.enter_context(opened)
         tensor: Tensor = self._files[path].get_tensor(name)
@@ -243,6 +247,7 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
+    check_path(folder)
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: it is not a model checkpoint")
     config = read_config(folder)
@@ -267,6 +272,20 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
         stamps=stamps,
         quantization_file=read_object(beside, MAX_CONFIG_BYTES) if beside.exists() else None,
     )
+
+
+def check_path(path: Path) -> None:
+    """Refuse a folder whose files safetensors cannot open.
+
+    Raises
+    ------
+    UsageError
+        Its path is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{path}: the path is not UTF-8; use or make another") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

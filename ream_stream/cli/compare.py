@@ -45,6 +45,8 @@ def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None
             --calibration code=./src --calibration math=problems.jsonl \\
             --text code=test.jsonl --text general=test.txt
     """
+    from ream_stream.compression.finalize import check_names
+
     from .comparison_view import (
         as_csv,
         carry_out,
@@ -56,6 +58,7 @@ def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None
     from .console import console, print_json
     from .signals import stop_requests
 
+    check_names(output, ("comparison.json", "comparison.csv", "comparison.md"))
     with stop_requests() as asked:
         bench, _, trials = _prepare(source, output, ("",), ComparisonOptions(**values))
         outcomes = carry_out(bench, trials, console(stderr=True), asked)
@@ -106,6 +109,7 @@ def sweep(
             --calibration general=test.txt --calibration math=problems.jsonl \\
             --calibration code=./src --text code=test.jsonl --text general=test.txt
     """
+    from ream_stream.compression.finalize import check_names
     from ream_stream.errors import UsageError
 
     from .comparison_view import carry_out, sweep_facts, sweep_tables, write_files
@@ -117,6 +121,7 @@ def sweep(
     unknown = [name for name in names if name not in MIXES]
     if unknown:
         raise UsageError(f"--mixes: {unknown[0]!r} is not one of {', '.join(MIXES)}")
+    check_names(output, ("sweep.json", "sweep.svg"))
     with stop_requests() as asked:
         bench, grid, trials = _prepare(source, output, names, ComparisonOptions(**values))
         outcomes = carry_out(bench, trials, console(stderr=True), asked)

@@ -4,20 +4,26 @@ The index comes after all tensors, and the manifest after the index: a folder
 with a manifest is complete.
 """
 
+import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import INDEX, QUANTIZATION_FILE, Checkpoint
 from ream_stream.checkpoint.source_card import CARD
+from ream_stream.errors import OtherRunError, UsageError
 from ream_stream.planning.plan import Plan
 
 from .journal import Journal, Workspace
 from .model_card import card
 
 MANIFEST = "ream_stream.json"
+_PATH_BYTES = 4096
+"""Linux takes no longer path, nor do other systems."""
 
 
 def output_files(plan: Plan) -> tuple[str, ...]:
@@ -51,7 +57,8 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
         files.make_directory((output / name).parent)
         files.copy_file(plan.source.folder / name, output / name)
     files.write_json(output / INDEX, _index(plan))
-    files.write_bytes(output / CARD, card(plan, tokens, journal).encode())
+    text = card(plan, tokens, journal)
+    files.write_bytes(output / CARD, text.encode(errors="backslashreplace"))
     files.write_json(output / MANIFEST, _manifest(plan, journal))
 
 
@@ -59,6 +66,46 @@ def copied_files(source: Checkpoint) -> list[str]:
     """Return the names of a source's files that are copied, relative to its folder."""
     names = [path.relative_to(source.folder).as_posix() for path in source.other_files()]
     return [name for name in names if name not in {MANIFEST, CARD}]
+
+
+def check_names(folder: Path, names: Iterable[str]) -> None:
+    """Refuse files that could not be written, before any is.
+
+    Parameters
+    ----------
+    folder
+        Where they are to be; it need not be there yet.
+    names
+        Relative to it, with slashes.
+
+    Raises
+    ------
+    UsageError
+        A name is too long, or has the place of a folder.
+    OtherRunError
+        A folder is where a file is to be, or a file where a folder is.
+    """
+    known = set(names)
+    most = os.pathconf(files.existing(folder), "PC_NAME_MAX")
+    for name in sorted(known):
+        path, parents = folder / name, [parent.as_posix() for parent in Path(name).parents]
+        taken = [other for other in (*parents, name + files.PARTIAL) if other in known]
+        if taken:
+            raise UsageError(
+                f"{name} cannot be written beside {taken[0]}, which {folder} is to have too: "
+                "rename it or move it away"
+            )
+        longest = max(len(os.fsencode(part)) for part in Path(name + files.PARTIAL).parts)
+        if longest > most or len(os.fsencode(path)) + len(files.PARTIAL) >= _PATH_BYTES:
+            raise UsageError(
+                f"{name} cannot be written in {folder}: its name is too long with "
+                f"{files.PARTIAL}, which is added until it is whole; rename it"
+            )
+        if path.is_dir():
+            raise OtherRunError(f"{path} is a folder, and a file of this name is to be written")
+        for parent in path.parents[: len(parents) - 1]:
+            if parent.exists() and not parent.is_dir():
+                raise OtherRunError(f"{parent} is a file, and a folder of this name is needed")
 
 
 def _index(plan: Plan) -> dict[str, Any]:

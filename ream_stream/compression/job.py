@@ -15,7 +15,7 @@ from ream_stream.calibration.packing import Calibration, read_tokens
 from ream_stream.calibration.token_cache import Request, calibration_of, changed, stored
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.hub import streamed
-from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
+from ream_stream.checkpoint.reader import Checkpoint, check_path, open_checkpoint, vocab_size_of
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
 from ream_stream.files import free_bytes, why_not_writable
 from ream_stream.host_memory import trim
@@ -31,7 +31,7 @@ from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
 
 from .config import RunOptions, check_usage, settings_for
-from .finalize import MANIFEST
+from .finalize import MANIFEST, check_names, output_files
 from .journal import Journal, Workspace, check_fingerprint, load
 from .pipeline import fingerprint
 
@@ -113,6 +113,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     torch.set_num_threads(plan.schedule.threads)
     if not options.any_count:
         check_served(settings.experts, plan.num_experts, plan.routing_groups)
+    check_names(workspace.output if workspace else Path(), output_files(plan))
     if workspace is not None:
         check_disk(plan, workspace.output, workspace.work, begun)
     job = Job(
@@ -191,9 +192,9 @@ def plan_facts(job: Job) -> dict[str, Any]:
 
 
 def notes_of(plan: Plan) -> list[str]:
-    """Return what a server may make of the new number of experts, if it is a new one."""
+    """Return the plan's, and what a server may make of a new number of experts."""
     experts = plan.settings.experts
-    return [] if experts == plan.num_experts else serving_notes(experts)
+    return [*plan.notes, *([] if experts == plan.num_experts else serving_notes(experts))]
 
 
 def forecast_facts(forecast: Forecast) -> dict[str, Any]:
@@ -255,6 +256,7 @@ def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int
 def _journal(workspace: Workspace, *, restart: bool) -> Journal | None:
     """Return the journal of a run to go on with; refuse a folder that is not ours or in use."""
     for folder in (workspace.output, workspace.work):
+        check_path(folder)
         if (reason := why_not_writable(folder)) is not None:
             raise UsageError(f"{folder} cannot be written to: {reason}")
     workspace.check_is_ours()

@@ -23,7 +23,7 @@ from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import LayerPlan, Plan
 
 from .context import Context
-from .finalize import MANIFEST, output_files, write_rest
+from .finalize import MANIFEST, check_names, output_files, write_rest
 from .journal import Journal, LayerRecord, Workspace, check_fingerprint, load, save
 from .layer import compress_layer
 from .output_tensors import Unchanged
@@ -77,9 +77,11 @@ def compress(
         check_fingerprint(journal, wanted, workspace.output)
         plan = replace(plan, schedule=plan.schedule.going_on(journal.schedule))
     else:
+        names = output_files(plan)
+        check_names(workspace.output, names)
         if plan.refits:
             held_back(tokens, plan.settings.seed)  # refuses too few sequences
-        journal = Journal(fingerprint=wanted, schedule=plan.schedule, files=output_files(plan))
+        journal = Journal(fingerprint=wanted, schedule=plan.schedule, files=names)
         save(workspace, journal)
     workspace.check_committed(journal)
     workspace.remove_strays(journal)

@@ -81,7 +81,7 @@ def _left_to_write(
     layout: Layout, scratch_bytes: int, output: Path, begun: Begun | None
 ) -> tuple[int, int]:
     """Return the bytes still to be written in the output, and in the work folder at most."""
-    shards = layout.output_bytes
+    shards = layout.output_bytes + layout.listing_bytes
     work = 2 * layout.boundary_bytes + layout.staged_bytes + scratch_bytes
     work += layout.supply.peak_bytes
     others = layout.source.other_files()

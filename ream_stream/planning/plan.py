@@ -1,5 +1,6 @@
 """What a run will read, write and hold, as data; `planner.py` makes it."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,16 @@ class Layout:
         return sum(shard.nbytes for shard in [*shards, *self.outside])
 
     @property
+    def listing_bytes(self) -> int:
+        """Bytes of config, index, manifest and journal, about, and rather more."""
+        shards = [*(shard for layer in self.layers for shard in layer.shards), *self.outside]
+        nbytes = 4096 + 600 * len(shards) + len(json.dumps(self.config, indent=2))
+        for shard in shards:
+            nbytes += sum(len(tensor.name) + len(shard.name) + 20 for tensor in shard.tensors)
+        # saliencies and groups, in the manifest and in a journal that is replaced
+        return nbytes + 3 * len(self.layers) * (300 + 40 * self.num_experts)
+
+    @property
     def staged_bytes(self) -> int:
         """Bytes of the largest layer, if it is written once more to be refitted."""
         if not self.refits:
@@ -191,6 +202,7 @@ class Layout:
         return {
             "shards": self.output_bytes,
             "other files": sum(path.stat().st_size for path in self.source.other_files()),
+            "index, manifest and journal": self.listing_bytes,
             "hidden states": 2 * self.boundary_bytes,
             "layer before its refit": self.staged_bytes,
             "streamed shards": self.supply.peak_bytes,
