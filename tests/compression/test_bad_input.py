@@ -167,7 +167,7 @@ def test_a_config_of_which_no_model_can_be_made(copy, tmp_path, change):
     ("change", "words"),
     [
         ({"num_hidden_layers": 4}, "lacks model.layers.3"),
-        ({"num_hidden_layers": 10**9}, "says 1000000000 layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"hidden_size": 64}, "has shape"),
         ({"vocab_size": 65}, "embed_tokens.weight has shape|lm_head.weight has shape"),
         ({"moe_intermediate_size": 24}, "experts"),
