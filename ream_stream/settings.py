@@ -250,7 +250,7 @@ def check_settings(settings: Settings, num_experts: int) -> None:
     check_values(settings)
     check_values(method)
     _check_refit(settings)
-    if keep > num_experts:
+    if not 1 <= keep <= num_experts:
         raise UsageError(f"--experts {keep}: the source has {num_experts} experts a layer")
     if method.grouping == "ream" and keep * method.group_size < num_experts:
         smallest = -(-num_experts // keep)

@@ -13,7 +13,7 @@ from .formats.codec import FLOATS
 from .header import TensorEntry
 
 _NUMBERED = re.compile(
-    r"(?P<prefix>.+\.experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<leaf>\w+)(?P<suffix>\.\w+)"
+    r"(?P<prefix>.+\.experts)\.(?P<expert>0|[1-9][0-9]{0,17})\.(?P<leaf>\w+)(?P<suffix>\.\w+)"
 )
 
 NUMBERED = {
