@@ -34,7 +34,7 @@ FAMILIES = ["qwen3_moe", "deepseek_v3", "gpt_oss"]
 def planned(source):
     """Plan; return the plan or the error of ours that it ends in."""
     try:
-        return make_plan(open_checkpoint(source), tiny.settings(6), 4, 12, ram=10**12)
+        return make_plan(open_checkpoint(source), tiny.settings(6), 4, 12)
     except ReamStreamError as error:
         return error
 
