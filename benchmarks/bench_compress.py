@@ -69,8 +69,8 @@ def measure(
     torch.set_num_threads(threads)
     from ream_stream.calibration.tokens import from_tensors
     from ream_stream.checkpoint.reader import open_checkpoint
-    from ream_stream.compression.journal import Workspace
     from ream_stream.compression.pipeline import compress
+    from ream_stream.compression.workspace import Workspace
     from ream_stream.device import compute_dtype
     from ream_stream.planning.planner import make_plan
     from ream_stream.settings import Method, Settings

@@ -47,8 +47,8 @@ from ream_stream.cli.demo.command import FULL, QUICK, SEQUENCE_LENGTH, Amount, w
 from ream_stream.cli.demo.texts import DOMAINS, documents
 from ream_stream.cli.report.figures import pareto_picture, standalone
 from ream_stream.compression.finalize import MANIFEST
-from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.workspace import Workspace
 from ream_stream.evaluation.comparison import Bench
 from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.metrics import Evaluation

@@ -38,8 +38,8 @@ from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.demo.texts import DOMAINS, documents
 from ream_stream.cli.options import PRESETS
-from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.workspace import Workspace
 from ream_stream.events import Event, LayerDone
 from ream_stream.method.saliency import SALIENCIES
 from ream_stream.planning.planner import make_plan

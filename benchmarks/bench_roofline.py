@@ -31,8 +31,8 @@ from torch.nn import functional
 
 from ream_stream.calibration.tokens import Tokens, from_tensors
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
-from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.workspace import Workspace
 from ream_stream.device import compute_dtype
 from ream_stream.events import Finished
 from ream_stream.host_memory import anonymous_bytes, bound_kernel_caches

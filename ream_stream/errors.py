@@ -6,6 +6,9 @@ wrong, where, and what to do. A status that is not listed here means failure.
 
 import errno
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the system says when a disk, a quota or the size that a file may have is used up."""
+
 
 class ReamStreamError(Exception):
     """The run failed; `then` is the line that says how to go on, shown as it is."""
@@ -85,7 +88,7 @@ def of_system(error: BaseException) -> ReamStreamError | None:
     """Return what the system refused as an error of ours; None if that is not what it was."""
     told = sentence(error) if isinstance(error, OSError) else " ".join(str(error).split())
     number = error.errno if isinstance(error, OSError) else None
-    if number in {errno.ENOSPC, errno.EDQUOT}:
+    if number in FULL:
         return OverBudgetError(f"{told}: free some space")
     if number in {errno.EMFILE, errno.ENFILE}:
         return ReamStreamError(f"{told}: raise the limit of open files (ulimit -n)")

@@ -13,23 +13,23 @@ anything of worth and may be deleted at any time.
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 from safetensors.torch import save
 from torch import Tensor
 
 from .checkpoint.background_hasher import Beside
-from .errors import DamagedError, OtherRunError, OverBudgetError, UsageError
+from .errors import FULL, DamagedError, OverBudgetError
+from .file_access import check_folder, open_regular, regular_size
 
 PARTIAL = ".partial"
 LOG_BYTES = 10_000_000
@@ -74,8 +74,19 @@ class Written:
     """Digest of the whole file, hex."""
 
 
-def write_stream(path: Path, parts: Iterable[bytes | memoryview | FileRange]) -> Written:
+def write_stream(
+    path: Path, parts: Iterable[bytes | memoryview | FileRange], partial: Path | None = None
+) -> Written:
     """Write a file part after part; memory is that of the largest part in memory.
+
+    Parameters
+    ----------
+    path
+        Its name when it is whole; what was there is replaced.
+    parts
+        What it is of.
+    partial
+        Its name until then, on the same disk, by default that with `PARTIAL`.
 
     Raises
     ------
@@ -83,7 +94,7 @@ def write_stream(path: Path, parts: Iterable[bytes | memoryview | FileRange]) ->
         The disk is full. Nothing is left under the final name.
     """
     size = 0
-    with _partial(path) as file, Beside(file) as beside:
+    with _partial(path, partial) as file, Beside(file) as beside:
         for part in parts:
             for piece, origin in _pieces(part):
                 # what comes from a file was read for the digest alone
@@ -100,11 +111,11 @@ def write_bytes(path: Path, data: bytes) -> Written:
     return write_stream(path, [data])
 
 
-def write_json(path: Path, value: object) -> Written:
+def write_json(path: Path, value: object, partial: Path | None = None) -> Written:
     """Write a JSON document as people read it: indented, keys in the given order."""
     # what is no text, such as the name of a file that is not UTF-8, becomes JSON's own escape
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    return write_bytes(path, text.encode(errors="backslashreplace"))
+    return write_stream(path, [text.encode(errors="backslashreplace")], partial)
 
 
 def write_tensors(
@@ -123,7 +134,14 @@ def copy_file(source: Path, target: Path) -> Written:
 
 
 def make_directory(path: Path) -> None:
-    """Create a folder and the missing ones above it, durably."""
+    """Create a folder and the missing ones above it, durably.
+
+    Raises
+    ------
+    OtherRunError
+        A link leads to it.
+    """
+    check_folder(path)
     if path.is_dir():
         return
     make_directory(path.parent)
@@ -134,6 +152,7 @@ def make_directory(path: Path) -> None:
 
 def adopt(partial: Path, path: Path) -> None:
     """Sync a file that others wrote on the same disk, then give it its final name."""
+    check_folder(path.parent)
     with space_for(path):
         with partial.open("rb") as file:
             _sync(file.fileno())
@@ -144,16 +163,24 @@ def publish_directory(partial: Path, path: Path) -> None:
     """Sync all files of a folder, then give the folder its final name."""
     for folder, _, names in os.walk(partial):
         for name in names:
-            with Path(folder, name).open("rb") as file:
+            with open_regular(Path(folder, name)) as file:
                 _sync(file.fileno())
         _sync_directory(Path(folder))
     _publish(partial, path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all that is in it; a missing one is no error."""
+    """Delete a file or a folder with all that is in it; a missing one is no error.
+
+    Raises
+    ------
+    OtherRunError
+        A link leads to the folder that it is in. It may itself be a link, which is deleted.
+    """
+    check_folder(path.parent)
     if path.is_dir() and not path.is_symlink():
-        for entry in sorted(path.iterdir()):
+        # what marks a folder as ours has the first name, and goes last
+        for entry in sorted(path.iterdir(), reverse=True):
             remove(entry)
         _remove_empty(path)
     else:
@@ -176,14 +203,29 @@ def same_disk(one: Path, other: Path) -> bool:
     return existing(one).stat().st_dev == existing(other).stat().st_dev
 
 
-def open_log(path: Path, older: Path) -> TextIO:
-    """Open a log for appending; each line reaches the kernel as it is written.
+@contextmanager
+def open_log(path: Path, older: Path) -> Iterator[FileIO]:
+    """Open a log for `append`, for the length of the block.
 
     A large one is put aside as `older` first, in place of the one that was there.
     """
-    if path.is_file() and path.stat().st_size > LOG_BYTES:
+    if (regular_size(path) or 0) > LOG_BYTES:
         _replace(path, older)
-    return path.open("a", encoding="utf-8", buffering=1)
+    file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    size = file.seek(0, os.SEEK_END)
+    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+        append(file, "\n")  # after a line that a full disk cut
+    try:
+        yield file
+    finally:
+        with suppress(OSError):  # which would hide why the block ended
+            file.close()
+
+
+def append(file: FileIO, text: str) -> None:
+    """Write at the end of a log: all of it has reached the kernel when this returns."""
+    with space_for(Path(os.fsdecode(file.name))):
+        _fill(file, text.encode())
 
 
 def scratch_file() -> BinaryIO:
@@ -203,11 +245,12 @@ def space_for(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno not in FULL:
             error.filename = error.filename or str(path)
             raise
         raise OverBudgetError(
-            f"no space left for {path}: free some and run the same command again to resume"
+            f"no space left for {path} ({error.strerror}): free some and run the same command "
+            "again to resume"
         ) from error
 
 
@@ -229,63 +272,6 @@ def why_not_writable(path: Path) -> str | None:
     return None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
 
 
-@contextmanager
-def lock(path: Path) -> Iterator[str | None]:
-    """Hold a lock file for the length of the block.
-
-    The kernel drops the lock with the process, so one left by a dead process
-    does not block. What that process wrote in it is given to the block.
-
-    Raises
-    ------
-    OtherRunError
-        A living process holds it.
-    UsageError
-        The file system has no locks.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in {errno.ENOLCK, errno.ENOTSUP}:
-                raise UsageError(
-                    f"the file system of {path.parent} has no locks: use another --work-dir"
-                ) from error
-            if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
-                raise
-            raise OtherRunError(
-                f"{path.parent} is in use by {file.read().strip() or 'another process'}; "
-                "wait for that run or stop it"
-            ) from None
-        left_by = file.read().strip() or None
-        file.seek(0)
-        file.truncate()
-        with space_for(path):
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        try:
-            yield left_by
-        finally:
-            file.seek(0)
-            file.truncate()
-
-
-def lock_holder(path: Path) -> str | None:
-    """Return who holds a lock file, as it says itself; None if no one does."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
-                    raise
-                return file.read().strip() or "another process"
-    except FileNotFoundError:
-        pass
-    return None
-
-
 def existing(path: Path) -> Path:
     """Return the nearest folder that is there."""
     while not path.exists():
@@ -294,13 +280,15 @@ def existing(path: Path) -> Path:
 
 
 @contextmanager
-def _partial(path: Path) -> Iterator[BinaryIO]:
+def _partial(path: Path, partial: Path | None) -> Iterator[FileIO]:
     """Open ``NAME.partial`` for the block, then sync and publish it under its name."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial or path.with_name(path.name + PARTIAL)
+    check_folder(path.parent)
+    remove(partial)
     with space_for(path):
-        with partial.open("wb") as file:
+        # no buffer: what could not be written would fail again, and hide why, when it is closed
+        with partial.open("xb", buffering=0) as file:
             yield file
-            file.flush()
             _sync(file.fileno())
         _publish(partial, path)
 
@@ -345,11 +333,10 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _copy(file: BinaryIO, size: int, origin: Origin) -> int:
+def _copy(file: FileIO, size: int, origin: Origin) -> int:
     """Let the kernel copy from file to file; return how much of it that did."""
     source, start = origin
     done = 0
-    file.flush()
     try:
         while hasattr(os, "copy_file_range") and done < size:
             copied = os.copy_file_range(
@@ -367,9 +354,10 @@ def _copy(file: BinaryIO, size: int, origin: Origin) -> int:
 # The primitives below are the only calls here that change a disk; the crash tests wrap them.
 
 
-def _fill(file: BinaryIO, piece: bytes | memoryview, origin: Origin | None = None) -> None:
+def _fill(file: FileIO, piece: bytes | memoryview, origin: Origin | None = None) -> None:
     done = _copy(file, len(piece), origin) if origin is not None else 0
-    file.write(memoryview(piece)[done:])
+    while done < len(piece):
+        done += file.write(memoryview(piece)[done:])
 
 
 def _sync(descriptor: int) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+from contextlib import ExitStack
 from functools import cache
 
 # before anything imports huggingface_hub, which reads it once
@@ -58,6 +60,25 @@ def checkpoints(tmp_path_factory):
         return tiny.write_checkpoint(folder / f"{name}-{kind}", name, dtype)
 
     return give
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Give a function that mounts a file system in memory with some options, to be small."""
+    with ExitStack() as stack:
+
+        def mount(options):
+            disk = tmp_path / "disk"
+            disk.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", options, "none", str(disk)]
+            try:
+                subprocess.run(command, capture_output=True, check=True)
+            except (OSError, subprocess.CalledProcessError):
+                pytest.skip("mounting a small disk is not permitted")
+            stack.callback(subprocess.run, ["umount", str(disk)], check=True)
+            return disk
+
+        yield mount
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,7 +3,6 @@ import hashlib
 import os
 import re
 import signal
-import subprocess
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from ream_stream import files
 from ream_stream.checkpoint import background_hasher
 from ream_stream.errors import DamagedError, OtherRunError, OverBudgetError
+from ream_stream.file_lock import lock, lock_holder
 from ream_stream.files import FileRange
 
 
@@ -175,23 +175,8 @@ def test_other_errors_of_the_disk_are_not_called_full(tmp_path, monkeypatch):
         files.write_bytes(tmp_path / "file", b"data")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 64 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)]
-    try:
-        done = subprocess.run(mount, capture_output=True, check=False)
-    except OSError:
-        done = None
-    if done is None or done.returncode:
-        pytest.skip("mounting a small disk is not permitted")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_disk_that_is_really_full_is_over_budget(small_disk):
+def test_a_disk_that_is_really_full_is_over_budget(mounted):
+    small_disk = mounted("size=64k")
     with pytest.raises(OverBudgetError, match="no space left"):
         files.write_stream(small_disk / "file", [bytes(50_000)] * 2)
     assert not (small_disk / "file").exists()
@@ -236,10 +221,10 @@ def test_free_space_is_that_of_the_nearest_folder_there_is(tmp_path):
 
 def test_a_lock_tells_its_holder_to_those_who_do_not_want_it(tmp_path):
     path = tmp_path / "lock"
-    assert files.lock_holder(path) is None
-    with files.lock(path):
-        assert files.lock_holder(path).startswith(f"process {os.getpid()} on ")
-    assert files.lock_holder(path) is None
+    assert lock_holder(path) is None
+    with lock(path):
+        assert lock_holder(path).startswith(f"process {os.getpid()} on ")
+    assert lock_holder(path) is None
     assert files.same_disk(tmp_path / "not" / "there", tmp_path)
 
 
@@ -247,30 +232,30 @@ def test_a_second_process_is_refused_and_told_which_one_holds_the_lock(tmp_path)
     path = tmp_path / "lock"
 
     def second():
-        with pytest.raises(OtherRunError) as caught, files.lock(path):
+        with pytest.raises(OtherRunError) as caught, lock(path):
             pass
         return str(caught.value)
 
-    with files.lock(path) as left_by:
+    with lock(path) as left_by:
         assert left_by is None
         message = run_in_child(second, tmp_path / "report.json").value
     assert f"process {os.getpid()} on " in message
-    with files.lock(path) as left_by:
+    with lock(path) as left_by:
         assert left_by is None
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_and_tells_its_number(tmp_path):
     pid = os.fork()
     if pid == 0:
-        with files.lock(tmp_path / "lock"):
+        with lock(tmp_path / "lock"):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
-    with files.lock(tmp_path / "lock") as left_by:
+    with lock(tmp_path / "lock") as left_by:
         assert re.fullmatch(rf"process {pid} on \S+", left_by)
 
 
 def test_a_lock_whose_run_failed_is_not_taken_for_that_of_a_dead_process(tmp_path):
-    with pytest.raises(RuntimeError), files.lock(tmp_path / "lock"):
+    with pytest.raises(RuntimeError), lock(tmp_path / "lock"):
         raise RuntimeError
-    with files.lock(tmp_path / "lock") as left_by:
+    with lock(tmp_path / "lock") as left_by:
         assert left_by is None

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ream_stream import files
 from ream_stream.errors import UsageError
+from ream_stream.file_access import regular_size
 from ream_stream.parsing import parse_json
 
 from .chat_templates import ChatRenderer
@@ -78,7 +79,15 @@ def store(path: Path, tokens: Tokens, request: Request) -> None:
 
 
 def stored(path: Path, digest: str) -> Tokens | None:
-    """Return stored tokens of this digest; None if they are not there whole."""
+    """Return stored tokens of this digest; None if they are not there whole.
+
+    Raises
+    ------
+    OtherRunError
+        There is something else than a regular file.
+    """
+    if regular_size(path) is None:
+        return None
     try:
         tokens = from_file(path)
     except UsageError:

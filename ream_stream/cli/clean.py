@@ -27,21 +27,26 @@ def clean(output: Path, work_dir: Path | None, *, force: bool, as_json: bool) ->
     \b
         ream-stream clean ./Qwen3-23B
     """
-    from ream_stream import files
-    from ream_stream.compression.job import is_complete, workspace_of
+    from ream_stream.compression.job import is_complete
+    from ream_stream.compression.workspace import workspace_of
     from ream_stream.errors import UsageError
 
     from .console import print_json
 
     workspace = workspace_of(output, work_dir)
     complete = is_complete(workspace)
-    if not workspace.work.is_dir() or not (complete or workspace.journal.is_file()):
+    begun = workspace.has_journal()
+    there = workspace.data.is_dir() or workspace.home.is_dir()
+    if not there or not (complete or begun or workspace.elsewhere()):
         raise UsageError(f"{workspace.work} holds no run of ream-stream")
+    check = workspace.begun if begun else workspace.check_is_of_one_run
+    check()  # before a lock is written anywhere
     if not complete and not force:
         raise UsageError(
             f"the run in {output} is not finished: go on with it, or discard it with --force"
         )
-    with files.lock(workspace.work / "lock"):
+    with workspace.locks():
+        check()
         if not complete:
             workspace.discard()
         workspace.clean()

@@ -64,7 +64,7 @@ def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None
         outcomes = carry_out(bench, trials, console(stderr=True), asked)
     known = comparison_facts(bench, outcomes)
     write_files(
-        output,
+        bench.folder,
         {
             "comparison.json": known,
             "comparison.csv": as_csv(outcomes),
@@ -126,7 +126,9 @@ def sweep(
         bench, grid, trials = _prepare(source, output, names, ComparisonOptions(**values))
         outcomes = carry_out(bench, trials, console(stderr=True), asked)
     known = sweep_facts(bench, grid, outcomes)
-    write_files(output, {"sweep.json": known, "sweep.svg": standalone(pareto_picture(known))})
+    write_files(
+        bench.folder, {"sweep.json": known, "sweep.svg": standalone(pareto_picture(known))}
+    )
     if as_json:
         print_json(known)
         return

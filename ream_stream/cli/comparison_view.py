@@ -34,6 +34,7 @@ from ream_stream.evaluation.config import ComparisonOptions
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
 from ream_stream.evaluation.variants import named, settings_of
 from ream_stream.events import Event, LayerDone, Started
+from ream_stream.file_access import resolved
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import check_values
@@ -97,7 +98,7 @@ def bench_of(
     return Bench(
         source=checkpoint,
         tests=tests,
-        folder=folder,
+        folder=resolved(folder),
         device=where,
         dtype=compute_dtype(options.compute_dtype, checkpoint, where),
         threads=torch.get_num_threads(),

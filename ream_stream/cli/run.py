@@ -39,7 +39,7 @@ def say_start(
 ) -> None:
     """Print the plan, and from where a run goes on."""
     console.print(plan_table(job, options))
-    if restart and job.workspace is not None and job.workspace.journal.is_file():
+    if restart and job.workspace is not None and job.workspace.has_journal():
         console.print("discarding the run that was begun here, because of --restart")
     if job.journal is None or job.workspace is None:
         return

@@ -9,10 +9,10 @@ import click
 from .params import FOLDER, Verb, exit_statuses, json_option, work_dir_option
 
 if TYPE_CHECKING:
-    from ream_stream.compression.journal import Workspace
+    from ream_stream.compression.workspace import Workspace
 
 
-@click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
+@click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 11))
 @click.argument("output", type=FOLDER)
 @work_dir_option
 @json_option
@@ -28,7 +28,7 @@ def status(output: Path, work_dir: Path | None, *, as_json: bool) -> None:
         ream-stream status ./Qwen3-23B
         ream-stream status ./Qwen3-23B --json
     """
-    from ream_stream.compression.job import workspace_of
+    from ream_stream.compression.workspace import workspace_of
 
     from .console import console, facts, print_json
 
@@ -49,14 +49,16 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     """
     from ream_stream.compression.event_log import newest, read_events
     from ream_stream.compression.job import is_complete
-    from ream_stream.compression.journal import load
     from ream_stream.errors import UsageError
 
     holder = workspace.holder()
     complete = is_complete(workspace)
-    if not (workspace.journal.is_file() or holder or complete):
+    begun = workspace.has_journal()
+    if not begun:
+        workspace.check_is_of_one_run()
+    if not (begun or holder or complete):
         raise UsageError(f"{workspace.output} holds no run of ream-stream")
-    journal = load(workspace) if workspace.journal.is_file() else None
+    journal = workspace.begun() if begun else None
     log = newest(read_events(workspace.log))
     started, command = log.get("started", {}), log.get("command", {})
     state = "complete" if complete else "running" if holder else "stopped"

@@ -54,6 +54,7 @@ def make_tokens(
     from ream_stream.calibration.token_cache import calibration_of
     from ream_stream.checkpoint.reader import read_config, vocab_size_of
     from ream_stream.errors import UsageError
+    from ream_stream.file_access import resolved
 
     from .console import columns, console, facts, print_json
 
@@ -64,6 +65,7 @@ def make_tokens(
     vocab_size = vocab_size_of(read_config(checkpoint))
     tokens = read_tokens(wanted, checkpoint, vocab_size=vocab_size)
     if output is not None:
+        output = resolved(output.parent) / output.name
         files.make_directory(output.parent)
         files.write_tensors(output, tokens.tensors(), metadata=tokens.metadata())
     known = describe(tokens, _tokenizer(checkpoint))

@@ -14,7 +14,7 @@ from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
 
-from .journal import Workspace
+from .workspace import Workspace
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ream_stream import files
 from ream_stream.errors import OverBudgetError, ReamStreamError
@@ -21,6 +22,7 @@ from ream_stream.events import (
     Step,
     TakenOver,
 )
+from ream_stream.file_access import last_lines
 from ream_stream.host_memory import anonymous_bytes
 from ream_stream.parsing import parse_json
 
@@ -76,8 +78,8 @@ class Log:
     Each tells the time that is left and the memory in use, for who looks from elsewhere.
     """
 
-    def __init__(self, file: TextIO, path: Path, layer_bytes: Sequence[int] = ()) -> None:
-        self._file, self._path, self._pace = file, path, Pace(layer_bytes)
+    def __init__(self, file: FileIO, layer_bytes: Sequence[int] = ()) -> None:
+        self._file, self._pace = file, Pace(layer_bytes)
         self._begun = self._told = time.monotonic()
 
     def show(self, event: Event) -> None:
@@ -103,8 +105,7 @@ class Log:
         """Append a line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": now, "event": name, **fields}
-        with files.space_for(self._path):
-            self._file.write(json.dumps(line) + "\n")
+        files.append(self._file, json.dumps(line) + "\n")
 
     def end(self, error: ReamStreamError) -> None:
         """Append why the run ends; where the log itself cannot be written, that is known."""
@@ -129,16 +130,13 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
     Those that a kill cut are passed over, and so are those of others' making.
     """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        while line := file.readline(MAX_LINE_BYTES):
-            try:
-                event = parse_json(line, text=False)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and _is_written_so(event):
-                yield event
+    for line in last_lines(path):
+        try:
+            event = parse_json(line, text=False)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and _is_written_so(event):
+            yield event
 
 
 def _is_written_so(event: Mapping[str, Any]) -> bool:
@@ -190,9 +188,6 @@ _FIELDS_OF: Mapping[str, Mapping[str, Callable[[object], bool]]] = {
     "finished": {"seconds": _are_numbers, "peak_anonymous_bytes": _is_number},
 }
 """Of one kind of event, which must have them."""
-
-MAX_LINE_BYTES = 10_000_000
-"""Of a log; that with the plan is the longest."""
 
 
 def newest(events: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

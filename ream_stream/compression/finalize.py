@@ -18,8 +18,9 @@ from ream_stream.checkpoint.source_card import CARD
 from ream_stream.errors import OtherRunError, UsageError
 from ream_stream.planning.plan import Plan
 
-from .journal import Journal, Workspace
+from .journal import Journal
 from .model_card import card
+from .workspace import Workspace
 
 MANIFEST = "ream_stream.json"
 _PATH_BYTES = 4096

@@ -32,10 +32,10 @@ from ream_stream.settings import Settings
 
 from .config import RunOptions, check_usage, settings_for
 from .finalize import MANIFEST, check_names, output_files
-from .journal import Journal, Workspace, check_fingerprint, load
+from .journal import Journal, check_fingerprint
 from .pipeline import fingerprint
-
-WORK_FOLDER = ".ream-stream"
+from .refit_activations import held_back
+from .workspace import Workspace, workspace_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,9 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
     device, vram = _device(options, plans_only=not with_data)
     settings = _settings(options, checkpoint, device)
-    workspace = workspace_of(options.output, options.work_dir) if options.output else None
+    workspace = None
+    if options.output is not None:
+        workspace = workspace_of(options.output, options.work_dir, options.source)
     if options.remote is not None and workspace is not None:
         checkpoint = streamed(checkpoint, options.remote, workspace.streamed)
     journal = None if workspace is None else _journal(workspace, restart=restart)
@@ -125,11 +127,6 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         device=device,
     )
     return _with_forecast(_with_tokens(job, wanted))
-
-
-def workspace_of(output: Path, work_dir: Path | None) -> Workspace:
-    """Return where a run writes."""
-    return Workspace(output=output, work=work_dir or output / WORK_FOLDER)
 
 
 def is_complete(workspace: Workspace) -> bool:
@@ -259,11 +256,10 @@ def _journal(workspace: Workspace, *, restart: bool) -> Journal | None:
         check_path(folder)
         if (reason := why_not_writable(folder)) is not None:
             raise UsageError(f"{folder} cannot be written to: {reason}")
-    workspace.check_is_ours()
-    holder = workspace.holder()
+    journal, holder = workspace.begun(), workspace.holder()
     if holder is not None:
         raise OtherRunError(f"{workspace.work} is in use by {holder}; wait for it or stop it")
-    return None if restart or not workspace.journal.is_file() else load(workspace)
+    return None if restart else journal
 
 
 def _token_file(wanted: Calibration | None, checkpoint: Checkpoint) -> Tokens | None:
@@ -297,6 +293,8 @@ def _with_tokens(job: Job, calibration: Calibration | None) -> Job:
             calibration, source.folder, vocab_size=vocab_size_of(source.config)
         )
         trim()  # a tokenizer takes hundreds of megabytes, which no plan counts
+    if job.plan.refits:
+        held_back(tokens, job.plan.settings.seed)  # refuses too few sequences
     if journal is not None and workspace is not None:
         wanted = fingerprint(job.plan, tokens)
         if differs is not None:

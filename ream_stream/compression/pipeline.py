@@ -24,10 +24,10 @@ from ream_stream.planning.plan import LayerPlan, Plan
 
 from .context import Context
 from .finalize import MANIFEST, check_names, output_files, write_rest
-from .journal import Journal, LayerRecord, Workspace, check_fingerprint, load, save
+from .journal import Journal, LayerRecord, check_fingerprint
 from .layer import compress_layer
 from .output_tensors import Unchanged
-from .refit_activations import held_back
+from .workspace import Workspace
 
 
 def fingerprint(plan: Plan, tokens: Tokens) -> dict[str, Any]:
@@ -70,19 +70,15 @@ def compress(
     InterruptedRunError
         `report` asked to stop; what was committed stays.
     """
-    workspace.check_is_ours()
-    wanted = fingerprint(plan, tokens)
-    if workspace.journal.is_file():
-        journal = load(workspace)
+    journal, wanted = workspace.begun(), fingerprint(plan, tokens)
+    if journal is not None:
         check_fingerprint(journal, wanted, workspace.output)
         plan = replace(plan, schedule=plan.schedule.going_on(journal.schedule))
     else:
         names = output_files(plan)
         check_names(workspace.output, names)
-        if plan.refits:
-            held_back(tokens, plan.settings.seed)  # refuses too few sequences
         journal = Journal(fingerprint=wanted, schedule=plan.schedule, files=names)
-        save(workspace, journal)
+    workspace.claim(journal)
     workspace.check_committed(journal)
     workspace.remove_strays(journal)
     report(Started(layers=len(plan.layers), committed=len(journal.layers)))
@@ -170,7 +166,7 @@ def _layer_that_fits(
         release(context.source.device)
         journal.schedule = schedule.halved()
         context.plan = replace(context.plan, schedule=journal.schedule)
-        save(context.workspace, journal)
+        context.workspace.save(journal)
         report(
             Halved(
                 layer=layer.keys.index,
@@ -208,7 +204,7 @@ def _layer(
         excluded=tuple(number for number in context.excluded if number not in known),
     )
     journal.layers.append(record)
-    save(context.workspace, journal)
+    context.workspace.save(journal)
     files.remove(context.workspace.hidden(index))
     if plan.follows:
         files.remove(context.workspace.original(index))
@@ -240,5 +236,5 @@ def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) 
                 name for tensor in shard.tensors for name in unchanged.origins(tensor.name)
             )
             journal.outside.append(written)
-            save(workspace, journal)
+            workspace.save(journal)
     write_rest(plan, tokens, workspace, journal)

@@ -32,9 +32,9 @@ from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.refit_memory import ACTIVATIONS, KEPT
 
-from .journal import Workspace
 from .refit_activations import RoutedTokens, held_back
 from .refit_solver import Found, LayerRefit
+from .workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -92,16 +92,16 @@ def run(
     start = time.monotonic()
     with ExitStack() as stack:
         left_by = stack.enter_context(workspace.locked())
-        if job.journal is None and not restart and workspace.journal.is_file():
+        if job.journal is None and not restart and workspace.has_journal():
             raise OtherRunError(
                 f"another run began in {workspace.output} meanwhile; run the command again"
             )
-        if restart and workspace.journal.is_file():
+        if restart:
             workspace.discard()
         if job.request is not None and job.journal is None:
             store(workspace.tokens, job.tokens, job.request)
         file = stack.enter_context(files.open_log(workspace.log, workspace.older_log))
-        log = Log(file, workspace.log, job.layer_bytes)
+        log = Log(file, job.layer_bytes)
         known = plan_facts(job)
         log.write("command", {"command": command, "directory": str(Path.cwd())})
         log.write("plan", known)

@@ -19,11 +19,12 @@ import torch
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
-from ream_stream.compression.journal import Workspace, load
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.workspace import HOME, Workspace
 from ream_stream.errors import DamagedError
 from ream_stream.events import Finished, Report, no_report
-from ream_stream.parsing import read_json
+from ream_stream.file_access import read_own_json, regular_size
+from ream_stream.file_lock import claimed
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Settings
@@ -122,12 +123,12 @@ def run_trials(
     OverBudgetError, InterruptedRunError, ReamStreamError
         As the runs and evaluations that it is made of.
     """
-    files.make_directory(bench.folder / "results")
-    with files.lock(bench.folder / "lock"):
+    with claimed(bench.folder):
+        files.make_directory(bench.folder / "results")
         outcomes = []
         for trial in [None, *trials]:
             path = bench.folder / "results" / f"{_key(bench, trial)}.json"
-            if not path.is_file():
+            if regular_size(path) is None:
                 outcome = _carry_out(bench, trial, path.stem, report)
                 files.write_json(path, asdict(outcome))
             # made or not: what a kill left after the numbers were written goes too
@@ -139,7 +140,7 @@ def run_trials(
 
 def _outcome(path: Path) -> Outcome:
     """Read the numbers of a trial."""
-    found = read_json(path, finite=False, text=False)
+    found = read_own_json(path, finite=False)
     try:
         outcome = Outcome(**found)
         list(rows([outcome]))
@@ -228,8 +229,9 @@ def _carry_out(bench: Bench, trial: Trial | None, key: str, report: Report) -> O
     finished: Finished | None = None
     if trial is not None:
         place = _place(bench, key)
-        workspace = Workspace(output=place, work=place / ".ream-stream")
+        workspace = Workspace(output=place, work=place / HOME)
         with workspace.locked():
+            journal = workspace.begun()
             plan = make_plan(
                 bench.source,
                 trial.settings,
@@ -239,7 +241,7 @@ def _carry_out(bench: Bench, trial: Trial | None, key: str, report: Report) -> O
                 threads=bench.threads,
                 output=workspace.output,
                 work=workspace.work,
-                begun=load(workspace).begun() if workspace.journal.is_file() else None,
+                begun=journal.begun() if journal else None,
             )
             finished = compress(
                 plan,

@@ -24,6 +24,7 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import InterruptedRunError, ReamStreamError, UsageError
 from ream_stream.events import Report, Step, no_report
+from ream_stream.file_lock import LOCK, MARK, claimed
 from ream_stream.model.batches import Batches
 from ream_stream.model.families import family_of
 from ream_stream.model.hidden_states import HiddenStates
@@ -272,8 +273,7 @@ def _scratch(
     At the end all is removed but what is to be kept, or, if the block was interrupted,
     what it may go on with. What belongs to other evaluations goes at once.
     """
-    files.make_directory(folder)
-    with files.lock(folder / "lock"):
+    with claimed(folder):
         stays = {passage.folder for passage in passages}
         try:
             _remove_others(folder, stays)
@@ -293,5 +293,5 @@ def _scratch(
 
 def _remove_others(folder: Path, stays: set[Path]) -> None:
     for path in folder.iterdir():
-        if path.name != "lock" and path not in stays:
+        if path.name not in {LOCK, MARK} and path not in stays:
             files.remove(path)

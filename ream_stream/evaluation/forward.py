@@ -20,11 +20,11 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import DamagedError, UsageError
 from ream_stream.events import Report, Step
+from ream_stream.file_access import read_own_json, regular_size
 from ream_stream.model.batches import Batches, advance
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 from ream_stream.model.meta_model import get_tensor
 from ream_stream.model.streamed_model import StreamedModel
-from ream_stream.parsing import read_json
 
 _JOURNAL = "journal.json"
 
@@ -58,8 +58,8 @@ class States:
         self._store = (shape, dtype, batch)
         self.records: list[Any] = []
         path = folder / _JOURNAL
-        if path.is_file():
-            found = read_json(path, finite=False, text=False)
+        if regular_size(path) is not None:
+            found = read_own_json(path, finite=False)
             if not (isinstance(found, dict) and isinstance(found.get("records"), list)):
                 raise DamagedError(f"{path} is damaged: delete {folder} and start over")
             if found.get("fingerprint") == self._fingerprint:

@@ -24,6 +24,7 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import DamagedError, UsageError
 from ream_stream.events import Report, Step, no_report
+from ream_stream.file_lock import claimed
 from ream_stream.model.batches import Batches
 from ream_stream.model.families import family_of
 from ream_stream.model.meta_model import get_tensor
@@ -96,8 +97,7 @@ def layer_errors(
         **conditions(tokens, dtype, device, batch),
     }
     folder = work / "layers"
-    files.make_directory(folder)
-    with files.lock(folder / "lock"):
+    with claimed(folder):
         shape = (tokens.num_sequences, tokens.sequence_length, models[0].hidden_size)
         states = States(folder / "states", told, shape, dtype, batch)
         batches = Batches(tokens, batch)

@@ -17,6 +17,7 @@ from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_siz
 from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
 from ream_stream.events import Evaluating, Report, no_report
+from ream_stream.file_access import resolved
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import check_values
@@ -118,9 +119,10 @@ def measure(
     result: Result | None = None
     errors: tuple[LayerError, ...] = ()
     with ExitStack() as stack:
-        work = options.work_dir or Path(
+        given = options.work_dir or Path(
             stack.enter_context(TemporaryDirectory(prefix="ream-stream-"))
         )
+        work = resolved(given)
         if tokens is not None:
             batch = bench.batch(tokens, bench.checkpoint, original)
             report(Evaluating(name=name))

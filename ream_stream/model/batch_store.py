@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ream_stream import files
 from ream_stream.errors import DamagedError
+from ream_stream.file_access import regular_size
 
 from .hidden_states import create_array, from_bits, to_bits
 
@@ -103,7 +104,7 @@ class _OnDisk:
 
     def get(self, number: int) -> Tensor:
         shape = self._shapes[number]
-        if not (self._path / "c" / str(number) / "0").is_file():
+        if regular_size(self._path / "c" / str(number) / "0") is None:
             raise DamagedError(
                 f"{self._path} lost what was kept of batch {number}: start the run again"
             )

@@ -19,6 +19,7 @@ from zarr.storage import LocalStore
 
 from ream_stream import files
 from ream_stream.errors import DamagedError
+from ream_stream.file_access import check_folder, regular_size
 
 _BITS: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.bfloat16: (torch.uint16, np.uint16),
@@ -26,6 +27,7 @@ _BITS: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.float32: (torch.uint32, np.uint32),
 }
 
+_DESCRIPTION_BYTES = 1 << 16
 _NOT_A_STORE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)
 """What zarr 3.1 raises for a description that is missing or not one."""
 
@@ -112,6 +114,9 @@ class HiddenStates:
     ) -> None:
         self._path, self._dtype, self._batch = path, dtype, batch
         try:
+            check_folder(path)
+            if (regular_size(path / "zarr.json") or 0) > _DESCRIPTION_BYTES:
+                raise ValueError("its description is too large")
             self._array = zarr.open_array(LocalStore(path, read_only=True), mode="r")
             stored = (self._array.shape, self._array.attrs["dtype"])
         except _NOT_A_STORE as error:
@@ -145,7 +150,7 @@ class HiddenStates:
         """Look for the chunks of some sequences; a store may be of larger batches than ours."""
         size = self._array.chunks[0]
         for index in range(start // size, -(-stop // size)):
-            if not (self._path / "c" / str(index) / "0" / "0").is_file():
+            if regular_size(self._path / "c" / str(index) / "0" / "0") is None:
                 raise DamagedError(
                     f"{self._path} lacks hidden states of batch {index}; "
                     "start over with --restart"

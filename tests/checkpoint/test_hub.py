@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ream_stream.__main__ import main
 from ream_stream.checkpoint import hub as product
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.cli.progress import Log
+from ream_stream.compression.event_log import Log
 from ream_stream.errors import DamagedError, InterruptedRunError, ReamStreamError, UsageError
 from ream_stream.events import LayerDone
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,11 +13,12 @@ from safetensors.torch import save_file
 from ream_stream import files
 from ream_stream.__main__ import main
 from ream_stream.cli import progress
-from ream_stream.cli.progress import Log
 from ream_stream.cli.status import gather
-from ream_stream.compression.journal import Workspace
+from ream_stream.compression.event_log import Log
+from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import LayerDone, Started, Step
+from ream_stream.file_lock import lock
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def stop_after_a_layer(patch):
     def tell(log, event):
         show(log, event)
         if isinstance(event, LayerDone):
-            output = log._path.parents[1]
-            seen.append(gather(Workspace(output=output, work=log._path.parent)))
+            work = Path(log._file.name).parent
+            seen.append(gather(Workspace(output=work.parent, work=work)))
             raise InterruptedRunError("stopped for the test")
 
     patch.setattr(Log, "show", tell)
@@ -76,11 +78,12 @@ def test_status_of_a_running_run_tells_layer_time_memory_and_that_it_is_alive(
 
 @pytest.mark.parametrize("jump", [timedelta(days=-9), timedelta(0), timedelta(days=9)])
 def test_what_is_left_is_never_negative_whatever_the_clock_says(tmp_path, jump):
-    workspace = Workspace(output=tmp_path, work=tmp_path)
+    workspace = Workspace(output=tmp_path, work=tmp_path / ".ream-stream")
+    workspace.work.mkdir()
     line = {"event": "started", "layers": 3, "left_seconds": 60.0}
     line["time"] = (datetime.now(UTC) + jump).isoformat()
     workspace.log.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    with files.lock(tmp_path / "lock"):
+    with workspace.locked():
         left = gather(workspace)["left_seconds"]
     assert 0 <= left <= 60
 
@@ -89,7 +92,7 @@ def test_the_log_tells_a_step_of_a_long_phase_now_and_then(tmp_path, monkeypatch
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with files.open_log(tmp_path / "log.jsonl", tmp_path / "old") as file:
-        log = Log(file, tmp_path / "log.jsonl", [10, 10])
+        log = Log(file, [10, 10])
         log.show(Started(layers=2, committed=0))
         for done in range(1, 100):
             now[0] += 1
@@ -106,7 +109,7 @@ def test_a_large_log_is_put_aside_when_it_is_opened_and_a_small_one_goes_on(
     log, older = tmp_path / "log.jsonl", tmp_path / "log.1.jsonl"
     for number in range(8):
         with files.open_log(log, older) as file:
-            file.write(f"{number}" * 39 + "\n")
+            files.append(file, f"{number}" * 39 + "\n")
             # each line is with the kernel before the next
             assert log.read_text(encoding="utf-8").endswith(f"{number}\n")
     assert [line[0] for line in older.read_text(encoding="utf-8").splitlines()] == [*"345"]
@@ -146,7 +149,7 @@ def test_an_unfinished_run_is_cleaned_only_by_force(words, tmp_path, monkeypatch
     left = digests(output)
     assert main(["clean", str(output)]) == 2
     assert digests(output) == left
-    with files.lock(output / ".ream-stream" / "lock"):
+    with lock(output / ".ream-stream" / "lock"):
         assert main(["clean", str(output), "--force"]) == 11
     assert digests(output) == left
     assert main(["clean", str(output), "--force"]) == 0

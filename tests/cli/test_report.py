@@ -17,7 +17,7 @@ from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.report.facts import gather
 from ream_stream.cli.report.figures import heat_map
 from ream_stream.compression.event_log import read_events
-from ream_stream.compression.journal import Workspace
+from ream_stream.compression.workspace import Workspace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

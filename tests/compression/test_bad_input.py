@@ -691,7 +691,7 @@ def test_an_output_that_is_a_file(checkpoints, tmp_path):
     output.write_text("not a folder", encoding="utf-8")
     workspace = tiny.Workspace(output=output, work=tmp_path / "work")
     with pytest.raises(OtherRunError, match="is a file"):
-        workspace.check_is_ours()
+        workspace.begun()
     assert output.read_text(encoding="utf-8") == "not a folder"
 
 

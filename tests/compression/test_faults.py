@@ -8,6 +8,7 @@ raised where Python opens a file, and where `durable` and zarr write.
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import importlib
 import io
 import os
@@ -35,6 +36,7 @@ from ream_stream.cli import console
 from ream_stream.compression import event_log
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import LayerDone
+from ream_stream.file_lock import lock
 from ream_stream.planning.planner import make_plan
 
 # a verb has the name of the module
@@ -183,11 +185,7 @@ def write(name, number):
 
 
 def full_log(case):
-    class Full(io.StringIO):
-        def write(self, _):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    case.patch.setattr(files, "open_log", lambda *_: Full())
+    writes_fail(case.patch, "log.jsonl", errno.ENOSPC)
 
 
 def no_permission(case):
@@ -273,7 +271,7 @@ def clock(jump):
 
 def held(case):
     files.make_directory(case.work)
-    case.undo.enter_context(files.lock(case.work / "lock"))
+    case.undo.enter_context(lock(case.work / "lock"))
 
 
 def left_behind(case):
@@ -284,7 +282,7 @@ def no_locks(case):
     def fail(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    case.patch.setattr(files.fcntl, "flock", fail)
+    case.patch.setattr(fcntl, "flock", fail)
 
 
 def silent(number):

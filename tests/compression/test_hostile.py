@@ -287,7 +287,7 @@ JSON = st.recursive(
 def test_any_json_as_a_journal_is_refused(parsers, value):
     parsers.workspace.journal.write_text(json.dumps(value), encoding="utf-8")
     with pytest.raises(ReamStreamError):
-        journal.load(parsers.workspace)
+        journal.load(parsers.workspace.journal)
 
 
 @given(config=JSON, weight_map=JSON)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from ream_stream import files
 from ream_stream.compression import journal
-from ream_stream.compression.journal import Journal, LayerRecord, Workspace
+from ream_stream.compression.journal import Journal, LayerRecord
+from ream_stream.compression.workspace import DATA, HOME, Workspace
 from ream_stream.errors import DamagedError, OtherRunError
 from ream_stream.files import Written
 from ream_stream.planning.schedule import Schedule, Solver
@@ -64,13 +65,15 @@ def workspace(tmp_path):
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scratch")
-    return Workspace(output=folder, work=folder)
+    made = Workspace(output=folder, work=folder / HOME)
+    files.make_directory(made.work)
+    return made
 
 
 @given(JOURNALS)
 def test_what_is_saved_is_what_is_loaded(scratch, written):
-    journal.save(scratch, written)
-    assert journal.load(scratch) == written
+    journal.save(scratch.journal, written)
+    assert journal.load(scratch.journal) == written
 
 
 def committed(workspace):
@@ -96,7 +99,7 @@ def test_a_damaged_journal_is_named_and_nothing_is_deleted(text, workspace):
     committed(workspace)
     workspace.journal.write_text(text, encoding="utf-8")
     before = sorted(path.name for path in workspace.output.rglob("*"))
-    for attempt in (lambda: journal.load(workspace), workspace.discard):
+    for attempt in (lambda: journal.load(workspace.journal), workspace.discard):
         with pytest.raises(DamagedError, match=r"journal\.json is damaged"):
             attempt()
     assert sorted(path.name for path in workspace.output.rglob("*")) == before
@@ -105,7 +108,7 @@ def test_a_damaged_journal_is_named_and_nothing_is_deleted(text, workspace):
 def test_a_journal_that_names_files_elsewhere_is_damaged(workspace):
     thesis = workspace.output.parent / "thesis.tex"
     thesis.write_text("by hand")
-    journal.save(workspace, replace(committed(workspace), files=("../thesis.tex",)))
+    journal.save(workspace.journal, replace(committed(workspace), files=("../thesis.tex",)))
     with pytest.raises(DamagedError, match="outside the folder"):
         workspace.discard()
     assert thesis.exists()
@@ -114,7 +117,7 @@ def test_a_journal_that_names_files_elsewhere_is_damaged(workspace):
 def test_a_journal_of_another_format_is_another_program_s(workspace):
     workspace.journal.write_text('{"format": 999}')
     with pytest.raises(OtherRunError, match="format 999"):
-        journal.load(workspace)
+        journal.load(workspace.journal)
 
 
 def test_other_settings_are_refused_with_the_fields_that_differ():
@@ -163,16 +166,16 @@ def test_work_may_lie_in_a_folder_with_other_things_which_stay(tmp_path):
     workspace = Workspace(output=tmp_path / "output", work=scratch)
     with workspace.locked():
         saved = committed(workspace)
-        journal.save(workspace, saved)
+        workspace.claim(saved)
         workspace.hidden(1).mkdir()
         (workspace.output / "config.json.partial").write_text("{")
         workspace.remove_strays(saved)
         assert not workspace.hidden(1).exists()
-        assert [path.name for path in workspace.output.iterdir()] == [saved.files[0]]
+        assert {path.name for path in workspace.output.iterdir()} == {saved.files[0], HOME}
         workspace.discard()
-    assert list(workspace.output.iterdir()) == []
-    left = {path.name for path in scratch.iterdir()}
-    assert left == {"results.csv", "log.txt", "lock"}
+    assert {path.name for path in workspace.output.rglob("*")} == {HOME, "lock"}
+    left = {path.name for path in scratch.rglob("*")}
+    assert left == {"results.csv", "log.txt", DATA, "lock"}
 
 
 def test_discarding_takes_the_folders_it_made_and_leaves_those_with_other_things(workspace):
@@ -180,7 +183,15 @@ def test_discarding_takes_the_folders_it_made_and_leaves_those_with_other_things
     for name in [*made, "c/notes.txt"]:
         (workspace.output / name).parent.mkdir(parents=True, exist_ok=True)
         (workspace.output / name).write_text("text")
-    journal.save(workspace, replace(committed(workspace), files=made))
+    begun = replace(committed(workspace), layers=[], files=(*made, "model.safetensors"))
+    workspace.claim(begun)
+    for record in (begun, replace(begun, files=made)):
+        journal.save(workspace.journal, record)
+        if record is begun:
+            # what is written last is there, and a shard is not
+            with pytest.raises(OtherRunError, match=r"one\.jinja is not of the run"):
+                workspace.discard()
+            assert (workspace.output / made[0]).exists()
     workspace.discard()
     assert not (workspace.output / "a").exists()
     assert [path.name for path in (workspace.output / "c").iterdir()] == ["notes.txt"]
@@ -188,13 +199,13 @@ def test_discarding_takes_the_folders_it_made_and_leaves_those_with_other_things
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/a", "a/../b", "../a", "a//b", "a/", "./a"])
 def test_a_journal_that_names_a_file_in_an_unusual_way_is_not_believed(workspace, name):
-    journal.save(workspace, replace(committed(workspace), files=(name,)))
+    journal.save(workspace.journal, replace(committed(workspace), files=(name,)))
     with pytest.raises(DamagedError, match="outside the folder"):
-        journal.load(workspace)
+        journal.load(workspace.journal)
 
 
 def test_the_journal_is_a_document_people_can_read(workspace):
-    journal.save(workspace, committed(workspace))
+    journal.save(workspace.journal, committed(workspace))
     text = workspace.journal.read_text(encoding="utf-8")
     assert json.loads(text)["layers"][0]["shards"][0]["size"] == 4
     assert text.startswith(f'{{\n  "format": {journal.FORMAT},\n')
@@ -203,12 +214,12 @@ def test_the_journal_is_a_document_people_can_read(workspace):
 @given(position=st.integers(0, 10**6), value=st.integers(0, 255))
 def test_a_journal_with_a_changed_byte_is_refused_or_says_the_same(scratch, position, value):
     written = committed(scratch)
-    journal.save(scratch, written)
+    journal.save(scratch.journal, written)
     data = bytearray(scratch.journal.read_bytes())
     data[position % len(data)] = value
     scratch.journal.write_bytes(data)
     try:
-        loaded = journal.load(scratch)
+        loaded = journal.load(scratch.journal)
     except (DamagedError, OtherRunError):
         return
     assert loaded == written

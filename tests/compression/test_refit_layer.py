@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.refit_activations import held_back
+from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import OverBudgetError, UnsupportedModelError, UsageError
 from ream_stream.events import LayerDone, Step
 from ream_stream.model.attention_cache import main_output

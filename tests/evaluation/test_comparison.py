@@ -44,6 +44,7 @@ from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
 from ream_stream.evaluation.variants import SETS, VARIANTS, named, settings_of
 from ream_stream.events import Finished, LayerDone, Step
+from ream_stream.file_lock import MARK
 from ream_stream.planning import allocation
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
@@ -110,7 +111,8 @@ def test_the_original_is_run_once_and_compressed_checkpoints_are_removed(made):
     assert len(evaluated) == 3 * 5
     # four layers of the original, and of each output three on the way and four measured
     assert sum(isinstance(e, Step) and e.phase == "propagate" for e in events) == 4 + 2 * 7
-    assert sorted(path.name for path in job.folder.iterdir()) == ["lock", "results", "trials"]
+    left = sorted(path.name for path in job.folder.iterdir())
+    assert left == [MARK, "lock", "results", "trials"]
     assert list((job.folder / "trials").iterdir()) == []
 
 

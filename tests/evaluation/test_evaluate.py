@@ -27,6 +27,7 @@ from ream_stream.evaluation.layer_errors import layer_errors
 from ream_stream.evaluation.memory import plan_evaluation
 from ream_stream.evaluation.metrics import effective_rank
 from ream_stream.events import Step
+from ream_stream.file_lock import MARK
 from ream_stream.host_memory import gauge
 from ream_stream.model.streamed_model import StreamedModel
 
@@ -210,6 +211,9 @@ def test_what_a_killed_evaluation_left_is_removed_by_the_next(tmp_path):
     left = tmp_path / "evaluate" / "3.partial"
     left.mkdir(parents=True)
     (left / "chunk").write_bytes(b"x")
+    with pytest.raises(OtherRunError, match=r"not of ream-stream \(for example 3\.partial\)"):
+        streamed(CHECKPOINT, demo_tokens(2, 8), tmp_path)
+    (tmp_path / "evaluate" / MARK).touch()
     result = streamed(CHECKPOINT, demo_tokens(2, 8), tmp_path)
     assert result.predicted == 14
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from ream_stream.compression.journal import Journal, Workspace
+from ream_stream.compression.journal import Journal
+from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import DamagedError
 from ream_stream.model.batch_store import keeping
 

@@ -9,8 +9,9 @@ import torch
 from reports import StopAt, stop_when
 from safetensors.torch import load_file
 
-from ream_stream.compression.journal import Workspace, load
+from ream_stream.compression.journal import load
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import OverBudgetError
 from ream_stream.events import Halved, LayerDone, Step
 from ream_stream.model.expert_blocks import cut_experts
@@ -153,7 +154,7 @@ def test_a_run_goes_on_with_the_blocks_it_began_with(done, tmp_path):
         leave = stop_when(lambda event: isinstance(event, LayerDone))
         with pytest.raises(StopAt):
             compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, report=leave)
-    assert load(workspace).schedule.expert_blocks == 3
+    assert load(workspace.journal).schedule.expert_blocks == 3
     again = tiny.run_plan(tiny.scheduled(whole.plan, expert_blocks=1), whole.tokens, output)
     assert again.files() == whole.files()
     assert not list((output / ".ream-stream").glob("scratch-*"))

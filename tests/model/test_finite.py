@@ -9,7 +9,7 @@ import torch
 from tiny import settings, some_tokens
 
 from ream_stream.calibration.tokens import from_tensors
-from ream_stream.compression import journal, layer, observer, pipeline, refit_layer
+from ream_stream.compression import journal, layer, observer, refit_layer
 from ream_stream.compression.refit_activations import held_back
 from ream_stream.errors import NumbersError
 from ream_stream.events import LayerDone
@@ -56,7 +56,7 @@ def test_weights_that_are_no_numbers_are_named_and_what_was_done_stays(
     index = int(name.split(".")[2]) if "layers" in name else 0
     assert f"(found at layer {index})" in str(caught.value)
     workspace = tiny.Workspace(output=tmp_path / "out", work=tmp_path / "out" / ".ream-stream")
-    assert len(journal.load(workspace).layers) == index
+    assert len(journal.load(workspace.journal).layers) == index
 
 
 class Overflowing:
@@ -167,7 +167,7 @@ def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
 
 def test_exclusions_are_the_same_after_a_stop(checkpoints, tmp_path, monkeypatch):
     tokens, source = some_tokens(SEQUENCES, 12), checkpoints("olmoe")
-    plan, save = in_threes(source, tokens), pipeline.save
+    plan, save = in_threes(source, tokens), tiny.Workspace.save
     Overflowing(monkeypatch, [(0, 4), (1, 7)], tokens)
     whole = tiny.run_plan(plan, tokens, tmp_path / "whole")
 
@@ -177,7 +177,7 @@ def test_exclusions_are_the_same_after_a_stop(checkpoints, tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "save", stop)
+        patch.setattr(tiny.Workspace, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             tiny.run_plan(plan, tokens, tmp_path / "out")
     again = tiny.run_plan(plan, tokens, tmp_path / "out")

@@ -18,8 +18,8 @@ import torch
 
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.workspace import Workspace
 from ream_stream.events import LayerDone
 from ream_stream.model.experts import ExpertWeights
 from ream_stream.planning import allocation, planner

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import Tokens, from_tensors
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
-from ream_stream.compression.journal import Workspace
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.workspace import Workspace
 from ream_stream.events import Event, LayerDone
 from ream_stream.model.hidden_states import HiddenStates
 from ream_stream.model.streamed_model import Batch, StreamedModel

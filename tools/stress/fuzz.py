@@ -31,7 +31,8 @@ from ream_stream.checkpoint import header, reader
 from ream_stream.checkpoint.header import read_header
 from ream_stream.checkpoint.reader import INDEX, open_checkpoint
 from ream_stream.compression import journal
-from ream_stream.compression.journal import Journal, LayerRecord, Workspace
+from ream_stream.compression.journal import Journal, LayerRecord
+from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import ReamStreamError
 from ream_stream.planning.schedule import Schedule, Solver
 
@@ -117,7 +118,7 @@ class Parsers:
         saved = Journal(
             fingerprint={"seed": 0}, schedule=schedule, files=("a",), layers=[record]
         )
-        journal.save(self.workspace, saved)
+        journal.save(self.workspace.journal, saved)
         self.documents: dict[str, Any] = {
             "header": HEADER,
             "config": CONFIG,
@@ -132,7 +133,7 @@ class Parsers:
             _guarded(lambda: read_header(self.shard), data)
         elif name == "journal":
             self.workspace.journal.write_bytes(data)
-            _guarded(lambda: journal.load(self.workspace), data)
+            _guarded(lambda: journal.load(self.workspace.journal), data)
         else:
             self.shard.write_bytes(header_bytes(HEADER))
             (self.folder / "config.json").write_bytes(_dump(CONFIG))

@@ -25,8 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import Tokens, from_tensors
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.compression.journal import Workspace, load
+from ream_stream.compression.journal import load
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.workspace import Workspace
 from ream_stream.model import streamed_model
 from ream_stream.model.meta_model import build_skeleton
 from ream_stream.planning.plan import Plan
@@ -135,7 +136,7 @@ def main() -> int:
             killed += 1
             before = committed
             if workspace.journal.is_file():
-                committed = len(load(workspace).layers)
+                committed = len(load(workspace.journal).layers)
             idle += committed == before
         same = digests(output) == digests(folder / "control")
     print(f"{asked.layers} layers, undisturbed {took:.1f} s")

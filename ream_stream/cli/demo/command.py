@@ -17,12 +17,15 @@ from ream_stream.cli.report.page import page
 from ream_stream.cli.run import run
 from ream_stream.cli.signals import stop_requests, stopping
 from ream_stream.compression.config import RunOptions
-from ream_stream.compression.job import prepare, workspace_of
+from ream_stream.compression.job import prepare
+from ream_stream.compression.workspace import workspace_of
 from ream_stream.errors import DamagedError
 from ream_stream.evaluation.config import ScoreOptions
 from ream_stream.evaluation.metrics import Evaluation, finite
 from ream_stream.evaluation.session import measure
 from ream_stream.evaluation.verify import verify
+from ream_stream.file_access import resolved
+from ream_stream.file_lock import claimed
 from ream_stream.units import format_seconds, format_size
 
 from . import CHECKPOINT
@@ -77,24 +80,27 @@ def demonstrate(folder: Path, console: Console, *, quick: bool) -> dict[str, Mea
     ------
     DamagedError
         An output does not pass its verification.
+    OtherRunError
+        The folder has files that are not of a demo.
     """
-    amount = QUICK if quick else FULL
-    source = folder / ORIGINAL
-    files.make_directory(source)
-    for path in sorted(CHECKPOINT.iterdir()):
-        files.copy_file(path, source / path.name)
-    tests = write_texts(folder, amount)
-    made = {name: _compress(folder, name, console) for name in METHODS}
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    measured = {
-        ORIGINAL: Measured(
-            folder=source, num_bytes=size, seconds=None, peak_bytes=None, scores={}
-        ),
-        **made,
-    }
-    scores = _score(folder, tests, console)
-    write_report(folder)
-    return {name: replace(each, scores=scores[name]) for name, each in measured.items()}
+    amount, folder = QUICK if quick else FULL, resolved(folder)
+    with claimed(folder):
+        source = folder / ORIGINAL
+        files.make_directory(source)
+        for path in sorted(CHECKPOINT.iterdir()):
+            files.copy_file(path, source / path.name)
+        tests = write_texts(folder, amount)
+        made = {name: _compress(folder, name, console) for name in METHODS}
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        measured = {
+            ORIGINAL: Measured(
+                folder=source, num_bytes=size, seconds=None, peak_bytes=None, scores={}
+            ),
+            **made,
+        }
+        scores = _score(folder, tests, console)
+        write_report(folder)
+        return {name: replace(each, scores=scores[name]) for name, each in measured.items()}
 
 
 def write_texts(folder: Path, amount: Amount) -> dict[str, Path]:

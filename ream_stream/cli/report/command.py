@@ -16,7 +16,7 @@ from ream_stream.cli.params import (
 )
 
 
-@click.command("report", cls=Verb, epilog=exit_statuses(0, 1, 2, 3))
+@click.command("report", cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 11))
 @click.argument("output", type=FOLDER)
 @option(
     "Content",
@@ -59,8 +59,9 @@ def report(
     """
     from ream_stream import files
     from ream_stream.cli.console import console, print_json
-    from ream_stream.compression.job import workspace_of
+    from ream_stream.compression.workspace import workspace_of
     from ream_stream.errors import DamagedError
+    from ream_stream.file_access import resolved
 
     from .facts import gather, without_matrices
     from .page import page
@@ -72,8 +73,9 @@ def report(
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         told = " or ".join(map(str, (*results, workspace.log)))
         raise DamagedError(f"{told} is not as it was written: {error!r}") from error
-    files.make_directory(html.parent)
-    files.write_bytes(html, text.encode(errors="backslashreplace"))
+    page_file = resolved(html.parent) / html.name
+    files.make_directory(page_file.parent)
+    files.write_bytes(page_file, text.encode(errors="backslashreplace"))
     if as_json:
         print_json(without_matrices(facts))
     else:

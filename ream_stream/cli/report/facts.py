@@ -12,10 +12,11 @@ from ream_stream import __version__
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.event_log import read_events
 from ream_stream.compression.finalize import MANIFEST
-from ream_stream.compression.journal import Workspace
 from ream_stream.compression.manifest import LayerGroups, Manifest, read_manifest
+from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.pareto import correlation
+from ream_stream.file_access import regular_size
 from ream_stream.parsing import read_object
 
 _KINDS = ("comparison", "sweep")
@@ -40,6 +41,8 @@ def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
         A file of results is none.
     """
     manifest = read_manifest(workspace.output / MANIFEST)
+    if workspace.data.is_dir():
+        workspace.check_is_of_one_run()
     events = list(read_events(workspace.log))
     plans = [each for each in events if each["event"] == "plan"]
     plan = plans[-1] if plans else {}
@@ -151,6 +154,8 @@ def _domain_correlations(layer: LayerGroups) -> dict[str, float | None]:
 def _statistics(path: Path) -> dict[str, Any]:
     """Return similarities and what alignment gained, if the work folder still knows them."""
     known: dict[str, Any] = {"similarity": None, "aligned": []}
+    if regular_size(path) is None:
+        return known
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
