@@ -158,7 +158,7 @@ class Workspace:
         Raises
         ------
         OtherRunError
-            They hold something else, or a living process is at work in one of them.
+            They hold something else, or a living process is at work in them.
         """
         self.begun()
         with self.locks() as left_by:
@@ -340,20 +340,17 @@ class Workspace:
         shards = {shard.name for shard in journal.shards()}
         names = [name for name in journal.files if name not in shards]
         early = [name for name in names if not name.endswith(_WEIGHTS)]
-        if len(early) < len(names) and (found := self._first_of(early)) is not None:
+        found = [path for name in early if os.path.lexists(path := self.output / name)]
+        if len(early) < len(names) and found:
             raise OtherRunError(
-                f"{found} is not of the run in {self.work}, which has not come to it yet; move "
-                "it away"
+                f"{found[0]} is not of the run in {self.work}, which has not come to it yet: "
+                "move it away"
             )
         for path, told, size in () if placed else self._other_sizes(journal):
             raise OtherRunError(
                 f"{path} should have {told} bytes and has {size or 'none'}: {here} is not the "
                 f"folder of the run in {self.work}, or was not moved whole"
             )
-
-    def _first_of(self, names: Iterable[str]) -> Path | None:
-        paths = (self.output / name for name in names)
-        return next((path for path in paths if os.path.lexists(path)), None)
 
     def _other_sizes(self, journal: Journal) -> Iterator[tuple[Path, int, int | None]]:
         """Yield the files that are not as the journal says: the size in it, and on the disk."""
@@ -381,7 +378,7 @@ def workspace_of(output: Path, work_dir: Path | None, source: Path | None = None
     if work != made.home:
         if _is_in(work, output):
             raise UsageError(
-                f"--work-dir {work_dir} lies in OUTPUT: leave it out, for the work folder is in "
+                f"--work-dir {work_dir} lies in OUTPUT: leave it out, as the work folder is in "
                 "OUTPUT then, or give a folder elsewhere"
             )
         if _is_in(output, made.journal) or _is_in(output, made.data):
