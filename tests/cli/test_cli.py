@@ -295,6 +295,7 @@ def test_the_resume_command_does_not_discard_what_there_is(
     assert "--restart" not in err.partition("resume with: ")[2]
 
 
+@pytest.mark.slow
 def test_the_process_itself_ends_with_130_on_ctrl_c(words, tmp_path):
     code = (
         "import os, signal, sys\n"

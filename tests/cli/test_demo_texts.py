@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ream_stream.cli import demo
-from ream_stream.cli.demo import problems, texts
+from ream_stream.cli.demo import CHECKPOINT, problems, texts
 
 SPLITS: tuple[texts.Split, ...] = ("calibration", "test")
 
@@ -65,6 +64,6 @@ def test_generated_roots_solve_their_equations():
 
 
 def test_the_packaged_checkpoint_is_whole():
-    index = json.loads((demo.CHECKPOINT / "model.safetensors.index.json").read_text("utf-8"))
+    index = json.loads((CHECKPOINT / "model.safetensors.index.json").read_text("utf-8"))
     shards = set(index["weight_map"].values())
-    assert {path.name for path in demo.CHECKPOINT.glob("*.safetensors")} == shards
+    assert {path.name for path in CHECKPOINT.glob("*.safetensors")} == shards

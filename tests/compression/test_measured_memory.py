@@ -146,7 +146,7 @@ def measured(tmp_path_factory):
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(measured):
-    few, many = measured(4, "bfloat16"), measured(16, "bfloat16")
+    few, many = measured(4, "float32"), measured(16, "float32")
     assert abs(many["peak"] - few["peak"]) < LAYER_BYTES, (few, many)
     # nor from layer to layer, once libraries have what they load when first used
     assert max(many["layers"][10:]) - max(many["layers"][4:10]) < LAYER_BYTES / 4, many
@@ -155,11 +155,13 @@ def test_memory_does_not_grow_with_the_number_of_layers(measured):
 @pytest.mark.parametrize(
     ("layers", "experts", "dtype"),
     [
-        (4, 32, "bfloat16"),
-        (16, 32, "bfloat16"),
+        (4, 32, "float32"),
+        (16, 32, "float32"),
+        # products in bf16 take ten times as long where the processor has none
+        pytest.param(4, 32, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(16, 32, "bfloat16", marks=pytest.mark.slow),
         pytest.param(4, 128, "bfloat16", marks=pytest.mark.slow),
         pytest.param(4, 8, "bfloat16", marks=pytest.mark.slow),
-        pytest.param(4, 32, "float32", marks=pytest.mark.slow),
         pytest.param(64, 8, "bfloat16", marks=pytest.mark.slow),
         pytest.param(64, 32, "bfloat16", marks=pytest.mark.slow),
         pytest.param(16, 128, "float32", marks=pytest.mark.slow),
@@ -168,8 +170,9 @@ def test_memory_does_not_grow_with_the_number_of_layers(measured):
 def test_memory_stays_within_the_plan(layers, experts, dtype, measured):
     told = measured(layers, dtype, experts=experts)
     assert told["peak"] <= told["planned"], told
-    # the plan is a promise, not an excuse
-    assert told["planned"] - told["base"] < 4 * (told["peak"] - told["base"]), told
+    # the plan is a promise, not an excuse: what it is made for is really taken
+    working = max(size for part, size in told["parts"].items() if part.startswith("work: "))
+    assert told["peak"] - told["base"] > working / 2, told
 
 
 @pytest.mark.slow
@@ -179,7 +182,7 @@ def test_memory_stays_within_the_plan_of_a_refit(measured):
     assert told["peak"] <= told["planned"], told
 
 
-def with_budgets(measured, layers=4, experts=8):
+def with_budgets(measured, layers=2, experts=8):
     """Runs in float32 throughout, with a budget so many bytes above what Python takes."""
     return [
         measured(layers, "float32", "--room", room, experts=experts, stored=torch.float32)
@@ -269,7 +272,7 @@ def test_attention_is_kept_only_where_there_is_room(planner):
 
 
 def test_the_reported_peak_is_the_measured_one(measured):
-    told = measured(16, "bfloat16")
+    told = measured(16, "float32")
     assert abs(told["reported"] - told["peak"]) < LAYER_BYTES / 4
 
 

@@ -18,11 +18,11 @@ from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.streamed_model import Batch, StreamedModel
 
 FAMILIES = tiny.families()
-STORED_AND_RUN = [
-    pytest.param(torch.bfloat16, torch.bfloat16, id="bf16"),
-    pytest.param(torch.bfloat16, torch.float32, id="bf16-run-in-fp32"),
-    pytest.param(torch.float32, torch.float32, id="fp32"),
-]
+STORED_AND_RUN = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-run-in-fp32": (torch.bfloat16, torch.float32),
+    "fp32": (torch.float32, torch.float32),
+}
 
 
 def batches():
@@ -41,8 +41,7 @@ def batches():
     yield "one padded on the left", ids_BL[:1], left_BL[2:3]
 
 
-@pytest.mark.parametrize(("stored", "run_in"), STORED_AND_RUN)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "stored", "run_in"), tiny.families_in(STORED_AND_RUN))
 def test_every_boundary_and_the_logits_have_the_bits_of_transformers(
     checkpoints, name, stored, run_in
 ):

@@ -541,13 +541,27 @@ SELDOM = (
     "phimoe",
     "qwen3_5_moe_text",
 )
-"""Families that share router and layout with another, tried with the slow tests."""
+"""Families that share router and layout with another: most is tried with the slow tests."""
 
 
 def families() -> list[Any]:
     """All families, as parameters of a test."""
     slow = pytest.mark.slow
     return [pytest.param(n, marks=slow) if n in SELDOM else n for n in sorted(TINY)]
+
+
+def families_in(kinds: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """All families in the first kind and the others in all, as parameters of a test."""
+    return [
+        pytest.param(
+            name,
+            *values,
+            id=f"{name}-{kind}",
+            marks=[pytest.mark.slow] if name in SELDOM and kind != next(iter(kinds)) else [],
+        )
+        for name in sorted(TINY)
+        for kind, values in kinds.items()
+    ]
 
 
 def write_checkpoint(folder: Path, name: str, dtype: torch.dtype, **changes: Any) -> Path:
