@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .expert_layouts import find_experts
 from .expert_stack import ExpertStack, Send, one_of, stay
 from .formats import Plain, Stored
 from .header import Stamp, TensorEntry, read_header
+from .quantized import find_quantized
 from .read_ahead import ReadAhead
 
 INDEX = "model.safetensors.index.json"
@@ -106,7 +108,7 @@ class MappedTensors:
         return stored.codec.decode(parts, stored.rows, stored.cols, dtype)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: what is found in headers is kept
 class Checkpoint:
     """What a checkpoint folder holds, known from its headers alone."""
 
@@ -158,9 +160,15 @@ class Checkpoint:
         every = [value for _, value in self.described()]
         return every[0] if every else None
 
-    def experts(self) -> dict[str, ExpertStack]:
-        """Return the stacks of routed experts, by prefix; see `find_experts`."""
+    @cached_property
+    def experts(self) -> Mapping[str, ExpertStack]:
+        """The stacks of routed experts, by prefix; see `find_experts`."""
         return find_experts(self.entries, self.quantization)
+
+    @cached_property
+    def quantized(self) -> Mapping[str, Stored]:
+        """The matrices that are not stored as floats; see `find_quantized`."""
+        return find_quantized(self.entries, self.quantization)
 
     @contextmanager
     def open(self) -> Iterator[MappedTensors]:

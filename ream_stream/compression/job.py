@@ -143,7 +143,7 @@ def num_experts(checkpoint: Checkpoint) -> int:
         The model is of no known family, or dense.
     """
     family_of(checkpoint.config)
-    stacks = checkpoint.experts().values()
+    stacks = checkpoint.experts.values()
     if not stacks:
         raise UnsupportedModelError(f"{checkpoint.folder} is a dense model: it has no experts")
     return max(stack.count for stack in stacks)

@@ -19,7 +19,6 @@ from ream_stream.errors import OverBudgetError
 from ream_stream.events import Finished, Halved, LayerDone, Report, Started, no_report
 from ream_stream.host_memory import Gauge, gauge, return_freed_memory
 from ream_stream.model.finite import Excluded
-from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import LayerPlan, Plan
 
 from .context import Context
@@ -128,9 +127,10 @@ def _open(  # the parts of a context, each given once
     device: torch.device,
     stack: ExitStack,
 ) -> Context:
-    """Build both models and open what is outside their layers."""
-    source = StreamedModel(plan.kept, plan.dtype, device)
-    output = StreamedModel(plan.output_checkpoint(workspace.output), plan.dtype, device)
+    """Move both models to the device and open what is outside their layers."""
+    source, output = plan.source_model, plan.output_model
+    source.move(plan.kept, device)
+    output.move(plan.output_checkpoint(workspace.output), device)
     stack.enter_context(source.open_outside())
     stack.enter_context(output.open_outside())
     return Context(

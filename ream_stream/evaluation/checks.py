@@ -47,7 +47,7 @@ class Subject:
     @cached_property
     def stacks(self) -> Mapping[str, ExpertStack]:
         """Its experts by prefix, wherever they are in the model."""
-        return self.checkpoint.experts()
+        return self.checkpoint.experts
 
     @property
     def family(self) -> Family:

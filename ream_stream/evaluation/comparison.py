@@ -125,11 +125,12 @@ def run_trials(
     """
     with claimed(bench.folder):
         files.make_directory(bench.folder / "results")
-        outcomes = []
+        outcomes, batch = [], 0
         for trial in [None, *trials]:
             path = bench.folder / "results" / f"{_key(bench, trial)}.json"
             if regular_size(path) is None:
-                outcome = _carry_out(bench, trial, path.stem, report)
+                batch = batch or _evaluated_at_once(bench)
+                outcome = _carry_out(bench, trial, path.stem, batch, report)
                 files.write_json(path, asdict(outcome))
             # made or not: what a kill left after the numbers were written goes too
             files.remove(_place(bench, path.stem))
@@ -223,7 +224,15 @@ MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
 """Numbers of a trial, from `Result.facts`; the original is as good as itself."""
 
 
-def _carry_out(bench: Bench, trial: Trial | None, key: str, report: Report) -> Outcome:
+def _evaluated_at_once(bench: Bench) -> int:
+    """Return the batch of all evaluations: the original's states are used again."""
+    both, ram = [bench.source] * 2, bench.budgets.ram
+    return plan_evaluation(both, bench.tests, bench.dtype, ram).batch_sequences
+
+
+def _carry_out(
+    bench: Bench, trial: Trial | None, key: str, batch: int, report: Report
+) -> Outcome:
     """Make one trial, or measure the original."""
     checkpoint: Checkpoint = bench.source
     finished: Finished | None = None
@@ -251,8 +260,6 @@ def _carry_out(bench: Bench, trial: Trial | None, key: str, report: Report) -> O
                 report=report,
             )
         checkpoint = open_checkpoint(place)
-    # the same batch for all: the original's states are used again
-    batch = plan_evaluation([bench.source] * 2, bench.tests, bench.dtype, bench.budgets.ram)
     result = evaluate(
         checkpoint,
         bench.tests,
@@ -260,7 +267,7 @@ def _carry_out(bench: Bench, trial: Trial | None, key: str, report: Report) -> O
         dtype=bench.dtype,
         device=bench.device,
         original=None if trial is None else bench.source,
-        batch_sequences=batch.batch_sequences,
+        batch_sequences=batch,
         keep_original=True,
         report=report,
     )

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 
 from ream_stream.checkpoint.formats import Modules, named_modules
 from ream_stream.checkpoint.formats.codec import FLOATS
-from ream_stream.checkpoint.quantized import find_quantized
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.model.mtp import find_mtp
 
@@ -19,7 +18,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 def format_problems(checkpoint: Checkpoint) -> Iterator[str]:
     """Compare whether there are quantized tensors with whether the config tells of any."""
     described = list(checkpoint.described())
-    quantized = find_quantized(checkpoint.entries, checkpoint.quantization)
+    quantized = checkpoint.quantized
     if quantized and not described:
         yield f"{min(quantized)} is quantized, config.json has no quantization_config"
     if described and not quantized:

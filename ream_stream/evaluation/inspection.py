@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.manifest import read_manifest
@@ -78,10 +79,11 @@ def inspect(path: str | Path) -> Inspection:
     DamagedError
         Its headers, or the manifest of an output, are not what they should be.
     """
-    checkpoint, stacks, reason = open_checkpoint(Path(path)), {}, None
+    checkpoint, reason = open_checkpoint(Path(path)), None
+    stacks: Mapping[str, ExpertStack] = {}
     text = text_config(checkpoint.config)
     try:
-        stacks = checkpoint.experts()
+        stacks = checkpoint.experts
         family_of(checkpoint.config)
         if not stacks:
             reason = "it has no experts"

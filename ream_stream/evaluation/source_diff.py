@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.formats import Stored
-from ream_stream.checkpoint.quantized import find_quantized
 from ream_stream.checkpoint.reader import (
     QUANTIZATION_FILE,
     Checkpoint,
@@ -142,7 +141,7 @@ class _Origin:
 
 def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None]:
     """Return the origin of every output tensor; None for what was made."""
-    quantized = find_quantized(original.entries, original.quantization)
+    quantized = original.quantized
     found: dict[str, _Origin | None] = {}
     for name, entry in subject.checkpoint.entries.items():
         old_entry = original.entries.get(name)
@@ -150,7 +149,7 @@ def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None
             found[name] = _decoded(name, quantized[name])
         else:
             found[name] = _same(name)
-    stacks = original.experts()
+    stacks = original.experts
     owners = {layer.index: layer.stack for layer in subject.model.layers if layer.stack}
     for groups in subject.manifest.layers:
         new = owners[groups.index]

@@ -180,9 +180,34 @@ def _fill_computed(model: PreTrainedModel, device: torch.device) -> None:
         tensor._is_hf_initialized = True  # drawing numbers on meta takes a second
     # fills nothing but the buffers above
     model.initialize_weights()  # type: ignore[no-untyped-call]
+    move_buffers(model, device)
+
+
+def move_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Move what a model has computed for itself, such as angles, to a device."""
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = buffer.to(device)
+
+
+@contextmanager
+def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back attributes, parameters and buffers of modules that the block replaces."""
+    before = [
+        (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, parameters, buffers in before:
+            for now, then in (
+                (vars(module), attributes),
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+            ):
+                now.clear()
+                now.update(then)  # type: ignore[arg-type]
 
 
 def _without_code(value: Any) -> Any:  # noqa: ANN401 - JSON is of any type

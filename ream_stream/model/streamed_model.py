@@ -34,10 +34,12 @@ from .meta_model import (
     find_fused_experts,
     get_tensor,
     mixes_states,
+    move_buffers,
     passes_selection,
     path_of,
     project_pieces,
     put_tensor,
+    restored,
     states_axis,
     trusting,
 )
@@ -93,8 +95,7 @@ class StreamedModel:
         bound_kernel_caches()
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         check_sizes(checkpoint.config, len(checkpoint.entries))
-        stacks = checkpoint.experts()
-        self._mtp = find_wiring(stacks, checkpoint.config)
+        self._mtp = find_wiring(checkpoint.experts, checkpoint.config)
         self.model = build_skeleton(checkpoint.config, dtype, device, self._mtp)
         layers_path, self._decoder = find_decoder(self.model)
         self.final_norm = final_norm(self.model, layers_path) if self._mtp else None
@@ -111,6 +112,13 @@ class StreamedModel:
         self.map = TensorMap(checkpoint, self.model, self._mtp)
         """Which tensors of the checkpoint go where."""
         self.layers, self.quantized = self.map.layers, self.map.quantized
+
+    def move(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Run on another device, with tensors from another place that are shaped alike."""
+        self.checkpoint, self.device = checkpoint, device
+        self._forget()
+        move_buffers(self.model, device)
+        self._forget = forgetting(self.model)
 
     @property
     def num_layers(self) -> int:
@@ -173,6 +181,7 @@ class StreamedModel:
             tensors = stack.enter_context(self.checkpoint.open())
             model: Any = self.model
             embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+            stack.enter_context(restored([embedding, head]))
             large = {id(embedding.weight), id(head.weight)}
             small = {
                 target: found

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.formats import Stored
 from ream_stream.checkpoint.header import TensorEntry
-from ream_stream.checkpoint.quantized import find_quantized, float_name, tensors_of
+from ream_stream.checkpoint.quantized import float_name, tensors_of
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import DamagedError, UnsupportedModelError
 
@@ -96,14 +96,14 @@ class TensorMap:
         self._model, self._wiring = model, wiring
         self._layers_path, self._decoder = find_decoder(model)
         self._text = text_part(model, self._layers_path)
-        self.quantized = find_quantized(self._entries, checkpoint.quantization)
+        self.quantized = checkpoint.quantized
         """How tensors are stored that are not floats, by the names of their floats."""
         coded = {name for stored in self.quantized.values() for name in tensors_of(stored)}
         names = [name for name in self._entries if name not in coded]
         origin = self.placed([*names, *self.quantized])
         found = key_targets(model, origin, self._text)
         self._targets = {origin[place]: target for place, target in found.items()}
-        self.layers = self._plan_layers(checkpoint.experts().values())
+        self.layers = self._plan_layers(checkpoint.experts.values())
         """Of each decoder layer."""
         self.outside: dict[str, tuple[str, ...]] = {}
         """Tensors of every parameter and buffer outside the layers, like `LayerKeys.dense`."""

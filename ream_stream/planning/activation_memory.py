@@ -28,7 +28,7 @@ from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import ReamStreamError, UnsupportedModelError
 from ream_stream.model.attention_cache import main_output
 from ream_stream.model.experts import Routed, StreamedExperts
-from ream_stream.model.meta_model import get_tensor, path_of, put_tensor
+from ream_stream.model.meta_model import get_tensor, path_of, put_tensor, restored
 from ream_stream.model.streamed_model import Batch, StreamedModel
 
 _RESHAPES = {
@@ -204,12 +204,13 @@ class Footprints:
     Parameters
     ----------
     model
-        Its layers' shapes are told by headers. It can be run on nothing else afterwards.
+        Its layers' shapes are told by headers. It is left as it was.
     """
 
     def __init__(self, model: StreamedModel) -> None:
         self.model = model
-        self.model.checkpoint = _NoData(model.checkpoint)  # type: ignore[assignment]
+        self._without_data: Any = _NoData(model.checkpoint)
+        self._known: dict[tuple[int, int, int, bool], Footprint] = {}
         self._embedding = path_of(self.model.model, self.model.model.get_input_embeddings())
         self._shape_VH = get_tensor(self.model.model, self._embedding + ".weight").shape
 
@@ -248,6 +249,12 @@ class Footprints:
 
         With padding a mask is made, which is as large as a head's attention weights.
         """
+        key = (index, sequences, length, padded)
+        if key not in self._known:
+            self._known[key] = self._measured(*key)
+        return self._known[key]
+
+    def _measured(self, index: int, sequences: int, length: int, padded: bool) -> Footprint:
         model = self.model
         with (
             nullcontext() if padded else _without_masks(),
@@ -268,7 +275,12 @@ class Footprints:
     ) -> Iterator[tuple[StreamedExperts | None, Batch, Tensor]]:
         """Open a layer without data; give its experts, a batch and what enters the layer."""
         model, dtype = self.model, self.model.dtype
-        with FakeTensorMode(allow_non_fake_inputs=True), Integers(), torch.no_grad():
+        with (
+            restored(model.model.modules()),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            Integers(),
+            torch.no_grad(),
+        ):
             table_VH = torch.empty(self._shape_VH, dtype=dtype)
             put_tensor(model.model, self._embedding + ".weight", table_VH)
             if model.final_norm is not None:
@@ -276,7 +288,7 @@ class Footprints:
                 put_tensor(model.final_norm, "weight", weight_H)
             ids_BL = torch.zeros(sequences, length, dtype=torch.int64)
             hidden_BLH = torch.empty(sequences, length, model.hidden_size, dtype=dtype)
-            with model.open_layer(index) as experts:
+            with model.open_layer(index, self._without_data) as experts:
                 if experts is not None:
                     experts.dispatch = _all_to_one
                 batch = Batch(input_ids_BL=ids_BL, attention_mask_BL=None)

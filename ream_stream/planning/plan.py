@@ -15,6 +15,7 @@ from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.checkpoint.shard_fetcher import Supply
 from ream_stream.checkpoint.shards import Shard
 from ream_stream.model.families import Family
+from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.model.tensor_map import LayerKeys
 from ream_stream.settings import Settings
 
@@ -212,6 +213,12 @@ class Layout:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan(Layout):
     """All that is known before a run starts."""
+
+    source_model: StreamedModel = field(repr=False, compare=False)
+    """The source's model, on the processor; runs of the plan move it."""
+
+    output_model: StreamedModel = field(repr=False, compare=False)
+    """The compressed model, likewise."""
 
     budgets: Budgets
     """What it may take of the machine."""

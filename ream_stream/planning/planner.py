@@ -80,7 +80,7 @@ def make_plan(
     threads = threads or (begun.schedule.threads if begun else torch.get_num_threads())
     layout, footprints = _lay_out(source, settings, sequences, sequence_length)
     # builds the compressed config's own class: refuses shapes that would not load
-    StreamedModel(layout.output_checkpoint(source.folder), layout.dtype, CPU)
+    compressed = StreamedModel(layout.output_checkpoint(source.folder), layout.dtype, CPU)
     size = Size(
         sequences=sequences,
         length=sequence_length,
@@ -97,6 +97,8 @@ def make_plan(
     )
     return Plan(
         **{field.name: getattr(layout, field.name) for field in fields(layout)},
+        source_model=footprints.model,
+        output_model=compressed,
         budgets=budgets,
         schedule=allocation.schedule,
         memory=allocation.memory,
@@ -165,7 +167,7 @@ def _lay_out(
 def _check_all_owned(source: Checkpoint, model: StreamedModel) -> None:
     """Refuse experts outside the decoder: a file set with two expert counts does not load."""
     owned = {layer.stack.prefix for layer in model.layers if layer.stack}
-    foreign = sorted(set(source.experts()) - owned)
+    foreign = sorted(set(source.experts) - owned)
     if not foreign:
         return
     mtp = find_mtp(foreign, source.config)

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from ream_stream import units
 from ream_stream.__main__ import main
 from ream_stream.calibration.config import CalibrationOptions
+from ream_stream.checkpoint import reader
 from ream_stream.cli import cli, progress
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.compression import event_log, job
@@ -30,7 +32,8 @@ from ream_stream.evaluation import variants
 from ream_stream.evaluation.config import ComparisonOptions, ScoreOptions
 from ream_stream.evaluation.verify import verify
 from ream_stream.events import LayerDone, Started, Step
-from ream_stream.planning import planner
+from ream_stream.model import streamed_model
+from ream_stream.planning import disk
 from ream_stream.settings import Method, Settings
 
 VERBS = sorted(cli.commands)
@@ -224,6 +227,28 @@ def test_a_compressed_checkpoint_loads_with_fewer_experts(capsys, words, tmp_pat
     assert tiny.read_config(output)["num_experts"] == 6
     assert "Traceback" not in err
     assert call(capsys, "verify", output)[0] == 0
+
+
+def test_a_run_builds_two_models_and_looks_through_two_sets_of_headers(
+    capsys, monkeypatch, words, tmp_path
+):
+    counted = Counter()
+
+    def count(module, name):
+        called = getattr(module, name)
+
+        def counting(*args, **kwargs):
+            counted[name] += 1
+            return called(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(streamed_model, "build_skeleton")
+    count(reader, "find_experts")
+    count(reader, "find_quantized")
+    assert call(capsys, *words(tmp_path / "out"))[0] == 0
+    # the source's and the output's
+    assert counted == {"build_skeleton": 2, "find_experts": 2, "find_quantized": 2}
 
 
 def test_json_is_one_object_and_nothing_else(capsys, words, tmp_path):
@@ -435,7 +460,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 def test_a_full_disk_is_refused_unless_the_run_has_what_it_needs(
     capsys, monkeypatch, words, finished, tmp_path
 ):
-    monkeypatch.setattr(planner, "free_bytes", lambda _path: 0)
+    monkeypatch.setattr(disk, "free_bytes", lambda _path: 0)
     status, _, err = call(capsys, *words(tmp_path / "output"))
     assert status == 12
     assert "on the disk of" in err
@@ -447,8 +472,8 @@ def test_hidden_states_are_counted_on_the_disk_of_the_work_folder(
     capsys, monkeypatch, words, tmp_path
 ):
     work = tmp_path / "work"
-    monkeypatch.setattr(planner, "same_disk", lambda *_: False)
-    monkeypatch.setattr(planner, "free_bytes", lambda path: 0 if path == work else 1 << 40)
+    monkeypatch.setattr(disk, "same_disk", lambda *_: False)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 0 if path == work else 1 << 40)
     status, _, err = call(capsys, *words(tmp_path / "output", "--work-dir", work))
     assert status == 12
     # two boundaries of 4 x 12 tokens of 32 numbers in float32

@@ -35,8 +35,7 @@ from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import DamagedError, OtherRunError, ReamStreamError
 from ream_stream.events import LayerDone
-from ream_stream.model import hidden_states, streamed_model
-from ream_stream.model.mtp import find_wiring
+from ream_stream.model import hidden_states
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.refit_memory import KEPT
@@ -143,12 +142,6 @@ class Runs:
         self.report = folder / "report.json"
         self.folder = folder
         self.patch = patch
-        # forked children find the two models built: that is most of the time of a tiny run
-        wiring = find_wiring(source.experts(), source.config)
-        self.skeletons = [
-            streamed_model.build_skeleton(config, self.plan.dtype, torch.device("cpu"), wiring)
-            for config in (source.config, self.plan.config)
-        ]
 
     def run(self, output, kill=None):
         """Run or resume in a child."""
@@ -162,8 +155,6 @@ class Runs:
 
     def _job(self, workspace):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            skeletons = iter(self.skeletons)
-            monkeypatch.setattr(streamed_model, "build_skeleton", lambda *_: next(skeletons))
             self.patch(monkeypatch)
             boundaries = {}
 

@@ -57,7 +57,7 @@ def good(output, source):
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_experts_loaded_beside_products_are_decoded_alike(pair, name):
     checkpoint = open_checkpoint(pair(name)[0])
-    stack = next(iter(checkpoint.experts().values()))
+    stack = next(iter(checkpoint.experts.values()))
     form = Form(is_gated=stack.is_gated, has_bias=stack.has_bias)
     with checkpoint.open() as tensors:
         alone, beside = (
