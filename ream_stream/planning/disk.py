@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ream_stream.checkpoint.reader import INDEX
 from ream_stream.errors import OverBudgetError
 from ream_stream.files import free_bytes, same_disk
 from ream_stream.units import format_size
@@ -87,6 +88,8 @@ def _left_to_write(
     others = layout.source.other_files()
     if begun is not None:
         shards -= begun.written_bytes
+        if (output / INDEX).exists():
+            shards -= layout.listing_bytes
         left = len(layout.layers) - begun.layers
         # one boundary is there already; after the last layer there is none
         work -= layout.boundary_bytes if left and begun.layers else 0 if left else work
