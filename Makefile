@@ -15,11 +15,11 @@ INSTALL = -m pip install --disable-pip-version-check --quiet -c constraints.txt 
 # nothing may be fetched while tests run
 export HF_HUB_OFFLINE := 1
 # models in the tests are so small that threads wait for each other more than they compute
-test test-all: export OMP_NUM_THREADS ?= 1
+test test-all conformance: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all check fix demo smoke size docs docker clean
+.PHONY: help setup test test-all conformance check fix demo smoke size docs docker clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -41,6 +41,14 @@ test: check ## what a commit must pass (the default): check, and the tests that 
 
 test-all: $(PEERS) check ## the same with the tests that take minutes, and those against other packages
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
+
+NEWEST := .venv/newest
+conformance: $(STAMP) ## hold models to the newest transformers that pyproject.toml allows
+	$(PYTHON) -m venv $(NEWEST)
+	grep -v '^transformers==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python $(subst constraints.txt,$(NEWEST)/constraints.txt,$(INSTALL)) -e .[dev]
+	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(NEWEST)/bin/pytest tests/model tests/compression/test_pipeline.py tests/compression/test_golden.py $(PYTEST_FLAGS)
 
 check: $(STAMP) ## format, lint, types, imports
 	$(BIN)/ruff format --check
