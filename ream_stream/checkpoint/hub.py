@@ -32,8 +32,9 @@ from ream_stream import files as durable
 from ream_stream.errors import DamagedError, ReamStreamError, UsageError
 from ream_stream.parsing import read_object
 
+from .config_json import lacks_mtp
 from .header import MAX_HEADER_BYTES
-from .reader import INDEX, SINGLE, Checkpoint
+from .reader import INDEX, SINGLE, Checkpoint, read_config
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 """How a checkpoint on the hub is written: ``ORG/NAME`` or ``ORG/NAME@REVISION``."""
@@ -134,11 +135,18 @@ def fetch_headers(remote: Remote) -> Path:
 
 
 def shards(remote: Remote, folder: Path) -> list[str]:
-    """Return the names of the shards that the index in `folder` names and the hub has."""
-    if not (folder / INDEX).is_file():
-        return [SINGLE] if SINGLE in remote.files else []
-    weight_map = read_object(folder / INDEX).get("weight_map")
-    named = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    """Return the names of the shards that the index in `folder` names and the hub has.
+
+    And of other files, if layers that config.json tells of may be in one.
+    """
+    tensors, named, config = set[str](), {SINGLE}, folder / "config.json"
+    if (folder / INDEX).is_file():
+        weight_map = read_object(folder / INDEX).get("weight_map")
+        weight_map = weight_map if isinstance(weight_map, dict) else {}
+        tensors = set(weight_map)
+        named = {name for name in weight_map.values() if isinstance(name, str)}
+    if config.is_file() and lacks_mtp(tensors, read_config(folder)):
+        named |= {name for name in remote.files if name.endswith(".safetensors")}
     # what the hub lacks or is no name is for the parser of the folder to refuse
     return sorted(name for name in named & set(remote.files) if "/" not in name)
 

@@ -25,6 +25,7 @@ from .formats import Plain, Stored
 from .header import Stamp, TensorEntry, read_header
 from .quantized import find_quantized
 from .read_ahead import ReadAhead
+from .unindexed import find_unindexed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -270,6 +271,7 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
         )
     if not entries:
         raise DamagedError(f"{folder} holds no tensor")
+    entries |= find_unindexed(folder, config, entries, with_data=with_data)
     _check_links(folder)
     stamps = {path: Stamp.of(path) for path in {entry.path for entry in entries.values()}}
     beside = folder / QUANTIZATION_FILE

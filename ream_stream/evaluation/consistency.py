@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from ream_stream.checkpoint.config_json import find_mtp
 from ream_stream.checkpoint.formats import Modules, named_modules
 from ream_stream.checkpoint.formats.codec import FLOATS
 from ream_stream.checkpoint.reader import Checkpoint
-from ream_stream.model.mtp import find_mtp
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ream_stream.checkpoint.config_json import MTP_KEYS
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.formats import Stored
 from ream_stream.checkpoint.reader import (
@@ -26,7 +27,6 @@ from ream_stream.errors import ReamStreamError
 from ream_stream.events import Finding
 from ream_stream.method.hash_routing import renumbered
 from ream_stream.model.families import COUNT_KEYS, with_expert_count
-from ream_stream.model.mtp import COUNT_KEYS as MTP_KEYS
 from ream_stream.planning.output_layout import FORMAT_KEYS
 
 from .checks import Subject

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ream_stream.checkpoint.config_json import text_config
 from ream_stream.errors import UnsupportedModelError
 
 Scores = Callable[[Tensor], Tensor]
@@ -238,12 +239,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
             )
         )
     return FAMILIES[model_type]
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of config.json that describes the text decoder: all, but in wrappers."""
-    text = config.get("text_config")
-    return text if isinstance(text, Mapping) else config
 
 
 def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:

@@ -26,14 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .families import text_config
-
-_NAME = re.compile(
-    r"(?:model\.|language_model\.)*(?:mtp[._].*|layers\.(?P<layer>[0-9]{1,9})\..*)"
-)
-
-COUNT_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
-"""Keys of config.json for their number."""
+from ream_stream.checkpoint.config_json import MTP_KEYS, find_mtp, text_config
 
 
 class NextToken(nn.Module):
@@ -153,20 +146,6 @@ WIRINGS: Mapping[str, Wiring] = {
 """By model type, of a wrapper that of its text decoder."""
 
 
-def find_mtp(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
-    """Return the tensors of such layers: under ``mtp``, or layers after the last."""
-    layers = text_config(config).get("num_hidden_layers")
-    found = set()
-    for name in names:
-        match = _NAME.fullmatch(name)
-        if match is None:
-            continue
-        number = match["layer"]
-        if number is None or (isinstance(layers, int) and int(number) >= layers):
-            found.add(name)
-    return found
-
-
 def find_wiring(prefixes: Iterable[str], config: Mapping[str, Any]) -> Wiring | None:
     """Return how the layer with experts is wired; None if there is none, or it is not known.
 
@@ -215,7 +194,7 @@ def lengthen(config: Any, wiring: Wiring) -> None:  # noqa: ANN401
 
 def without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json with no such layers."""
-    patched = {key: 0 if key in COUNT_KEYS else value for key, value in config.items()}
+    patched = {key: 0 if key in MTP_KEYS else value for key, value in config.items()}
     text = text_config(config)
     if text is not config:
         patched["text_config"] = without_mtp(text)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
+from ream_stream.checkpoint.config_json import find_mtp
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.formats import Stored
 from ream_stream.checkpoint.header import TensorEntry
@@ -19,7 +20,7 @@ from ream_stream.errors import DamagedError, UnsupportedModelError
 
 from .experts import Form
 from .meta_model import find_decoder, find_fused_experts, get_tensor, key_targets, text_part
-from .mtp import Wiring, find_mtp
+from .mtp import Wiring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
+from ream_stream.checkpoint.config_json import text_config
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.method.alignment import ALIGNMENTS
 from ream_stream.model.expert_blocks import cut_experts
-from ream_stream.model.families import text_config
 
 from .allocation import CACHE_SHARE, OUTPUTS, SUMS
 from .coding import coding_of, loads, merged_experts

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ream_stream.checkpoint.config_json import lacks_mtp, text_config
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.formats import Modules, Stored, without_gone
 from ream_stream.checkpoint.header import TensorEntry
@@ -14,7 +15,6 @@ from ream_stream.errors import DamagedError
 from ream_stream.model.families import (
     COUNT_KEYS,
     Family,
-    text_config,
     told_counts,
     with_expert_count,
 )
@@ -130,7 +130,7 @@ def output_config(
         told = {built.attribute_map.get(key, key): settings.experts}
         text = text_config(config)
         config |= told if text is config else {"text_config": {**text, **told}}
-    if settings.mtp == "drop":
+    if settings.mtp == "drop" or lacks_mtp(source.entries, source.config):
         config = without_mtp(config)
     known = Modules(names if source.quantization else (), settings.experts)
     for part in (config, config.get("text_config")):

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from ream_stream.checkpoint.config_json import find_mtp, lacks_mtp, text_config
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.checkpoint.shard_fetcher import Supply
 from ream_stream.checkpoint.source_card import source_metadata
 from ream_stream.errors import DamagedError, UnsupportedModelError, UsageError
-from ream_stream.model.families import family_of, text_config
+from ream_stream.model.families import family_of
 from ream_stream.model.meta_model import trusting
-from ream_stream.model.mtp import find_mtp, why_unknown
+from ream_stream.model.mtp import why_unknown
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.settings import Settings, check_settings
 
@@ -146,7 +147,7 @@ def _lay_out(
         config=output_config(source, model.text_config, num_experts, settings, names),
         quantization_file=output_quantization(source, settings, names),
         inherited=inherited,
-        notes=(note,) if note else (),
+        notes=(*([note] if note else []), *_without_tensors(source)),
         family=family,
         num_experts=num_experts,
         top_k=model.top_k,
@@ -162,6 +163,16 @@ def _lay_out(
     if layout.follows:
         _check_adds(footprints, source)
     return layout, footprints
+
+
+def _without_tensors(source: Checkpoint) -> list[str]:
+    """Return a note on layers that config.json tells of and that are nowhere."""
+    if not lacks_mtp(source.entries, source.config):
+        return []
+    return [
+        "config.json tells of a multi-token-prediction layer, there is no tensor of one: the "
+        "output's says 0"
+    ]
 
 
 def _check_all_owned(source: Checkpoint, model: StreamedModel) -> None:

@@ -24,11 +24,12 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 from ream_stream.calibration.tokens import followed, from_tensors
+from ream_stream.checkpoint.config_json import find_mtp
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import UnsupportedModelError
 from ream_stream.evaluation.source_diff import against
 from ream_stream.evaluation.verify import verify
-from ream_stream.model.mtp import WIRINGS, find_mtp, without_mtp
+from ream_stream.model.mtp import WIRINGS, without_mtp
 from ream_stream.model.streamed_model import Batch, StreamedModel
 from ream_stream.planning.activation_memory import Footprints
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import Tokens, from_tensors
+from ream_stream.checkpoint.config_json import MTP_KEYS
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import Workspace
@@ -592,6 +593,7 @@ def write_checkpoint(folder: Path, name: str, dtype: torch.dtype, **changes: Any
     for key in ("num_experts", "num_local_experts"):
         if key in values:
             values[tiny.count_key] = values.pop(key)
+    values |= {key: 0 for key in MTP_KEYS if key in values}  # there is none yet
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
     if tiny.fuse:
         save_tensors(folder, fused(load_tensors(folder)))
