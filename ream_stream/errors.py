@@ -53,6 +53,11 @@ class OverBudgetError(ReamStreamError):
 class NumbersError(ReamStreamError):
     """Weights, states or statistics are NaN or infinite."""
 
+    def __init__(self, message: str, *, file: str | None = None) -> None:
+        super().__init__(message)
+        self.file = file
+        """Name of the source's file that holds them, if one does: it may be replaced."""
+
 
 class InterruptedRunError(ReamStreamError):
     """A signal asked the run to stop; what was committed stays."""

@@ -13,6 +13,7 @@ anything of worth and may be deleted at any time.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from safetensors.torch import save
@@ -30,6 +31,7 @@ from torch import Tensor
 from .checkpoint.background_hasher import Beside
 from .errors import FULL, DamagedError, OverBudgetError
 from .file_access import check_folder, open_regular, regular_size
+from .source_access import open_source
 
 PARTIAL = ".partial"
 LOG_BYTES = 10_000_000
@@ -59,6 +61,9 @@ class FileRange:
     stop: int
     """Offset after the last byte."""
 
+    within: tuple[Path, ...] = ()
+    """Folders that a link may lead into; empty if it may lead anywhere."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
@@ -75,7 +80,11 @@ class Written:
 
 
 def write_stream(
-    path: Path, parts: Iterable[bytes | memoryview | FileRange], partial: Path | None = None
+    path: Path,
+    parts: Iterable[bytes | memoryview | FileRange],
+    partial: Path | None = None,
+    *,
+    sha256: str | None = None,
 ) -> Written:
     """Write a file part after part; memory is that of the largest part in memory.
 
@@ -87,11 +96,15 @@ def write_stream(
         What it is of.
     partial
         Its name until then, on the same disk, by default that with `PARTIAL`.
+    sha256
+        Digest that it must have to get its name, hex; None for any.
 
     Raises
     ------
     OverBudgetError
-        The disk is full. Nothing is left under the final name.
+        The disk is full.
+    DamagedError
+        The content does not have the digest.
     """
     size = 0
     with _partial(path, partial) as file, Beside(file) as beside:
@@ -103,6 +116,10 @@ def write_stream(
                 size += len(piece)
                 if origin is not None:
                     beside.flush(len(piece))
+        if sha256 not in {None, beside.hexdigest()}:
+            raise DamagedError(
+                f"{path} is not written: what it is copied from is not what it was"
+            )
     return Written(name=path.name, size=size, sha256=beside.hexdigest())
 
 
@@ -131,6 +148,22 @@ def write_tensors(
 def copy_file(source: Path, target: Path) -> Written:
     """Copy a file's bytes; permissions are those of a new file."""
     return write_stream(target, [FileRange(path=source, start=0, stop=source.stat().st_size)])
+
+
+def digest(ranges: Iterable[FileRange]) -> str:
+    """Return the SHA-256 of bytes of files, one range after another, hex."""
+    found = hashlib.sha256()
+    for each in ranges:
+        for piece, _ in _pieces(each):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def is_inside(name: str) -> bool:
+    """Tell whether a relative name, written the one usual way, stays in its folder."""
+    path = PurePosixPath(name)
+    usual = path.as_posix() == name and not path.is_absolute()
+    return usual and bool(path.parts) and ".." not in path.parts
 
 
 def make_directory(path: Path) -> None:
@@ -306,7 +339,7 @@ def _pieces(
         for start in range(0, len(view), _COPY_BYTES):
             yield view[start : start + _COPY_BYTES], None
         return
-    with part.path.open("rb", buffering=0) as file:
+    with open_source(part.path, part.within, buffering=0) as file:
         file.seek(part.start)
         left = part.stop - part.start
         while left:

@@ -6,11 +6,13 @@ twice, numbers that are none, text that is none.
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from .errors import DamagedError
+from .source_access import open_source
 
 MAX_JSON_BYTES = 200_000_000
 """That of an index of a million tensors."""
@@ -96,10 +98,13 @@ def read_json(
     DamagedError
         It is not JSON, or no regular file of at most `most` bytes.
     """
-    if not path.is_file() or path.stat().st_size > most:
-        raise DamagedError(f"{path} is not a file of at most {most} bytes")
     try:
-        return parse_json(path.read_bytes(), finite=finite, text=text)
+        with open_source(path) as file:
+            if os.fstat(file.fileno()).st_size > most:
+                raise DamagedError(f"{path} is not a file of at most {most} bytes")
+            return parse_json(file.read(), finite=finite, text=text)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing") from error
     except ValueError as error:
         raise DamagedError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:

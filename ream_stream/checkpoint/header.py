@@ -10,13 +10,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from ream_stream import files
 from ream_stream.errors import DamagedError
 from ream_stream.parsing import parse_json
+from ream_stream.source_access import open_source
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -90,17 +91,31 @@ class Stamp:
     modified: int
     """Time of the last change, nanoseconds."""
 
+    changed: int
+    """Time of the last change of data or attributes, nanoseconds: nobody can set it."""
+
     header: str
     """SHA-256 of the header, hex."""
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
         """Read the stamp of a file whose header was read before."""
-        with path.open("rb") as file, files.reading(path):
+        with open_source(path) as file:
+            return cls.of_open(path, file)
+
+    @classmethod
+    def of_open(cls, path: Path, file: BinaryIO) -> "Stamp":
+        """Read the stamp of an open file, from its beginning."""
+        with files.reading(path):
             status = os.fstat(file.fileno())
             length = int.from_bytes(file.read(8), "little")
             digest = hashlib.sha256(file.read(min(length, MAX_HEADER_BYTES)))
-        return cls(size=status.st_size, modified=status.st_mtime_ns, header=digest.hexdigest())
+        return cls(
+            size=status.st_size,
+            modified=status.st_mtime_ns,
+            changed=status.st_ctime_ns,
+            header=digest.hexdigest(),
+        )
 
     def difference(self, now: "Stamp") -> str | None:
         """Say what is not as it was; None if all is."""
@@ -126,8 +141,8 @@ def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]
     DamagedError
         The header is not plausible, or the file is shorter or longer than it says.
     """
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file, files.reading(path):
+    with open_source(path) as file, files.reading(path):
+        file_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):

@@ -10,7 +10,9 @@ from contextlib import suppress
 from queue import Full, Queue
 from threading import Thread
 
+from ream_stream.errors import DamagedError
 from ream_stream.files import FileRange
+from ream_stream.source_access import open_source
 
 _PIECE = 1 << 20
 """Kernels read no more for one hint than a device takes at once."""
@@ -50,8 +52,11 @@ class ReadAhead:
     def _read(self) -> None:
         while (ranges := self._asked.get()) is not None:
             for each in ranges:
-                # a read that fails is told where its bytes are needed
-                with suppress(OSError), each.path.open("rb", buffering=0) as file:
-                    for start in range(each.start, each.stop, _PIECE):
-                        size = min(_PIECE, each.stop - start)
-                        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
+                with suppress(OSError, DamagedError):  # told where the bytes are read
+                    self._hint(each)
+
+    def _hint(self, each: FileRange) -> None:
+        with open_source(each.path, buffering=0) as file:
+            for start in range(each.start, each.stop, _PIECE):
+                size = min(_PIECE, each.stop - start)
+                os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,11 +18,13 @@ from torch import Tensor
 from ream_stream.errors import DamagedError, UsageError
 from ream_stream.files import FileRange
 from ream_stream.parsing import read_object
+from ream_stream.source_access import open_source
 
 from .expert_layouts import find_experts
 from .expert_stack import ExpertStack, Send, one_of, stay
 from .formats import Plain, Stored
 from .header import Stamp, TensorEntry, read_header
+from .other_files import commit_of, homes_of, other_files
 from .quantized import find_quantized
 from .read_ahead import ReadAhead
 from .unindexed import find_unindexed
@@ -37,14 +39,6 @@ QUANTIZATION_FILE = "hf_quant_config.json"
 """Where ModelOpt puts it, also beside one in config.json."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-_PARSED = frozenset({"config.json", QUANTIZATION_FILE})
-"""Beside weights, what is not copied as it is."""
-
-_WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pth?|ckpt|gguf|h5|msgpack|onnx|onnx_data|index\.json)", re.IGNORECASE
-)
-"""Names of files with weights, in any format, and of their indexes."""
 
 
 class MappedTensors:
@@ -61,15 +55,7 @@ class MappedTensors:
         """Return a tensor whose memory is the page cache; it must not be written to."""
         path = self._entries[name].path
         if path not in self._files:
-            self._checkpoint.check_unchanged([name])
-            try:
-                opened = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                if told := re.search(r"os error (\d+)", str(error)):
-                    number = int(told[1])
-                    raise OSError(number, os.strerror(number), str(path)) from error
-                raise DamagedError(f"{path} cannot be mapped: {error}") from error
-            self._files[path] = self._stack.enter_context(opened)
+            self._files[path] = self._stack.enter_context(self._checkpoint.mapped(path))
         tensor: Tensor = self._files[path].get_tensor(name)
         return tensor
 
@@ -127,9 +113,19 @@ class Checkpoint:
 
     quantization_file: Mapping[str, Any] | None = field(default=None, repr=False)
     """`QUANTIZATION_FILE` as it stands, if there is one."""
+    others: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
+    """Sizes of the files beside config and weights, in folders too: tokenizer, code.
+
+    By name relative to the folder, with slashes. Hidden ones are left out, and so are weights
+    that the index does not name: transformers prefers a ``model.safetensors`` to the index
+    beside it.
+    """
+
+    commit: str | None = None
+    """On the hub; None if it is not known to be from there."""
 
     fetch: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
-    """Puts a shard in its place, if they are not there from the beginning."""
+    """Makes sure that a shard is in its place, if they are not there from the beginning."""
 
     def described(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield what describes formats, with the file it is in; the first one counts.
@@ -181,6 +177,18 @@ class Checkpoint:
         with ExitStack() as stack:
             yield MappedTensors(self, stack)
 
+    def mapped(self, path: Path) -> Any:  # noqa: ANN401 - safetensors has no types
+        """Return a shard, opened by safetensors, if it is the one whose header was read."""
+        with self._opened(path) as file:
+            try:
+                # by its descriptor: what was looked at is what is mapped
+                return safe_open(f"/dev/fd/{file.fileno()}", framework="pt")
+            except SafetensorError as error:
+                if told := re.search(r"os error (\d+)", str(error)):
+                    number = int(told[1])
+                    raise OSError(number, os.strerror(number), str(path)) from error
+                raise DamagedError(f"{path} cannot be mapped: {error}") from error
+
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Make sure that the files of some tensors are those whose headers were read.
 
@@ -190,8 +198,18 @@ class Checkpoint:
             One is gone, or its size, header or time of change is another.
         """
         for path in sorted({self.entries[name].path for name in names} & set(self.stamps)):
+            with self._opened(path):
+                pass
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[BinaryIO]:
+        """Open a shard; refuse another than the one whose header was read."""
+        stamp, difference = self.stamps.get(path), None
+        with ExitStack() as stack:
             try:
-                difference = self.stamps[path].difference(Stamp.of(path))
+                file = stack.enter_context(open_source(path))
+                if stamp is not None:
+                    difference = stamp.difference(Stamp.of_open(path, file))
             except FileNotFoundError:
                 difference = "it is gone"
             if difference is not None:
@@ -199,6 +217,16 @@ class Checkpoint:
                     f"{path} was changed while it was being read: {difference}; "
                     "bring it back and run the same command again"
                 )
+            yield file
+
+    def other(self, name: str) -> FileRange:
+        """Return the bytes of one of `others`; what leads out of the folder is not read."""
+        return FileRange(
+            path=self.folder / name,
+            start=0,
+            stop=self.others[name],
+            within=homes_of(self.folder),
+        )
 
     def files(self) -> list[Path]:
         """Return the shards, in order of name."""
@@ -227,14 +255,6 @@ class Checkpoint:
         if self.quantization_file is not None:
             described["quantization"] = self.quantization_file
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-    def other_files(self) -> list[Path]:
-        """Return the files beside config and weights, in folders too: tokenizer, code.
-
-        Hidden ones are left out, and so are weights that the index does not name:
-        transformers prefers a ``model.safetensors`` to the index beside it.
-        """
-        return _other_files(self.folder)
 
 
 def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
@@ -272,7 +292,6 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
     if not entries:
         raise DamagedError(f"{folder} holds no tensor")
     entries |= find_unindexed(folder, config, entries, with_data=with_data)
-    _check_links(folder)
     stamps = {path: Stamp.of(path) for path in {entry.path for entry in entries.values()}}
     beside = folder / QUANTIZATION_FILE
     return Checkpoint(
@@ -281,6 +300,8 @@ def open_checkpoint(folder: Path, *, with_data: bool = True) -> Checkpoint:
         entries=entries,
         stamps=stamps,
         quantization_file=read_object(beside, MAX_CONFIG_BYTES) if beside.exists() else None,
+        others=other_files(folder, {"config.json", QUANTIZATION_FILE}),
+        commit=commit_of(folder),
     )
 
 
@@ -357,45 +378,9 @@ def _inside(folder: Path, shard: str) -> Path:
     return path
 
 
-def _other_files(folder: Path) -> list[Path]:
-    found = []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or str(inside) in _PARSED or _WEIGHTS.fullmatch(path.name):
-            continue
-        if path.is_file():
-            found.append(path)
-    return found
-
-
 def _pickles(folder: Path) -> str:
     """Name a file of weights that is never opened, if there is one."""
     found = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if not found:
         return ""
     return f"; {found[0]} may hold code that runs when it is opened: convert it to safetensors"
-
-
-def _check_links(folder: Path) -> None:
-    """Refuse links to files elsewhere among those that are copied as they are.
-
-    A stranger's archive could thus have a file of this machine copied into an output, and
-    published. Config, index and shards may be links to anywhere: they are not copied but
-    parsed. The hub's cache is made of links to the ``blobs`` beside its ``snapshots``.
-
-    Raises
-    ------
-    UsageError
-        There is such a link.
-    """
-    real = folder.resolve()
-    homes = [real]
-    if real.parent.name == "snapshots":
-        homes.append(real.parent.parent / "blobs")
-    for path in _other_files(folder):
-        target = path.resolve()
-        if not any(target.is_relative_to(home) for home in homes):
-            raise UsageError(
-                f"{path} is a link to {target}, outside of the folder: replace it by a copy"
-            )

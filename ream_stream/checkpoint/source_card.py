@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ream_stream.parsing import MAX_YAML_CHARACTERS, parse_yaml
+from ream_stream.source_access import open_source
 
 CARD = "README.md"
 
@@ -20,7 +21,7 @@ def source_metadata(folder: Path) -> tuple[dict[str, Any], str | None]:
     path = folder / CARD
     if not path.is_file():
         return {}, None
-    with path.open("rb") as file:
+    with open_source(path) as file:
         text = file.read(MAX_YAML_CHARACTERS).decode(errors="replace")
     match = _FRONT.search(text)
     if match is None:

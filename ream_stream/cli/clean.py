@@ -27,7 +27,7 @@ def clean(output: Path, work_dir: Path | None, *, force: bool, as_json: bool) ->
     \b
         ream-stream clean ./Qwen3-23B
     """
-    from ream_stream.compression.job import is_complete
+    from ream_stream.compression.finalize import is_complete
     from ream_stream.compression.workspace import workspace_of
     from ream_stream.errors import UsageError
 

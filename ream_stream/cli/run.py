@@ -3,7 +3,8 @@
 from rich.console import Console
 
 from ream_stream.compression.config import RunOptions
-from ream_stream.compression.job import Job, is_complete
+from ream_stream.compression.finalize import is_complete
+from ream_stream.compression.job import Job
 from ream_stream.compression.run import CompressionResult
 from ream_stream.compression.run import run as carry_out
 from ream_stream.printable import shell_words

@@ -48,7 +48,7 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
         There is no run.
     """
     from ream_stream.compression.event_log import newest, read_events
-    from ream_stream.compression.job import is_complete
+    from ream_stream.compression.finalize import is_complete
     from ream_stream.errors import UsageError
 
     holder = workspace.holder()

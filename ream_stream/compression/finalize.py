@@ -5,7 +5,7 @@ with a manifest is complete.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +13,16 @@ from typing import Any
 
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.checkpoint.reader import INDEX, QUANTIZATION_FILE, Checkpoint
+from ream_stream.checkpoint.reader import INDEX, QUANTIZATION_FILE
 from ream_stream.checkpoint.source_card import CARD
 from ream_stream.errors import OtherRunError, UsageError
+from ream_stream.files import Written
 from ream_stream.planning.plan import Plan
 
 from .journal import Journal
+from .manifest import Manifest
 from .model_card import card
+from .source_record import check_others
 from .workspace import Workspace
 
 MANIFEST = "ream_stream.json"
@@ -37,11 +40,16 @@ def output_files(plan: Plan) -> tuple[str, ...]:
         *(shard.name for shard in [*shards, *plan.outside]),
         "config.json",
         *([QUANTIZATION_FILE] if plan.quantization_file is not None else []),
-        *copied_files(plan.source),
+        *copied_files(plan.source.others),
         INDEX,
         CARD,
         MANIFEST,
     )
+
+
+def is_complete(workspace: Workspace) -> bool:
+    """Tell whether the output is whole: its manifest is the last file written."""
+    return (workspace.output / MANIFEST).is_file()
 
 
 def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) -> None:
@@ -50,23 +58,42 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
     Everything written here follows from the plan and the journal alone, without
     times or places, so doing it again gives the same bytes.
     """
-    output = workspace.output
-    files.write_json(output / "config.json", plan.config)
+    output, source = workspace.output, plan.source
+    check_others(source, journal.source)
+    written = {"config.json": files.write_json(output / "config.json", plan.config)}
     if plan.quantization_file is not None:
-        files.write_json(output / QUANTIZATION_FILE, plan.quantization_file)
-    for name in copied_files(plan.source):
+        path = output / QUANTIZATION_FILE
+        written[path.name] = files.write_json(path, plan.quantization_file)
+    for name in copied_files(journal.source.others):
         files.make_directory((output / name).parent)
-        files.copy_file(plan.source.folder / name, output / name)
+        then = journal.source.others[name]
+        path, whole = output / name, source.other(name)
+        written[name] = files.write_stream(path, [whole], sha256=then.sha256)
     files.write_json(output / INDEX, _index(plan))
     text = card(plan, tokens, journal)
     files.write_bytes(output / CARD, text.encode(errors="backslashreplace"))
-    files.write_json(output / MANIFEST, _manifest(plan, journal))
+    files.write_json(output / MANIFEST, _manifest(plan, journal, written))
 
 
-def copied_files(source: Checkpoint) -> list[str]:
-    """Return the names of a source's files that are copied, relative to its folder."""
-    names = [path.relative_to(source.folder).as_posix() for path in source.other_files()]
-    return [name for name in names if name not in {MANIFEST, CARD}]
+def copied_files(others: Iterable[str]) -> list[str]:
+    """Return which of a source's other files are copied: those that a run makes are not."""
+    return [name for name in others if name not in {MANIFEST, CARD}]
+
+
+def published_files(manifest: Manifest) -> list[str]:
+    """Return the names of what belongs to an output, in the order in which it was written.
+
+    Raises
+    ------
+    UsageError
+        It is of a version that did not note the names.
+    """
+    if manifest.documents is None:
+        raise UsageError(
+            f"{MANIFEST} does not name the files beside the shards: the output is of an older "
+            "version; upload it with hf upload, and take care what else lies in the folder"
+        )
+    return [*manifest.files, *manifest.documents, INDEX, CARD, MANIFEST]
 
 
 def check_names(folder: Path, names: Iterable[str]) -> None:
@@ -116,7 +143,7 @@ def _index(plan: Plan) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _manifest(plan: Plan, journal: Journal) -> dict[str, Any]:
+def _manifest(plan: Plan, journal: Journal, documents: Mapping[str, Written]) -> dict[str, Any]:
     return {
         "format": 1,
         "fingerprint": journal.fingerprint,
@@ -125,10 +152,8 @@ def _manifest(plan: Plan, journal: Journal) -> dict[str, Any]:
             **{name: version(name) for name in ("torch", "transformers", "safetensors")},
         },
         "experts": {"before": plan.num_experts, "after": plan.settings.experts},
-        "files": {
-            shard.name: {"size": shard.size, "sha256": shard.sha256}
-            for shard in journal.shards()
-        },
+        "files": {shard.name: _told(shard) for shard in journal.shards()},
+        "documents": {name: _told(file) for name, file in documents.items()},
         "layers": [
             {
                 "index": record.index,
@@ -141,3 +166,7 @@ def _manifest(plan: Plan, journal: Journal) -> dict[str, Any]:
             if record.groups is not None
         ],
     }
+
+
+def _told(file: Written) -> dict[str, Any]:
+    return {"size": file.size, "sha256": file.sha256}

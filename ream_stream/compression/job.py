@@ -31,7 +31,7 @@ from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
 
 from .config import RunOptions, check_usage, settings_for
-from .finalize import MANIFEST, check_names, output_files
+from .finalize import check_names, is_complete, output_files
 from .journal import Journal, check_fingerprint
 from .pipeline import fingerprint
 from .refit_activations import held_back
@@ -127,11 +127,6 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         device=device,
     )
     return _with_forecast(_with_tokens(job, wanted))
-
-
-def is_complete(workspace: Workspace) -> bool:
-    """Tell whether the output is whole: its manifest is the last file written."""
-    return (workspace.output / MANIFEST).is_file()
 
 
 def num_experts(checkpoint: Checkpoint) -> int:

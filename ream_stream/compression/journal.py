@@ -25,7 +25,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ream_stream import files as durable
@@ -35,7 +35,12 @@ from ream_stream.file_access import read_own_json
 from ream_stream.files import Written
 from ream_stream.planning.schedule import Begun, Schedule, Solver
 
-FORMAT = 4
+from .source_record import SourceRecord
+
+FORMAT = 5
+
+OUTSIDE = "outside"
+"""Key of what is outside the layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +95,12 @@ class Journal:
     schedule: Schedule
     """What was chosen for the machine the run began on, and is kept when it resumes."""
 
+    source: SourceRecord = field(default_factory=SourceRecord)
+    """What the source was."""
+
+    read: dict[str, dict[str, str]] = field(default_factory=dict)
+    """SHA-256 of the tensors that were read of each source file, by layer, or `OUTSIDE`."""
+
     files: tuple[str, ...] = ()
     """Names of all that the run writes in OUTPUT, whether it is there yet or not."""
 
@@ -125,13 +136,15 @@ def load(path: Path) -> Journal:
             raise OtherRunError(f"{path} is of format {value['format']!r}, not {FORMAT}")
         if value["sha256"] != digest(value):
             raise ValueError("its content does not have its checksum")  # noqa: TRY301
-        if not all(map(_is_inside, value["files"])):
+        if not all(map(durable.is_inside, value["files"])):
             raise ValueError("it names files outside the folder")  # noqa: TRY301
         return Journal(
             run=value["run"],
             output=value["output"],
             fingerprint=value["fingerprint"],
             schedule=_schedule(value["schedule"]),
+            source=SourceRecord.from_json(value["source"]),
+            read=value["read"],
             files=tuple(value["files"]),
             layers=[_record(record) for record in value["layers"]],
             outside=[Written(**file) for file in value["outside"]],
@@ -174,13 +187,6 @@ def digest(value: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a journal's fields, hex: a flipped digit would pass for another."""
     fields = {name: value[name] for name in Journal.__dataclass_fields__}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _is_inside(name: str) -> bool:
-    """Tell whether a relative name, written the one usual way, stays in its folder."""
-    path = PurePosixPath(name)
-    usual = path.as_posix() == name and not path.is_absolute()
-    return usual and bool(path.parts) and ".." not in path.parts
 
 
 def _schedule(value: Mapping[str, Any]) -> Schedule:

@@ -3,9 +3,9 @@
 Everything a layer does happens here up to its commit, which is the pipeline's.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from ream_stream.calibration.tokens import followed
 from ream_stream.checkpoint.header import TensorEntry
 from ream_stream.checkpoint.reader import MappedTensors
 from ream_stream.checkpoint.shards import Content, write_shard
-from ream_stream.errors import DamagedError, NumbersError
+from ream_stream.errors import NumbersError
 from ream_stream.events import Phase, Refitted, Report, Step
 from ream_stream.files import FileRange, Written
 from ream_stream.method.alignment import Matched
@@ -24,7 +24,7 @@ from ream_stream.model.attention_cache import Playback
 from ream_stream.model.batches import with_states
 from ream_stream.model.expert_blocks import Listeners, Passes
 from ream_stream.model.experts import StreamedExperts
-from ream_stream.model.finite import CheckedWriter, is_finite, not_finite
+from ream_stream.model.finite import CheckedWriter, is_finite
 from ream_stream.model.streamed_model import Batch, StreamedModel
 from ream_stream.planning.allocation import OUTPUTS, SUMS
 from ream_stream.planning.plan import LayerPlan
@@ -35,6 +35,7 @@ from .decision import Decision, alignment_orders, decide
 from .observer import Observer, TokenSample, mean_outputs
 from .output_tensors import Unchanged, layer_content
 from .refit_layer import Fitted, RefitJob
+from .weight_check import check_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,9 @@ class LayerResult:
     refitted: Refitted | None = None
     """What refitting came to; None if nothing was refitted."""
 
+    read: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """SHA-256 of the source's tensors that were read, by part and file; see `Journal.read`."""
+
 
 def compress_layer(context: Context, layer: LayerPlan, report: Report) -> LayerResult:
     """Do all the work on one layer.
@@ -68,8 +72,9 @@ def compress_layer(context: Context, layer: LayerPlan, report: Report) -> LayerR
     """
     with ExitStack() as stores:
         run = _LayerRun(context, layer, stores, report)
-        run.check()
-        return run.copy() if layer.keys.stack is None else run.compress()
+        read = check_weights(context, layer, report)
+        result = run.copy() if layer.keys.stack is None else run.compress()
+        return replace(result, read=read)
 
 
 class _LayerRun:
@@ -85,29 +90,6 @@ class _LayerRun:
         self.tokens = followed(context.tokens) if layer.keys.is_mtp else context.tokens
         self._stores, self._report = stores, report
         self._entering = context.hidden_reader(self.index)
-
-    def check(self) -> None:
-        """Make sure that the layer's weights are numbers; with the first, those of no layer."""
-        names = list(self.layer.keys.names)
-        if self.index == 0:
-            names += self.context.source.outside_names
-        entries = self.plan.source.entries
-        with self.context.timed("check"), self.plan.source.open() as tensors:
-            for done, (name, bad) in enumerate(not_finite(tensors, names), start=1):
-                if bad:
-                    raise NumbersError(
-                        f"{name} in {entries[name].path} holds NaN or infinite numbers "
-                        f"(found at layer {self.index}): fetch the file again"
-                    )
-                self._step("check", done, len(names))
-            table, stack = self.layer.table, self.layer.keys.stack
-            if table is not None and stack is not None:
-                lowest, highest = (int(end) for end in tensors[table].aminmax())
-                if lowest < 0 or highest >= stack.count:
-                    raise DamagedError(
-                        f"{table} in {entries[table].path} names experts {lowest} to "
-                        f"{highest}, the layer has 0 to {stack.count - 1}: fetch it again"
-                    )
 
     def copy(self) -> LayerResult:
         """Copy a layer without experts, and run it for the next."""

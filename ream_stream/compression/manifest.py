@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ream_stream.errors import DamagedError
-from ream_stream.files import Written
+from ream_stream.files import Written, is_inside
 from ream_stream.method.grouping import centroids
 from ream_stream.parsing import read_object
 
@@ -75,6 +75,9 @@ class Manifest:
 
     files: Mapping[str, Written] = field(repr=False)
     """The shards, by name."""
+
+    documents: Mapping[str, Written] | None = field(repr=False)
+    """What was written or copied beside the shards, by name; None if the version told none."""
 
     layers: tuple[LayerGroups, ...] = field(repr=False)
     """The MoE layers."""
@@ -166,6 +169,7 @@ def _manifest(value: Mapping[str, Any]) -> Manifest:
         before=_count(value["experts"]["before"]),
         after=_count(value["experts"]["after"]),
         files={name: _file(name, file) for name, file in value["files"].items()},
+        documents=_documents(value.get("documents")),
         layers=tuple(_layer(layer) for layer in value["layers"]),
     )
 
@@ -173,6 +177,19 @@ def _manifest(value: Mapping[str, Any]) -> Manifest:
 def _file(name: str, value: Mapping[str, Any]) -> Written:
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise ValueError(f"{name!r} is not the name of a shard")
+    return _written(name, value)
+
+
+def _documents(value: Mapping[str, Any] | None) -> dict[str, Written] | None:
+    if value is None:
+        return None
+    for name in value:
+        if not is_inside(name) or re.search(r"(^|/)\.", name):
+            raise ValueError(f"{name!r} is not the name of a file of an output")
+    return {name: _written(name, file) for name, file in value.items()}
+
+
+def _written(name: str, value: Mapping[str, Any]) -> Written:
     if not re.fullmatch(r"[0-9a-f]{64}", value["sha256"]):
         raise ValueError(f"{name} has no SHA-256")
     return Written(name=name, size=_count(value["size"]), sha256=value["sha256"])

@@ -15,17 +15,25 @@ from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.shards import write_shard
 from ream_stream.device import peak_bytes, release, restart_peak
-from ream_stream.errors import OverBudgetError
-from ream_stream.events import Finished, Halved, LayerDone, Report, Started, no_report
+from ream_stream.errors import NumbersError, OverBudgetError
+from ream_stream.events import Finished, Halved, LayerDone, Report, Started, Step, no_report
 from ream_stream.host_memory import Gauge, gauge, return_freed_memory
 from ream_stream.model.finite import Excluded
 from ream_stream.planning.plan import LayerPlan, Plan
 
 from .context import Context
-from .finalize import MANIFEST, check_names, output_files, write_rest
-from .journal import Journal, LayerRecord, check_fingerprint
+from .finalize import check_names, is_complete, output_files, write_rest
+from .journal import OUTSIDE, Journal, LayerRecord, check_fingerprint
 from .layer import compress_layer
 from .output_tensors import Unchanged
+from .source_record import (
+    SourceRecord,
+    changed_shards,
+    check_commit,
+    check_others,
+    compare,
+    renewed,
+)
 from .workspace import Workspace
 
 
@@ -73,11 +81,21 @@ def compress(
     if journal is not None:
         check_fingerprint(journal, wanted, workspace.output)
         plan = replace(plan, schedule=plan.schedule.going_on(journal.schedule))
+        touched = _check_source(plan, journal, workspace, report)
     else:
         names = output_files(plan)
         check_names(workspace.output, names)
-        journal = Journal(fingerprint=wanted, schedule=plan.schedule, files=names)
+        touched = set()
+        journal = Journal(
+            fingerprint=wanted,
+            schedule=plan.schedule,
+            source=SourceRecord.of(plan.source),
+            files=names,
+        )
     workspace.claim(journal)
+    if touched:
+        journal.source = renewed(plan.source, journal.source, touched)
+        workspace.save(journal)
     workspace.check_committed(journal)
     workspace.remove_strays(journal)
     report(Started(layers=len(plan.layers), committed=len(journal.layers)))
@@ -85,7 +103,7 @@ def compress(
         return_freed_memory()
     seconds: dict[str, float] = {}
     peak_device_bytes = 0
-    complete = (workspace.output / MANIFEST).is_file()
+    complete = is_complete(workspace)
     supply = plan.supply
     with gauge() as meter:
         if len(journal.layers) < len(plan.layers):
@@ -117,6 +135,39 @@ def compress(
     )
     report(finished)
     return finished
+
+
+def _check_source(
+    plan: Plan, journal: Journal, workspace: Workspace, report: Report
+) -> set[str]:
+    """Make sure that a run goes on with the source it began with.
+
+    Returns
+    -------
+    set[str]
+        Names of shards that were touched, and have the bytes they had.
+
+    Raises
+    ------
+    OtherRunError, DamagedError
+        The source is another, or lacks a file.
+    """
+    source, record = plan.source, journal.source
+    check_commit(source, record, workspace.output)
+    check_others(source, record)
+    if source.fetch is not None:
+        return set()
+    touched = changed_shards(source, record)
+    for number, layer in enumerate(plan.layers[: len(journal.layers)] if touched else ()):
+        index = layer.keys.index
+        compare(source, layer.keys.names, journal.read[str(index)], touched)
+        report(Step(layer=index, phase="check", done=number + 1, total=len(journal.layers)))
+    if journal.layers:
+        inside = {name for layer in plan.layers for name in layer.keys.names}
+        # of what is outside, all is read once more unless the run is at its end
+        again = touched if is_complete(workspace) else journal.read[OUTSIDE].keys()
+        compare(source, plan.kept.entries.keys() - inside, journal.read[OUTSIDE], again)
+    return touched
 
 
 def _open(  # the parts of a context, each given once
@@ -184,7 +235,15 @@ def _layer(
     meter.restart()
     restart_peak(context.source.device)
     plan.source.check_unchanged(layer.keys.names)
-    result = compress_layer(context, layer, report)
+    try:
+        result = compress_layer(context, layer, report)
+    except NumbersError as error:
+        if error.file in journal.source.shards:
+            # a better one is welcome: only what was read of it must be the same
+            shards = {n: s for n, s in journal.source.shards.items() if n != error.file}
+            journal.source = replace(journal.source, shards=shards)
+            context.workspace.save(journal)
+        raise
     plan.source.check_unchanged(layer.keys.names)
     decision = result.decision
     is_last = index == len(plan.layers) - 1
@@ -204,6 +263,7 @@ def _layer(
         excluded=tuple(number for number in context.excluded if number not in known),
     )
     journal.layers.append(record)
+    journal.read.update((part, dict(read)) for part, read in result.read.items())
     context.workspace.save(journal)
     files.remove(context.workspace.hidden(index))
     if plan.follows:

@@ -103,6 +103,12 @@ def _sizes(subject: Subject) -> Iterator[str]:
             yield f"{name} has {path.stat().st_size} bytes, the manifest says {file.size}"
 
 
+def _complete(subject: Subject) -> Iterator[str]:
+    for name in subject.manifest.documents or ():
+        if not (subject.folder / name).is_file():
+            yield f"{name} is missing"
+
+
 def _listed(subject: Subject) -> Iterator[str]:
     indexed = {path.name for path in subject.checkpoint.files()}
     listed = set(subject.manifest.files)
@@ -221,6 +227,12 @@ CHECKS: tuple[Check, ...] = (
         name="sizes",
         good="every shard has the size that the manifest says",
         problems=_sizes,
+        needs=("manifest",),
+    ),
+    Check(
+        name="complete",
+        good="every file beside the shards is there that was written",
+        problems=_complete,
         needs=("manifest",),
     ),
     Check(

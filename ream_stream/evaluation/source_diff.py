@@ -98,7 +98,7 @@ def _documents(subject: Subject, original: Checkpoint) -> Iterator[Finding]:
     described = original.quantization_file is not None and not _is_decoded(subject)
     if described is (subject.checkpoint.quantization_file is None):
         bad.append(f"{QUANTIZATION_FILE} is {'missing' if described else 'left'}")
-    copied = copied_files(original)
+    copied = copied_files(original.others)
     for name in copied:
         have, want = subject.folder / name, original.folder / name
         if not have.is_file() or not filecmp.cmp(have, want, shallow=False):

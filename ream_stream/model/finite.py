@@ -8,7 +8,7 @@ sequence. The journal keeps which ones, so that a resumed run leaves out the sam
 Letters in shapes: B sequences of a batch, L tokens of a sequence, T tokens of a batch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -36,10 +36,19 @@ def is_finite(tensor: Tensor) -> bool:
     return all(map(_is_finite, torch.split(tensor.reshape(-1), BLOCK_ELEMENTS)))
 
 
-def not_finite(tensors: MappedTensors, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Yield each tensor's name, and whether it holds NaN or infinite numbers."""
+def not_finite(
+    tensors: MappedTensors, names: Iterable[str], heard: Callable[[str, Tensor], None]
+) -> Iterator[tuple[str, bool]]:
+    """Yield each tensor's name, and whether it holds NaN or infinite numbers.
+
+    `heard` is given all its values before, block by block.
+    """
     for name in names:
-        yield name, not is_finite(tensors[name])
+        bad = False
+        for block in torch.split(tensors[name].reshape(-1), BLOCK_ELEMENTS):
+            heard(name, block)
+            bad = not is_finite(block) or bad
+        yield name, bad
 
 
 class Excluded:

@@ -85,7 +85,7 @@ def _left_to_write(
     shards = layout.output_bytes + layout.listing_bytes
     work = 2 * layout.boundary_bytes + layout.staged_bytes + scratch_bytes
     work += layout.supply.peak_bytes
-    others = layout.source.other_files()
+    others = layout.source.others
     if begun is not None:
         shards -= begun.written_bytes
         if (output / INDEX).exists():
@@ -93,6 +93,5 @@ def _left_to_write(
         left = len(layout.layers) - begun.layers
         # one boundary is there already; after the last layer there is none
         work -= layout.boundary_bytes if left and begun.layers else 0 if left else work
-        folder = layout.source.folder
-        others = [p for p in others if not (output / p.relative_to(folder)).exists()]
-    return shards + sum(path.stat().st_size for path in others), work
+        others = {n: size for n, size in others.items() if not (output / n).exists()}
+    return shards + sum(others.values()), work

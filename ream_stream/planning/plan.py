@@ -202,7 +202,7 @@ class Layout:
         """Bytes on disk at the high-water mark, by part, but for scratch stores."""
         return {
             "shards": self.output_bytes,
-            "other files": sum(path.stat().st_size for path in self.source.other_files()),
+            "other files": sum(self.source.others.values()),
             "index, manifest and journal": self.listing_bytes,
             "hidden states": 2 * self.boundary_bytes,
             "layer before its refit": self.staged_bytes,

@@ -187,6 +187,20 @@ DAMAGES = [
         "has not finished",
     ),
     (
+        "no tokenizer",
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        "complete",
+        "tokenizer.json is missing",
+    ),
+    (
+        "a manifest that names a file elsewhere",
+        edit_manifest(
+            lambda m: m["documents"].update({"../x": m["documents"]["tokenizer.json"]})
+        ),
+        "manifest",
+        "is not the name of a file of an output",
+    ),
+    (
         "a cut manifest",
         lambda folder: (folder / MANIFEST).write_text("{", encoding="utf-8"),
         "manifest",
@@ -518,7 +532,13 @@ def test_all_of_the_damage_is_told_and_not_only_the_first(output):
 def test_a_check_that_builds_on_a_failed_one_is_left_out(output):
     (output / CONFIG).unlink()
     found = {finding.check: finding.ok for finding in verify(output)}
-    assert found == {"manifest": True, "headers": False, "sizes": True, "documents": True}
+    assert found == {
+        "manifest": True,
+        "headers": False,
+        "sizes": True,
+        "complete": False,
+        "documents": True,
+    }
 
 
 def test_an_original_checkpoint_lacks_only_the_manifest():

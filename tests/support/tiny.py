@@ -750,6 +750,21 @@ def scatter_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], files: in
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
 
 
+def split_by_layer(folder: Path) -> Path:
+    """Give each of the three layers of a checkpoint a shard, and a fourth to the rest."""
+    tensors, weight_map = load_tensors(folder), {}
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    for name in tensors:
+        layer = int(name.split(".")[2]) if ".layers." in name else 3
+        weight_map[name] = f"model-0000{layer + 1}-of-00004.safetensors"
+    for shard in set(weight_map.values()):
+        save_file({n: tensors[n] for n in tensors if weight_map[n] == shard}, folder / shard)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / INDEX).write_text(index, encoding="utf-8")
+    return folder
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json as it stands."""
     values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
