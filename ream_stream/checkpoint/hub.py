@@ -9,18 +9,30 @@ huggingface_hub finds the token (``hf auth login``, ``HF_TOKEN``); it is in no m
 and in no file.
 """
 
-import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
     build_hf_headers,
     disable_progress_bars,
@@ -29,15 +41,28 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported la
 )
 
 from ream_stream import files as durable
-from ream_stream.errors import DamagedError, ReamStreamError, UsageError
+from ream_stream.errors import DamagedError, OverBudgetError, ReamStreamError, UsageError
+from ream_stream.files import FileRange
 from ream_stream.parsing import read_object
+from ream_stream.source_access import open_source
+from ream_stream.units import format_size
 
 from .config_json import lacks_mtp
-from .header import MAX_HEADER_BYTES
+from .header import MAX_HEADER_BYTES, Stamp, TensorEntry, read_header
+from .hub_answers import (
+    RemoteFile,
+    answers_of_at_most,
+    checked_commit,
+    checked_files,
+)
+from .other_files import WEIGHTS
 from .reader import INDEX, SINGLE, Checkpoint, read_config
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 """How a checkpoint on the hub is written: ``ORG/NAME`` or ``ORG/NAME@REVISION``."""
+
+THREADS = 8
+"""That fetch files at the same time."""
 
 TRIES = 6
 """How often something is fetched before it is given up."""
@@ -46,27 +71,16 @@ WAIT_SECONDS = 1.0
 """Before the second try; twice as long before each one after it."""
 
 _FIRST_BYTES = 1 << 20
-_OTHER_WEIGHTS = ("bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack", "onnx", "onnx_data")
-_NOT_FETCHED = [f"*.{suffix}" for suffix in _OTHER_WEIGHTS]
 _REFUSED = {
     401: "it does not exist, or takes a token: set HF_TOKEN or run hf auth login",
     403: "your token has no access to it: ask for it on its page",
     404: "it does not exist, or takes a token: set HF_TOKEN or run hf auth login",
 }
-_DOWN = (httpx2.HTTPError, ConnectionError, TimeoutError)
+_DOWN = (httpx2.HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
+_NOT_UNDERSTOOD = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What huggingface_hub raises on an answer of another form."""
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RemoteFile:
-    """A file of a repository."""
-
-    size: int
-    """Bytes."""
-
-    sha256: str | None
-    """Of its content, hex; the hub tells it of large files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,14 +114,9 @@ def find(text: str) -> Remote:
     info = _retried(
         text, lambda: HfApi().model_info(repo, revision=match["revision"], files_metadata=True)
     )
-    files = {}
-    for sibling in info.siblings or ():
-        path = PurePosixPath(sibling.rfilename)
-        if path.is_absolute() or ".." in path.parts:
-            raise DamagedError(f"{text} names a file outside of it, {sibling.rfilename!r}")
-        digest = sibling.lfs.sha256 if sibling.lfs else None
-        files[sibling.rfilename] = RemoteFile(size=sibling.size or 0, sha256=digest)
-    return Remote(repo=repo, commit=str(info.sha), files=files)
+    return Remote(
+        repo=repo, commit=checked_commit(info.sha), files=checked_files(info.siblings)
+    )
 
 
 def fetch_headers(remote: Remote) -> Path:
@@ -118,17 +127,11 @@ def fetch_headers(remote: Remote) -> Path:
     """
     owner, _, name = remote.repo.partition("/")
     folder = Path(constants.HF_HOME) / "ream-stream" / owner / remote.commit / name
-    weights = [*_NOT_FETCHED, "*.safetensors"]
-    _retried(
-        remote.repo,
-        lambda: snapshot_download(
-            remote.repo, revision=remote.commit, local_dir=folder, ignore_patterns=weights
-        ),
-    )
-    with ThreadPoolExecutor(8) as pool:
-        for name, data in pool.map(
-            lambda name: (name, _header(remote, name)),
-            [name for name in shards(remote, folder) if not (folder / name).is_file()],
+    _fetch_all(remote, _small(remote), folder)
+    missing = [name for name in shards(remote, folder) if not (folder / name).is_file()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, data in zip(
+            missing, pool.map(partial(_header, remote), missing), strict=True
         ):
             durable.write_bytes(folder / name, data)
     return folder
@@ -159,17 +162,65 @@ def download(remote: Remote) -> Path:
     DamagedError
         A shard does not have the digest that the hub tells.
     """
-    folder = Path(
-        _retried(
-            remote.repo,
-            lambda: snapshot_download(
-                remote.repo, revision=remote.commit, ignore_patterns=_NOT_FETCHED
-            ),
+    weights = [n for n in remote.files if n.endswith(".safetensors") and "/" not in n]
+    return _fetch_all(remote, [*_small(remote), *weights])
+
+
+def _small(remote: Remote) -> list[str]:
+    """Return the names of what is no weights: config, index, tokenizer, code."""
+    return [
+        name
+        for name in remote.files
+        if (name == INDEX or not WEIGHTS.fullmatch(name))
+        and not any(part.startswith(".") for part in name.split("/"))
+    ]
+
+
+def _fetch_all(remote: Remote, names: Sequence[str], local: Path | None = None) -> Path:
+    """Fetch files into a folder of their own, or into the hub's cache; return the folder.
+
+    Raises
+    ------
+    OverBudgetError
+        The disk has no room for them.
+    """
+    home = Path(constants.HF_HOME if local else constants.HF_HUB_CACHE)
+    cache = home / repo_folder_name(repo_id=remote.repo, repo_type="model")
+    folder = local or cache / "snapshots" / remote.commit
+    size = sum(remote.files[name].size for name in names if not (folder / name).exists())
+    free = durable.free_bytes(home)
+    if size > free:
+        raise OverBudgetError(
+            f"{remote.repo} has {format_size(size)} to fetch, {format_size(free)} are free on "
+            f"the disk of {home}; with --stream only a few shards are there at a time"
         )
-    )
-    for name in shards(remote, folder):
-        _check(remote, name, folder / name)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(lambda name: _fetch(remote, name, folder, local), names):
+            pass
     return folder
+
+
+def _fetch(remote: Remote, name: str, folder: Path, local: Path | None) -> None:
+    """Fetch a file into a folder, and once more if it is not what the hub told of it."""
+
+    def fetch(*, again: bool) -> None:
+        with answers_of_at_most(remote.files[name].size):
+            hf_hub_download(
+                remote.repo,
+                name,
+                revision=remote.commit,
+                local_dir=local,
+                force_download=again,
+            )
+
+    _retried(f"{remote.repo}/{name}", lambda: fetch(again=False))
+    if not _is_whole(remote, name, folder / name):
+        _retried(f"{remote.repo}/{name}", lambda: fetch(again=True))
+        if not _is_whole(remote, name, folder / name):
+            raise DamagedError(
+                f"{folder / name} is not what {remote.repo} has: its size, SHA-256 or commit "
+                "is another; fetch it again"
+            )
 
 
 def streamed(checkpoint: Checkpoint, remote: Remote, folder: Path) -> Checkpoint:
@@ -185,57 +236,78 @@ def streamed(checkpoint: Checkpoint, remote: Remote, folder: Path) -> Checkpoint
         Where they are put, and deleted from after their last use.
     """
     disable_progress_bars()  # a run shows its own
-
-    def fetch(path: Path) -> None:
-        incoming = folder / "incoming"
-        durable.make_directory(incoming)
-        for last in (False, True):
-            _retried(
-                f"{remote.repo}/{path.name}",
-                lambda: hf_hub_download(
-                    remote.repo, path.name, revision=remote.commit, local_dir=incoming
-                ),
-            )
-            try:
-                _check(remote, path.name, incoming / path.name)
-                break
-            except DamagedError:
-                durable.remove(incoming)
-                if last:
-                    raise
-                durable.make_directory(incoming)
-        durable.adopt(incoming / path.name, path)
-
     entries = {
         name: replace(entry, path=folder / entry.path.name)
         for name, entry in checkpoint.entries.items()
     }
-    return replace(checkpoint, entries=entries, stamps={}, fetch=fetch)
+    shards = _Shards(remote, folder, entries)
+    return replace(
+        checkpoint,
+        entries=entries,
+        stamps=shards.stamps,
+        commit=remote.commit,
+        fetch=shards.fetch,
+    )
 
 
-def push(output: Path, repo: str, *, private: bool, revision: str | None) -> str:
-    """Publish an output; return where it is.
+class _Shards:
+    """Shards of a repository, fetched into a folder one after another."""
 
-    All files are in one commit: nobody sees half of them.
+    def __init__(
+        self, remote: Remote, folder: Path, entries: Mapping[str, TensorEntry]
+    ) -> None:
+        self._remote, self._folder = remote, folder
+        self._planned: dict[Path, dict[str, TensorEntry]] = {}
+        for name, entry in entries.items():
+            self._planned.setdefault(entry.path, {})[name] = entry
+        self.stamps: dict[Path, Stamp] = {}
+
+    def fetch(self, path: Path) -> None:
+        """Make sure that a shard is there, whole and as it was planned."""
+        if path in self.stamps and path.is_file():
+            return
+        if not _is_whole(self._remote, path.name, path):  # one that a killed run left may be
+            durable.remove(path)
+            incoming = self._folder / "incoming"
+            durable.make_directory(incoming)
+            _fetch(self._remote, path.name, incoming, incoming)
+            durable.adopt(incoming / path.name, path)
+        if read_header(path) != self._planned[path]:
+            raise DamagedError(
+                f"{self._remote.repo}: {path.name} has another header than it had for the plan"
+            )
+        self.stamps[path] = Stamp.of(path)
+
+
+def push(
+    output: Path, names: Iterable[str], repo: str, *, private: bool, revision: str | None
+) -> str:
+    """Publish files of an output; return where they are.
+
+    All are in one commit: nobody sees half of them.
 
     Raises
     ------
     UsageError
         One may not write there.
+    DamagedError
+        A file is a link that leads out of the output, or no file.
     """
-    api = HfApi()
+    api, operations = HfApi(), []
+    for name in names:
+        open_source(output / name, (output.resolve(),)).close()
+        operations.append(CommitOperationAdd(name, output / name))
     _retried(repo, lambda: api.create_repo(repo, private=private, exist_ok=True))
     if revision is not None:
         _retried(repo, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
 
     def upload() -> str:
         try:
-            done = api.upload_folder(
-                repo_id=repo,
-                folder_path=output,
+            done = api.create_commit(
+                repo,
+                operations,
                 revision=revision,
                 commit_message="Upload a compressed checkpoint",
-                ignore_patterns=[".*", "**/.*", f"*{durable.PARTIAL}"],
             )
         except RuntimeError as error:
             # what a thread of an upload met is the cause of an error that says only where
@@ -247,17 +319,21 @@ def push(output: Path, repo: str, *, private: bool, revision: str | None) -> str
 
 def _header(remote: Remote, name: str) -> bytes:
     """Return the first bytes of a shard, up to the end of its header."""
+    size = remote.files[name].size
 
     def read() -> bytes:
-        data, wanted = b"", 8
+        data, wanted = bytearray(), 8
         url = hf_hub_url(remote.repo, name, revision=remote.commit)
         while len(data) < wanted:
             stop = max(_FIRST_BYTES, wanted)
             headers = {**build_hf_headers(), "Range": f"bytes=0-{stop - 1}"}
-            with get_session().stream("GET", url, headers=headers) as response:
-                hf_raise_for_status(response)
-                data = b""
+            with (
                 # a server may answer with the whole file: no more of it is read
+                answers_of_at_most(size),
+                get_session().stream("GET", url, headers=headers) as response,
+            ):
+                hf_raise_for_status(response)
+                data.clear()
                 for piece in response.iter_bytes(1 << 16):
                     data += piece
                     if len(data) >= stop:
@@ -265,31 +341,24 @@ def _header(remote: Remote, name: str) -> bytes:
             if len(data) < 8:
                 raise DamagedError(f"{remote.repo}: {name} is no safetensors file")
             wanted = 8 + int.from_bytes(data[:8], "little")
-            if wanted > MAX_HEADER_BYTES or wanted > remote.files[name].size:
+            if wanted > MAX_HEADER_BYTES or wanted > size:
                 raise DamagedError(
                     f"{remote.repo}: {name} announces a header of {wanted} bytes"
                 )
             if len(data) < wanted and len(data) < stop:
                 raise httpx2.RemoteProtocolError("the answer ended early")
-        return data[:wanted]
+        return bytes(data[:wanted])
 
     return _retried(f"{remote.repo}/{name}", read)
 
 
-def _check(remote: Remote, name: str, path: Path) -> None:
-    """Refuse a file that is not what the hub says it is."""
+def _is_whole(remote: Remote, name: str, path: Path) -> bool:
+    """Tell whether a file is there and is what the hub says it is."""
     told = remote.files[name]
-    size = path.stat().st_size
-    if size == told.size and told.sha256 is not None:
-        with path.open("rb") as file, durable.reading(path):
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest == told.sha256:
-            return
-    elif size == told.size:
-        return
-    raise DamagedError(
-        f"{path} is not what {remote.repo} has: its size or SHA-256 is another; fetch it again"
-    )
+    if not path.is_file() or path.stat().st_size != told.size:
+        return False
+    whole = FileRange(path=path, start=0, stop=told.size)
+    return told.sha256 in {None, durable.digest([whole] if told.sha256 else [])}
 
 
 def _retried(what: str, act: Callable[[], R]) -> R:
@@ -297,8 +366,10 @@ def _retried(what: str, act: Callable[[], R]) -> R:
     for attempt in range(1, TRIES + 1):
         try:
             return act()
-        except HFValidationError as error:
-            raise UsageError(f"{what} is no name of a repository on the hub") from error
+        except _NOT_UNDERSTOOD as error:
+            if isinstance(error, HFValidationError):
+                raise UsageError(f"{what} is no name of a repository on the hub") from error
+            raise DamagedError(f"{what}: what the hub answers makes no sense") from error
         except OfflineModeIsEnabled as error:
             raise UsageError(f"{what} is on the hub, and HF_HUB_OFFLINE is set") from error
         except HfHubHTTPError as error:

@@ -51,8 +51,7 @@ class Supply:
             return
         needed = self._always | (set() if layer is None else self._layers[layer])
         for path in sorted(needed):
-            if not path.is_file():
-                self._source.fetch(path)
+            self._source.fetch(path)
 
     def release(self, layer: int | None) -> None:
         """Delete what nothing needs after a layer; with None what is there at all."""

@@ -17,7 +17,7 @@ from ream_stream.__main__ import main
 from ream_stream.checkpoint import hub as product
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.event_log import Log
-from ream_stream.errors import DamagedError, InterruptedRunError, ReamStreamError, UsageError
+from ream_stream.errors import InterruptedRunError, ReamStreamError, UsageError
 from ream_stream.events import LayerDone
 
 # a verb has the name of the module
@@ -34,19 +34,7 @@ def tokens(tmp_path_factory):
 @pytest.fixture
 def source(checkpoints, tmp_path):
     """A checkpoint of several shards, as the hub has it."""
-    folder = shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "remote")
-    tensors = tiny.load_tensors(folder)
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
-    weight_map = {}
-    for name in tensors:
-        layer = int(name.split(".")[2]) if ".layers." in name else 3
-        weight_map[name] = f"model-0000{layer + 1}-of-00004.safetensors"
-    for shard in set(weight_map.values()):
-        save_file({n: tensors[n] for n in tensors if weight_map[n] == shard}, folder / shard)
-    index = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (folder / tiny.INDEX).write_text(index, encoding="utf-8")
-    return folder
+    return tiny.split_by_layer(shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "remote"))
 
 
 @pytest.fixture
@@ -129,9 +117,7 @@ def test_streamed_shards_are_there_only_while_they_are_needed(
         assert hub.sent[name] <= 2 * size
 
 
-def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_bytes(
-    hub, tokens, tmp_path, control, monkeypatch
-):
+def stop_after_a_layer(monkeypatch, command):
     show = Log.show
 
     def stop(log, event):
@@ -139,11 +125,17 @@ def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_bytes(
         if isinstance(event, LayerDone):
             raise InterruptedRunError("stopped for the test")
 
-    command = words(REPO, tmp_path / "out", tokens, "--stream")
     with monkeypatch.context() as patch:
         patch.setattr(Log, "show", stop)
         assert main(command) == 130
-        assert main(command) == 130
+
+
+def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_bytes(
+    hub, tokens, tmp_path, control, monkeypatch
+):
+    command = words(REPO, tmp_path / "out", tokens, "--stream")
+    stop_after_a_layer(monkeypatch, command)
+    stop_after_a_layer(monkeypatch, command)
     assert main(command) == 0
     assert shards(tmp_path / "out") == control
 
@@ -251,12 +243,60 @@ def test_the_token_is_sent_and_written_nowhere(hub, tokens, tmp_path, capsys):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_names_that_leave_the_folder_are_refused(hub, source, monkeypatch):
-    info = hub.info()
-    info["siblings"].append({"rfilename": "../../evil.json", "size": 1})
-    monkeypatch.setattr(hub, "info", lambda: info)
-    with pytest.raises(DamagedError, match="outside of it"):
-        product.find(REPO)
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["whole", "streamed"])
+def test_a_branch_that_moved_is_not_mixed_and_its_old_commit_goes_on(
+    hub, source, tokens, tmp_path, control, monkeypatch, capsys, stream
+):
+    command = words(f"{REPO}@main", tmp_path / "out", tokens, *stream)
+    stop_after_a_layer(monkeypatch, command)
+    was = shutil.copytree(source, tmp_path / "was")
+    for path in source.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+    hub.commit = "f" * 40
+    assert main(command) == 11
+    assert f"commit {COMMIT} and SOURCE is now commit {hub.commit}" in capsys.readouterr().err
+    shutil.copytree(was, source, dirs_exist_ok=True)
+    hub.commit = COMMIT
+    assert main(words(f"{REPO}@{COMMIT}", tmp_path / "out", tokens, *stream)) == 0
+    assert shards(tmp_path / "out") == control
+
+
+def test_a_streamed_shard_with_another_byte_is_fetched_again(
+    hub, tokens, tmp_path, control, monkeypatch
+):
+    command = words(REPO, tmp_path / "out", tokens, "--stream")
+    stop_after_a_layer(monkeypatch, command)
+    left = sorted((tmp_path / "out" / ".ream-stream" / "streamed").glob("*.safetensors"))
+    assert left
+    for path in left:
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+    assert main(command) == 0
+    assert shards(tmp_path / "out") == control
+
+
+def test_a_streamed_shard_that_is_written_to_during_the_run_ends_it(
+    hub, tokens, tmp_path, control, monkeypatch, capsys
+):
+    command, show = words(REPO, tmp_path / "out", tokens, "--stream"), Log.show
+
+    def touch(log, event):
+        show(log, event)
+        if isinstance(event, LayerDone):
+            for path in (tmp_path / "out" / ".ream-stream" / "streamed").glob("*-00004-*"):
+                data = bytearray(path.read_bytes())
+                data[-2] ^= 1
+                path.write_bytes(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "show", touch)
+        assert main(command) == 3
+    assert "was changed while it was being read" in capsys.readouterr().err
+    assert main(command) == 0
+    assert shards(tmp_path / "out") == control
 
 
 @pytest.mark.parametrize("text", ["nowhere", "./org/name", "a/b/c", "/org/name"])
@@ -278,13 +318,47 @@ def test_an_output_is_pushed_in_one_commit_and_verified_before(hub, tokens, tmp_
     (output / "config.json.partial").write_text("{", encoding="utf-8")
     assert main(["push", str(output), REPO]) == 3
     (output / "config.json.partial").unlink()
+    wanted = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    # what others put there stays there
+    (output / "notes.txt").write_text(TOKEN, encoding="utf-8")
+    (output / ".env").write_text(TOKEN, encoding="utf-8")
+    (output / "logs").mkdir()
+    (output / "logs" / "log.jsonl").write_text("{}", encoding="utf-8")
     capsys.readouterr()
+    assert main(["push", str(output), REPO, "--dry-run"]) == 0
+    assert {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()} == {*wanted}
+    assert not hub.pushed
     assert main(["push", str(output), REPO, "--private", "--revision", "small"]) == 0
     assert f"/{REPO}/commit/{COMMIT}" in capsys.readouterr().out
-    wanted = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     assert hub.pushed == wanted
     hub.statuses["/lfs/"] = [503] * 99
     assert main(["push", str(output), REPO]) == 1
     assert "the hub answers with status 503" in capsys.readouterr().err
     commits = [path for method, path in hub.requests if "/commit/" in path]
     assert commits == [f"/api/models/{REPO}/commit/small"]
+
+
+def test_a_link_that_leads_out_of_the_output_is_not_pushed(hub, tokens, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(words(hub.folder, output, tokens)) == 0
+    (tmp_path / "secret").write_text("{}", encoding="utf-8")
+    (output / "tokenizer.json").unlink()
+    assert main(["push", str(output), REPO]) == 3
+    assert "tokenizer.json is missing" in capsys.readouterr().err
+    (output / "tokenizer.json").symlink_to(tmp_path / "secret")
+    assert main(["push", str(output), REPO]) == 3
+    assert "tokenizer.json is a link to" in capsys.readouterr().err
+    assert not hub.pushed
+
+
+def test_an_output_whose_manifest_names_no_documents_is_not_pushed(
+    hub, tokens, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    assert main(words(hub.folder, output, tokens)) == 0
+    manifest = json.loads((output / "ream_stream.json").read_text(encoding="utf-8"))
+    del manifest["documents"]
+    (output / "ream_stream.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert main(["push", str(output), REPO]) == 2
+    assert "does not name the files beside the shards" in capsys.readouterr().err
+    assert not hub.pushed

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -38,6 +38,18 @@ class Hub:
         self.wrong: dict[str, int] = {}
         """Times that a file is to be sent with another byte."""
         self.needs_token = False
+        self.commit = COMMIT
+        """What the branch is at."""
+        self.headers: dict[str, str] = {}
+        """Headers of files that are not as they should be."""
+        self.bodies: dict[str, bytes] = {}
+        """What is sent in place of a file."""
+        self.answer = b""
+        """What is sent in place of the description of the repository."""
+        self.elsewhere = ""
+        """A server that has the files, if this one has not."""
+        self.authorized: list[str] = []
+        """Paths that were asked for with a token."""
         self.pushed: dict[str, bytes] = {}
         self.url = ""
 
@@ -53,24 +65,13 @@ class Hub:
                 digest = hashlib.sha256(data).hexdigest()
                 sibling["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 130}
             siblings.append(sibling)
-        return {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "tags": []}
-
-    def tree(self):
-        return [
-            {
-                "type": "file",
-                "path": each["rfilename"],
-                "size": each["size"],
-                "oid": each["blobId"],
-                **(
-                    {"lfs": {"oid": each["lfs"]["sha256"], "size": each["size"],
-                             "pointerSize": 130}}
-                    if "lfs" in each
-                    else {}
-                ),
-            }
-            for each in self.info()["siblings"]
-        ]  # fmt: skip
+        return {
+            "id": REPO,
+            "modelId": REPO,
+            "sha": self.commit,
+            "siblings": siblings,
+            "tags": [],
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -88,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self):
         hub, path = self.hub, self.path.partition("?")[0]
         hub.requests.append((self.command, self.path))
+        if "Authorization" in self.headers:
+            hub.authorized.append(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         for part, statuses in hub.statuses.items():
             if part in path and statuses:
@@ -100,10 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
     def _info(self, _match, _body):
-        self._send_json(self.hub.info())
-
-    def _tree(self, _match, _body):
-        self._send_json(self.hub.tree())
+        self._send(200, self.hub.answer or json.dumps(self.hub.info()).encode())
 
     def _file(self, match, _body):
         hub, name = self.hub, match["name"]
@@ -112,10 +112,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         data = path.read_bytes()
         etag = hashlib.sha256(data).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": hub.commit, "Accept-Ranges": "bytes"}
+        headers |= hub.headers
+        if hub.elsewhere:
+            headers |= {"Location": hub.elsewhere + self.path, "X-Linked-Size": str(len(data))}
+            return self._send(302, b"", headers)
         if hub.wrong.get(name) and self.command == "GET":
             hub.wrong[name] -= 1
             data = data[:-1] + bytes([data[-1] ^ 1])
+        data = hub.bodies.get(name, data) if self.command == "GET" else data
         status, start, stop = 200, 0, len(data)
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start = int(wanted[1])
@@ -179,13 +184,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        self.wfile.write(data)
+        with suppress(ConnectionError):  # of who has seen enough
+            self.wfile.write(data)
         self.hub.sent[name] += len(data)
 
 
 _ROUTES = [
     (rf"/api/models/{REPO}(/revision/[^/]+)?", _Handler._info),
-    (rf"/api/models/{REPO}/tree/[^/]+(/.*)?", _Handler._tree),
     (rf"/{REPO}/resolve/[^/]+/(?P<name>.+)", _Handler._file),
     (rf"/api/models/{REPO}/preupload/[^/]+", _Handler._preupload),
     (rf"/{REPO}\.git/info/lfs/objects/batch", _Handler._lfs_batch),
