@@ -107,7 +107,7 @@ NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 work_dir_option = option(
     "Machine",
     "--work-dir",
-    type=FOLDER,
+    type=NEW_FOLDER,
     metavar="DIR",
     help="The --work-dir of the run, if it had one.",
 )

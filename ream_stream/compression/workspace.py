@@ -240,7 +240,8 @@ class Workspace:
             for name in (_IDENTITY, _IDENTITY + files.PARTIAL, LOCK):
                 files.remove(folder / name)
             files.remove_empty(folder)
-        files.remove_empty(self.work)
+            if folder == self.data:  # before the other folder stops telling of it
+                files.remove_empty(self.work)
 
     def discard(self) -> None:
         """Delete everything that the run here wrote, the locks aside.

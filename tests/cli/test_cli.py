@@ -407,12 +407,15 @@ def test_a_run_in_a_folder_that_is_in_use_is_refused(capsys, words, tmp_path):
     assert call(capsys, *words(output))[0] == 0
 
 
-def test_a_work_folder_elsewhere_leaves_only_the_model_in_the_output(
+def test_a_work_folder_elsewhere_leaves_the_model_and_whose_it_is_in_the_output(
     capsys, words, finished, tmp_path
 ):
     output, work = tmp_path / "output", tmp_path / "work"
     assert call(capsys, *words(output, "--work-dir", work))[0] == 0
-    assert sorted(p.name for p in output.iterdir()) == sorted(files(finished))
+    assert sorted(p.name for p in output.iterdir()) == sorted(
+        [".ream-stream", *files(finished)]
+    )
+    assert not list((output / ".ream-stream").glob("*.safetensors"))
     status, out, _ = call(capsys, "status", output, "--work-dir", work, "--json")
     assert (status, json.loads(out)["state"]) == (0, "complete")
 

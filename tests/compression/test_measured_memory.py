@@ -287,7 +287,7 @@ def test_a_leak_is_seen(measured):
 def test_products_of_ever_new_sizes_take_no_more_memory_each():
     code = """
 import torch
-from ream_stream.memory import anonymous_bytes, bound_kernel_caches, trim
+from ream_stream.host_memory import anonymous_bytes, bound_kernel_caches, trim
 bound_kernel_caches()
 torch.set_num_threads(1)
 weight = torch.ones(1024, 256, dtype=torch.bfloat16)

@@ -389,16 +389,16 @@ DAMAGES = [
     (
         "a missing saliency",
         edit_manifest(lambda manifest: manifest["layers"][0]["saliency"].pop()),
-        "groups",
-        "no 8 finite saliencies",
+        "manifest",
+        "NaN is no number of JSON",
     ),
     (
         "a saliency that is no number",
         edit_manifest(
             lambda manifest: manifest["layers"][0]["saliency"].__setitem__(0, math.nan)
         ),
-        "groups",
-        "no 8 finite saliencies",
+        "manifest",
+        "NaN is no number of JSON",
     ),
     ("a flipped bit", flip_last_byte, "digest", "its bytes changed"),
     (

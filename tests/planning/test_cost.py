@@ -121,7 +121,7 @@ def test_a_sum_has_all_fields():
 @pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "qwen3_moe"])
 def test_the_machine_is_measured_on_experts_of_every_layout(plan_of, name):
     """With biases, stacked and turned, and one by one."""
-    rates = forecast(plan_of(name), torch.device("cpu"), 1).rates
+    rates = forecast(plan_of(name), torch.device("cpu")).rates
     assert rates.expert > 0
     assert rates.product > 0
 

@@ -129,7 +129,7 @@ def main(options):
         "ram": ram,
         "batch": planned.schedule.batch_sequences,
         "trims_heap": planned.budgets.trims_heap,
-        "solver": str(planned.solver),
+        "solver": str(planned.schedule.solver),
     }
     print(json.dumps(told))
 
