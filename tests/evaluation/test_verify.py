@@ -389,8 +389,8 @@ DAMAGES = [
     (
         "a missing saliency",
         edit_manifest(lambda manifest: manifest["layers"][0]["saliency"].pop()),
-        "manifest",
-        "NaN is no number of JSON",
+        "groups",
+        "no 8 finite saliencies",
     ),
     (
         "a saliency that is no number",
