@@ -500,7 +500,8 @@ def test_events_tell_every_layer_once_in_order(ream):
 def test_the_manifest_tells_what_was_done(ream, name):
     done = ream(name)
     manifest = done.manifest
-    assert list(manifest) == ["format", "fingerprint", "versions", "experts", "files", "layers"]
+    fields = ["format", "fingerprint", "versions", "experts", "files", "documents", "layers"]
+    assert list(manifest) == fields
     assert manifest["experts"] == {"before": tiny.EXPERTS, "after": KEEP}
     assert manifest["fingerprint"]["calibration"] == done.tokens.digest
     assert manifest["fingerprint"]["source"] == done.plan.source.digest()
