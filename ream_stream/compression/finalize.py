@@ -153,7 +153,12 @@ def _manifest(plan: Plan, journal: Journal, documents: Mapping[str, Written]) ->
         },
         "experts": {"before": plan.num_experts, "after": plan.settings.experts},
         "files": {shard.name: _told(shard) for shard in journal.shards()},
-        "documents": {name: _told(file) for name, file in documents.items()},
+        "documents": {
+            name: _told(file)
+            for name, file in documents.items()
+            # JSON has no word for other names, and a hub takes none of them
+            if _is_utf8(name)
+        },
         "layers": [
             {
                 "index": record.index,
@@ -170,3 +175,8 @@ def _manifest(plan: Plan, journal: Journal, documents: Mapping[str, Written]) ->
 
 def _told(file: Written) -> dict[str, Any]:
     return {"size": file.size, "sha256": file.sha256}
+
+
+def _is_utf8(name: str) -> bool:
+    """Tell whether a file's name is UTF-8: Python has lone surrogates for what is not."""
+    return os.fsencode(name) == name.encode(errors="replace")
