@@ -20,6 +20,7 @@ from zarr.storage import LocalStore
 from ream_stream import files
 from ream_stream.errors import DamagedError
 from ream_stream.file_access import check_folder, regular_size
+from ream_stream.parsing import read_json
 
 _BITS: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.bfloat16: (torch.uint16, np.uint16),
@@ -100,6 +101,26 @@ class HiddenWriter:
             files.publish_directory(self._partial, self._path)
 
 
+def _check_description(path: Path, dtype: torch.dtype) -> None:
+    """Refuse a description by which zarr would read other bits than were written.
+
+    Chunks have checksums, their description has none.
+    """
+    described = read_json(path, _DESCRIPTION_BYTES)
+    first, *others = described["codecs"]
+    told = (
+        described["data_type"],
+        first["name"],
+        first["configuration"],
+        [codec["name"] for codec in others],
+        described["chunk_key_encoding"]["name"],
+    )
+    if told != (_BITS[dtype][1].__name__, "bytes", {"endian": "little"}, ["crc32c"], "default"):
+        raise ValueError("its description is not as it was written")
+    if not all(described["chunk_grid"]["configuration"]["chunk_shape"]):
+        raise ValueError("its chunks are empty")
+
+
 class HiddenStates:
     """Reads what a `HiddenWriter` published.
 
@@ -115,11 +136,10 @@ class HiddenStates:
         self._path, self._dtype, self._batch = path, dtype, batch
         try:
             check_folder(path)
-            if (regular_size(path / "zarr.json") or 0) > _DESCRIPTION_BYTES:
-                raise ValueError("its description is too large")
+            _check_description(path / "zarr.json", dtype)
             self._array = zarr.open_array(LocalStore(path, read_only=True), mode="r")
             stored = (self._array.shape, self._array.attrs["dtype"])
-        except _NOT_A_STORE as error:
+        except (DamagedError, *_NOT_A_STORE) as error:
             raise DamagedError(
                 f"{path} is damaged ({error}); start over with --restart"
             ) from error
@@ -140,7 +160,7 @@ class HiddenStates:
         try:
             with files.reading(self._path):
                 bits = np.asarray(self._array[start : start + self._batch])
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise DamagedError(
                 f"{self._path}: batch {index} is damaged ({error}); start over with --restart"
             ) from error

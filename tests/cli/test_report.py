@@ -195,6 +195,55 @@ def test_a_file_that_is_no_result_and_a_folder_that_is_no_output_are_refused(mad
     assert not (tmp_path / "a.html").exists()
 
 
+ODD = [
+    "3", "null", "[]", '"text"', "{}", "\0\0\0", "\xff\xfe", 2000 * "[",
+    '{"event": 3, "time": "t"}',
+    '{"event": "layer done", "time": "t"}', '{"event": "finished", "time": "t", "seconds": 3}',
+    '{"event": "layer done", "time": "t", "layer": "x", "seconds": {}, "read_bytes": 0, '
+    '"peak_anonymous_bytes": 0, "written_bytes": 0}',
+    '{"event": "step", "time": "t", "anonymous_bytes": NaN}',
+    '{"event": "step", "time": "t", "left_seconds": 1e999}',
+    '{"event": "step", "time": 5}', '{"event": "command", "time": "t", "command": 3}',
+    '{"event": "step", "time": "t", "anonymous_bytes": ' + 400 * "9" + "}",
+    '{"event": "step", "time": "t", "time": "u"}', 10_000_000 * "x",
+]  # fmt: skip
+
+
+def test_odd_lines_of_a_log_are_passed_over(made, tmp_path, capsys):
+    workspace = Workspace(output=made / "out", work=made / "out/.ream-stream")
+    before = workspace.log.read_bytes()
+    events = list(read_events(workspace.log))
+    try:
+        odd = "\n".join(ODD).encode("latin-1")
+        workspace.log.write_bytes(odd + b"\n" + before + odd)
+        assert list(read_events(workspace.log)) == events
+        assert main(["status", str(made / "out")]) == 0
+        html = tmp_path / "a.html"
+        assert main(["report", str(made / "out"), "--html", str(html)]) == 0
+    finally:
+        workspace.log.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "3", '{"perplexity": "x"}', '{"perplexity": 3, "accuracy": []}',
+        '{"kind": "comparison"}', '{"kind": "comparison", "summary": []}',
+        '{"kind": "sweep", "points": 3}', '{"kind": "comparison", "summary": [3]}',
+        '{"kind": ["sweep"]}', 2000 * "[",
+    ],
+)  # fmt: skip
+def test_results_that_are_none_are_one_sentence(made, tmp_path, capsys, text):
+    results = tmp_path / "results.json"
+    results.write_text(text, encoding="utf-8")
+    words = ["report", str(made / "out"), "--html", str(tmp_path / "a.html")]
+    assert main([*words, "--results", str(results)]) in {2, 3}
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {results}")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "a.html").exists()
+
+
 def test_times_of_a_run_that_was_cut_are_added_up(made):
     workspace = Workspace(output=made / "out", work=made / "out/.ream-stream")
     lines = workspace.log.read_text().splitlines()

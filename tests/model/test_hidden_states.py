@@ -1,6 +1,7 @@
 """Letters in shapes: S sequences, B sequences of a batch, L tokens of a sequence, H hidden."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_store_has_its_name_only_when_it_is_published(tmp_path):
     writer = HiddenWriter(tmp_path / "store", SHAPE, torch.bfloat16, BATCH)
     writer.write(0, states((2, 3, 4), torch.bfloat16))
     assert [path.name for path in tmp_path.iterdir()] == ["store.partial"]
-    with pytest.raises(DamagedError, match="does not exist"):
+    with pytest.raises(DamagedError, match="is missing"):
         HiddenStates(tmp_path / "store", SHAPE, torch.bfloat16, BATCH)
     # what a killed run left is thrown away by the next
     write(tmp_path / "store", states(SHAPE, torch.bfloat16), BATCH)
@@ -137,6 +138,28 @@ def test_a_store_without_a_readable_description_is_damaged(text, store):
         (store / "zarr.json").write_text(text)
     with pytest.raises(DamagedError, match="store"):
         HiddenStates(store, SHAPE, torch.bfloat16, BATCH)
+
+
+CHANGED = {
+    "codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}],
+    "data_type": "uint8",
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 3, 8]}},
+    "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
+    "shape": [10**30, 3, 5],
+    "attributes": {"dtype": [None]},
+    "node_type": "group",
+}
+
+
+@pytest.mark.parametrize("key", CHANGED)
+@pytest.mark.parametrize("nonsense", [None, -1, "x", [], {"a": 400 * "["}])
+def test_a_description_that_was_changed_is_damaged(key, nonsense, store):
+    path = store / "zarr.json"
+    described = json.loads(path.read_text())
+    for value in (CHANGED[key], nonsense):
+        path.write_text(json.dumps({**described, key: value}))
+        with pytest.raises(DamagedError, match="store"):
+            HiddenStates(store, SHAPE, torch.bfloat16, BATCH).read(0)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    value = read_object(path)
+    value = read_object(path, finite=False)
     if value.get("kind") not in _KINDS and "perplexity" not in value:
         raise UsageError(
             f"{path}: not what eval --json prints, nor comparison.json or sweep.json"
