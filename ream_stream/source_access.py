@@ -53,6 +53,8 @@ def open_source(path: Path, within: Sequence[Path] = (), *, buffering: int = -1)
 def _check_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        if path.is_symlink():
+            kind = f"a link to {kind}"
         raise DamagedError(f"{path} is {kind}, not a file")
 
 

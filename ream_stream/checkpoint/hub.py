@@ -22,6 +22,7 @@ import httpx2
 from huggingface_hub import (
     CommitOperationAdd,
     HfApi,
+    ModelInfo,
     constants,
     hf_hub_download,
     hf_hub_url,
@@ -110,13 +111,23 @@ def find(text: str) -> Remote:
     match = HUB_ID.fullmatch(text)
     if match is None:
         raise UsageError(f"{text} is neither a folder nor ORG/NAME[@REVISION] on the hub")
-    repo = match["repo"]
-    info = _retried(
-        text, lambda: HfApi().model_info(repo, revision=match["revision"], files_metadata=True)
+    repo, revision = match["repo"], match["revision"]
+    return described(
+        text, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True)
     )
-    return Remote(
-        repo=repo, commit=checked_commit(info.sha), files=checked_files(info.siblings)
-    )
+
+
+def described(text: str, ask: Callable[[], ModelInfo]) -> Remote:
+    """Return what huggingface_hub makes of the hub's answer, checked.
+
+    Raises
+    ------
+    DamagedError
+        It is not what a hub may answer.
+    """
+    info = _retried(text, ask)
+    commit, files = checked_commit(info.sha), checked_files(info.siblings)
+    return Remote(repo=text.partition("@")[0], commit=commit, files=files)
 
 
 def fetch_headers(remote: Remote) -> Path:

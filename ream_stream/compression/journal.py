@@ -144,7 +144,7 @@ def load(path: Path) -> Journal:
             fingerprint=value["fingerprint"],
             schedule=_schedule(value["schedule"]),
             source=SourceRecord.from_json(value["source"]),
-            read=value["read"],
+            read={part: dict(files) for part, files in value["read"].items()},
             files=tuple(value["files"]),
             layers=[_record(record) for record in value["layers"]],
             outside=[Written(**file) for file in value["outside"]],

@@ -160,13 +160,14 @@ def _check_source(
     touched = changed_shards(source, record)
     for number, layer in enumerate(plan.layers[: len(journal.layers)] if touched else ()):
         index = layer.keys.index
-        compare(source, layer.keys.names, journal.read[str(index)], touched)
+        compare(source, layer.keys.names, journal.read.get(str(index), {}), touched)
         report(Step(layer=index, phase="check", done=number + 1, total=len(journal.layers)))
     if journal.layers:
         inside = {name for layer in plan.layers for name in layer.keys.names}
         # of what is outside, all is read once more unless the run is at its end
-        again = touched if is_complete(workspace) else journal.read[OUTSIDE].keys()
-        compare(source, plan.kept.entries.keys() - inside, journal.read[OUTSIDE], again)
+        then = journal.read.get(OUTSIDE, {})
+        again = touched if is_complete(workspace) else then.keys()
+        compare(source, plan.kept.entries.keys() - inside, then, again)
     return touched
 
 

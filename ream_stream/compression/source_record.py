@@ -212,7 +212,7 @@ def compare(
     ordered = (source.entries[name] for name in in_order(source.entries, names))
     for path, entries in groupby(ordered, key=lambda entry: entry.path):
         ranges = [FileRange(path=path, start=each.start, stop=each.stop) for each in entries]
-        if path.name in shards and files.digest(ranges) != then[path.name]:
+        if path.name in shards and files.digest(ranges) != then.get(path.name):
             raise _changed(path)
 
 

@@ -269,7 +269,7 @@ def parsers(tmp_path_factory):
     return Parsers(tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize("name", ["header", "config", "index", "journal"])
+@pytest.mark.parametrize("name", ["header", "config", "index", "hub", "journal"])
 @given(draw=st.randoms(use_true_random=False))
 def test_a_changed_document_is_read_or_refused(parsers, name, draw):
     # it raises what is no refusal

@@ -1,5 +1,6 @@
 """A run is of one source: what it was begun with, and what it goes on with."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -11,6 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from ream_stream.checkpoint import other_files
 from ream_stream.checkpoint.header import read_header
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression import source_record
@@ -22,7 +24,7 @@ from ream_stream.compression.source_record import (
     in_order,
 )
 from ream_stream.compression.workspace import Workspace
-from ream_stream.errors import DamagedError, NumbersError, OtherRunError
+from ream_stream.errors import DamagedError, NumbersError, OtherRunError, UsageError
 from ream_stream.events import LayerDone, Step
 
 TOKENS = tiny.some_tokens()
@@ -58,8 +60,11 @@ class EnoughError(Exception):
     """Ends a run."""
 
 
-def go(source, output, *, layers=None, **changes):
-    """Run, or go on, until so many layers are committed; return the events."""
+def go(source, output, *, layers=None, during=None, **changes):
+    """Run, or go on, until so many layers are committed; return the events.
+
+    `during` is called when the first layer is.
+    """
     plan = tiny.plan_for(source, TOKENS, tiny.settings())
     plan = replace(plan, source=replace(plan.source, **changes))
     workspace = Workspace(output=output, work=output / ".ream-stream")
@@ -67,6 +72,8 @@ def go(source, output, *, layers=None, **changes):
 
     def report(event):
         events.append(event)
+        if during is not None and isinstance(event, LayerDone) and event.layer == 0:
+            during()
         if isinstance(event, LayerDone) and event.layer + 1 == layers:
             raise EnoughError
 
@@ -243,3 +250,104 @@ def test_digests_are_of_each_file_in_the_order_of_its_bytes(tmp_path):
         data = path.read_bytes()
         body = data[8 + int.from_bytes(data[:8], "little") :]
         assert found[path.name] == hashlib.sha256(body).hexdigest()
+
+
+# What a file of the source may become after the plan
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def link_elsewhere(path):
+    secret = path.parents[1] / "id_rsa"
+    secret.write_text('{"is": "secret"}', encoding="utf-8")
+    path.unlink()
+    path.symlink_to(secret)
+
+
+def link_of_a_folder(path):
+    elsewhere = path.parents[1] / "elsewhere"
+    shutil.move(path, elsewhere)
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (pipe, LAST),
+        (device, LAST),
+        (pipe, "tokenizer.json"),
+        (device, "tokenizer.json"),
+        (link_elsewhere, "tokenizer.json"),
+        (link_elsewhere, "README.md"),
+        (link_of_a_folder, "code"),
+    ],
+)
+def test_what_a_file_becomes_during_the_run_is_refused_when_it_is_read(
+    change, name, source, original, control, tmp_path
+):
+    output = tmp_path / "output"
+    with pytest.raises(DamagedError, match=f"{name}.*(not a file|is a link to)"):
+        go(source, output, during=lambda: change(source / name))
+    assert not (output / "ream_stream.json").exists()
+    assert b"secret" not in b"".join(files(output).values())
+    shutil.rmtree(source)
+    shutil.copytree(original, source)
+    go(source, output)
+    assert files(output) == control
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "is a pipe, a socket or a device, not a file"),
+        (lambda path: path.symlink_to("nowhere"), "is a link to what is not there"),
+        (lambda path: path.symlink_to("code"), "is a link to a folder, not a file"),
+        (lambda path: path.symlink_to("/etc"), "is a link to a folder, not a file"),
+        (lambda path: path.symlink_to("/etc/passwd"), "is a link to /etc/passwd, outside of"),
+    ],
+)
+def test_what_cannot_be_copied_is_refused_before_the_plan(source, make, said):
+    make(source / "more")
+    with pytest.raises(UsageError, match=f"more {said}"):
+        open_checkpoint(source)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(source, monkeypatch):
+    listed = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("code"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="code"):
+        open_checkpoint(source)
+
+
+def test_a_folder_of_very_many_files_is_refused(source, monkeypatch):
+    monkeypatch.setattr(other_files, "MAX_OTHERS", 4)
+    open_checkpoint(source)
+    (source / "notes.txt").touch()
+    with pytest.raises(UsageError, match="more than 4"):
+        open_checkpoint(source)
+
+
+def test_a_journal_without_digests_of_what_was_read_is_no_proof(source, tmp_path):
+    output = tmp_path / "output"
+    go(source, output, layers=1)
+    workspace = Workspace(output=output, work=output / ".ream-stream")
+    saved = load(workspace.journal)
+    saved.read = {}
+    workspace.save(saved)
+    os.utime(source / FIRST, ns=(0, 0))
+    with pytest.raises(OtherRunError, match=FIRST):
+        go(source, output)

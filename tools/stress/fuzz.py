@@ -26,12 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub import ModelInfo
+
 from ream_stream import files
-from ream_stream.checkpoint import header, reader
+from ream_stream.checkpoint import header, hub, hub_answers, reader
 from ream_stream.checkpoint.header import read_header
 from ream_stream.checkpoint.reader import INDEX, open_checkpoint
 from ream_stream.compression import journal
 from ream_stream.compression.journal import Journal, LayerRecord
+from ream_stream.compression.source_record import ShardRecord, SourceRecord
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import ReamStreamError
 from ream_stream.planning.schedule import Schedule, Solver
@@ -98,6 +101,15 @@ CONFIG = {
     "text_config": {"auto_map": {"A": "b.C"}},
 }
 
+REPOSITORY = {
+    "id": "org/name",
+    "sha": "0123456789abcdef" * 2 + "01234567",
+    "siblings": [
+        {"rfilename": "code/model.py", "size": 7, "blobId": "0" * 40},
+        {"rfilename": "a.safetensors", "size": 9, "lfs": {"sha256": "ab" * 32, "size": 9}},
+    ],
+}
+
 
 class Parsers:
     """The parsers, each with a valid document and a way to feed it a changed one."""
@@ -116,13 +128,19 @@ class Parsers:
             batch_sequences=4, expert_blocks=1, resident_experts=0, solver=solver, threads=1
         )
         saved = Journal(
-            fingerprint={"seed": 0}, schedule=schedule, files=("a",), layers=[record]
-        )
+            fingerprint={"seed": 0}, schedule=schedule, files=("a",), layers=[record],
+            source=SourceRecord(
+                shards={"a": ShardRecord(size=3, modified=1, changed=2, sample="ab")},
+                others={"b": written},
+            ),
+            read={"0": {"a": "ab"}},
+        )  # fmt: skip
         journal.save(self.workspace.journal, saved)
         self.documents: dict[str, Any] = {
             "header": HEADER,
             "config": CONFIG,
             "index": WEIGHT_MAP,
+            "hub": REPOSITORY,
             "journal": json.loads(self.workspace.journal.read_bytes()),
         }
 
@@ -134,6 +152,8 @@ class Parsers:
         elif name == "journal":
             self.workspace.journal.write_bytes(data)
             _guarded(lambda: journal.load(self.workspace.journal), data)
+        elif name == "hub":
+            _guarded(lambda: hub.described("org/name", lambda: _model_info(data)), data)
         else:
             self.shard.write_bytes(header_bytes(HEADER))
             (self.folder / "config.json").write_bytes(_dump(CONFIG))
@@ -156,6 +176,11 @@ class Parsers:
                 changed = header_bytes(value) if name == "header" else _dump(value)
         changed = changed or mutate_bytes(data, draw)
         return sealed(changed) if name == "journal" and draw.random() < 0.5 else changed
+
+
+def _model_info(data: bytes) -> ModelInfo:
+    """Do with an answer of the hub what its library does."""
+    return ModelInfo(**json.loads(data))
 
 
 def sealed(data: bytes) -> bytes:
@@ -208,7 +233,7 @@ def guided(parsers: Parsers, asked: argparse.Namespace) -> NoReturn:
         name = names[data[0] % len(names)]
         return (data[:1] + parsers.change(name, data[1:], draw))[:most]
 
-    for module in (header, reader, journal):
+    for module in (header, hub_answers, reader, journal):
         for value in vars(module).values():
             if inspect.isfunction(value) and value.__module__ == module.__name__:
                 atheris.instrument_func(value)
