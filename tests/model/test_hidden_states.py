@@ -1,6 +1,7 @@
 """Letters in shapes: S sequences, B sequences of a batch, L tokens of a sequence, H hidden."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -136,6 +137,13 @@ def test_a_store_without_a_readable_description_is_damaged(text, store):
     if text is not None:
         (store / "zarr.json").write_text(text)
     with pytest.raises(DamagedError, match="store"):
+        HiddenStates(store, SHAPE, torch.bfloat16, BATCH)
+
+
+def test_a_store_whose_description_has_a_number_out_of_range_is_damaged(store):
+    described = json.loads((store / "zarr.json").read_bytes())
+    (store / "zarr.json").write_text(json.dumps({**described, "fill_value": -1}))
+    with pytest.raises(DamagedError, match="store is damaged"):
         HiddenStates(store, SHAPE, torch.bfloat16, BATCH)
 
 
