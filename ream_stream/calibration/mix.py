@@ -74,10 +74,10 @@ def parse_part(text: str) -> Part:
         There is no such file or folder.
     """
     match = _SPEC.fullmatch(text)
-    if Path(text).exists() or match is None:
+    if _exists(text) or match is None:
         return Part(name=Path(text).stem, source=text)
     source = match["source"]
-    if not source.startswith(HUB) and not Path(source).exists():
+    if not source.startswith(HUB) and not _exists(source):
         raise UsageError(
             f"{source}: there is no such file or folder; a part of a mix is written "
             "NAME=SOURCE:WEIGHT"
@@ -105,7 +105,7 @@ def parts_of(texts: Sequence[str], *, mix: str | None = None) -> tuple[Part, ...
     parts: list[Part] = []
     for text in texts:
         path = Path(text)
-        is_list = path.suffix.lower() in {".yaml", ".yml"} and path.is_file()
+        is_list = path.suffix.lower() in {".yaml", ".yml"} and _exists(text) and path.is_file()
         parts += _read(path) if is_list else [parse_part(text)]
     names = [part.name for part in parts]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -139,6 +139,13 @@ def shares(parts: Sequence[Part], total: int) -> list[int]:
         name = parts[counts.index(0)].name
         raise UsageError(f"{name} gives none of {total} sequences; raise its weight")
     return counts
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # what a file system takes for no name at all, such as a long one
+        return False
 
 
 def _weighted(parts: Sequence[Part], mix: str) -> list[Part]:
@@ -181,6 +188,6 @@ def _listed(path: Path, name: str, fields: object) -> Part:
         raise UsageError(f"{where}: weight {weight!r} is not a number from 0 on")
     if not source.startswith(HUB):
         source = str(path.parent / source)
-        if not Path(source).exists():
+        if not _exists(source):
             raise UsageError(f"{where}: {source}: there is no such file or folder")
     return Part(name=name, source=source, weight=number, field=field)

@@ -29,7 +29,14 @@ _BITS: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
 }
 
 _DESCRIPTION_BYTES = 1 << 16
-_NOT_A_STORE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)
+_NOT_A_STORE = (
+    FileNotFoundError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+)
 """What zarr 3.1 raises for a description that is missing or not one."""
 
 

@@ -181,6 +181,9 @@ def test_a_part_is_a_name_a_source_and_a_weight(tmp_path, monkeypatch):
     assert parse_part("odd=b.txt:3").source == "odd=b.txt:3"
     with pytest.raises(UsageError, match=r"none\.txt: there is no such file or folder"):
         parse_part("code=none.txt:0.7")
+    for name in ("a" * 300, "code=" + "a" * 300 + ":2", "a" * 300 + ".yaml"):
+        with pytest.raises(UsageError, match=r"aa(\.yaml)?: there is no such file or folder"):
+            parts_of([name])
 
 
 def test_a_list_of_parts_is_read_from_yaml(tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -266,10 +267,18 @@ def test_a_large_file_without_a_newline_is_read_in_pieces(tmp_path):
 
 @pytest.fixture(scope="module")
 def parsers(tmp_path_factory):
-    return Parsers(tmp_path_factory.mktemp("fuzz"))
+    with closing(Parsers(tmp_path_factory.mktemp("fuzz"))) as parsers:
+        yield parsers
 
 
-@pytest.mark.parametrize("name", ["header", "config", "index", "hub", "journal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("header", "config", "index", "card", "journal", "log", "zarr", "chats", "mix"),
+        "hub",
+        pytest.param("template", marks=pytest.mark.slow),  # loops take the time they may
+    ],
+)
 @given(draw=st.randoms(use_true_random=False))
 def test_a_changed_document_is_read_or_refused(parsers, name, draw):
     # it raises what is no refusal
@@ -292,11 +301,12 @@ def test_any_json_as_a_journal_is_refused(parsers, value):
 
 @given(config=JSON, weight_map=JSON)
 def test_any_json_as_config_and_index_is_refused_or_read(parsers, config, weight_map):
-    (parsers.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = parsers.targets["config"].path.parent
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     index = {"weight_map": weight_map}
-    (parsers.folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ReamStreamError):
-        open_checkpoint(parsers.folder)
+        open_checkpoint(folder)
 
 
 def test_a_model_whose_config_is_of_a_dense_one_with_kernels_is_still_refused(copy):

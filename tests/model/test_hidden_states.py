@@ -148,6 +148,7 @@ CHANGED = {
     "shape": [10**30, 3, 5],
     "attributes": {"dtype": [None]},
     "node_type": "group",
+    "fill_value": -1,
 }
 
 

@@ -545,10 +545,10 @@ SELDOM = (
 """Families that share router and layout with another: most is tried with the slow tests."""
 
 
-def families() -> list[Any]:
-    """All families, as parameters of a test."""
-    slow = pytest.mark.slow
-    return [pytest.param(n, marks=slow) if n in SELDOM else n for n in sorted(TINY)]
+def families(*often: str) -> list[Any]:
+    """All families, as parameters of a test; those that are not tried often are slow."""
+    slow, often = pytest.mark.slow, often or tuple(TINY.keys() - set(SELDOM))
+    return [n if n in often else pytest.param(n, marks=slow) for n in sorted(TINY)]
 
 
 def families_in(kinds: Mapping[str, Sequence[Any]]) -> list[Any]:

@@ -3,9 +3,11 @@
     python tools/stress/reliability.py
 
 Kill points are counted in a run of the tests' tiny checkpoint; everything else in the tables
-and parameters of the tests themselves. Nothing is tried here: `make test-all` does that.
+and parameters of the tests themselves, which `make test-all` runs. With --runs it also runs
+what else the page tells the results of: fuzz.py and soak.py.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,8 @@ import test_crash
 import test_faults
 from crash import kills
 
+ROOT = Path(__file__).parents[2]
+
 
 def kill_points() -> None:
     """Count the kills of every variant of a run."""
@@ -33,12 +37,13 @@ def kill_points() -> None:
         for name, wanted in test_crash.VARIANTS.items():
             folder = Path(scratch) / name
             folder.mkdir()
-            runs = test_crash.Runs(source, wanted, folder)
+            mtp = name == "mtp"
+            of = test_crash.write_mtp_source(folder / "source") if mtp else source
+            runs = test_crash.Runs(of, wanted, folder)
             steps = runs.control().ending.steps
             kinds = Counter(step.kind for step in steps)
-            told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
             print(f"{name}: {len(kills(steps, thin=True))} kill points, {len(kills(steps))} "
-                  f"with every piece of a file ({told})")  # fmt: skip
+                  f"with every piece of a file ({_listed(kinds)})")  # fmt: skip
 
 
 FILES = {
@@ -46,31 +51,50 @@ FILES = {
     "hostile files": "tests/compression/test_hostile.py",
     "numbers that are not finite": "tests/model/test_finite.py",
     "the hub and what goes wrong with it": "tests/checkpoint/test_hub.py",
+    "whose files they are": "tests/compression/test_workspace.py",
+    "disks that are really full": "tests/compression/test_full_disk.py",
+    "how a command ends": "tests/cli/test_main.py",
 }
 
 
 def tests() -> None:
-    """Count the tests of some files, in one process that collects them."""
+    """Count the tests of some files and of each folder, in one process that collects them."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slow or not slow"]
-    done = subprocess.run(
-        [*command, *FILES.values()], capture_output=True, text=True, check=True
-    )
-    count = Counter(
-        line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = [line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line]
+    count = Counter(names)
     for what, name in FILES.items():
         print(f"{what}: {count[name]} tests")
+    folders = Counter(str(Path(name).parent) for name in names)
+    print(f"all: {len(names)} tests ({_listed(folders)})")
+
+
+def runs() -> None:
+    """Feed changed files to the parsers, and kill a run of 100 layers until it is done."""
+    for words in (["fuzz.py", "--seconds", "60", "--seed", "1"],
+                  ["soak.py", "--layers", "100", "--seed", "1"]):  # fmt: skip
+        print(*words, flush=True)
+        subprocess.run([sys.executable, ROOT / "tools" / "stress" / words[0], *words[1:]])
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def main() -> None:
     """Count."""
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--runs", action="store_true", help="also what takes minutes")
+    asked = options.parse_args()
     kill_points()
     print(f"planted faults of the harness: {len(test_crash.FAULTS)}")
     statuses = Counter(fault.status for fault in test_faults.FAULTS.values())
     told = ", ".join(f"{count} with {status}" for status, count in sorted(statuses.items()))
     print(f"kinds of faults: {len(test_faults.FAULTS)} (exit status: {told})")
     tests()
-    print(f"inputs of each property test: {settings().max_examples}")
+    print(f"inputs of each property test: {settings.get_profile('same').max_examples}")
+    if asked.runs:
+        runs()
 
 
 if __name__ == "__main__":
