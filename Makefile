@@ -43,7 +43,7 @@ test-all: $(PEERS) check ## the same with the tests that take minutes, and those
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
 
 NEWEST := .venv/newest
-conformance: $(STAMP) ## hold models to the newest transformers that pyproject.toml allows
+conformance: ## hold models to the newest transformers that pyproject.toml allows
 	$(PYTHON) -m venv $(NEWEST)
 	grep -v '^transformers==' constraints.txt > $(NEWEST)/constraints.txt
 	$(NEWEST)/bin/python $(subst constraints.txt,$(NEWEST)/constraints.txt,$(INSTALL)) -e .[dev]

@@ -13,6 +13,8 @@ from transformers.core_model_loading import rename_source_key
 
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import DamagedError
+from ream_stream.evaluation.source_diff import against
+from ream_stream.evaluation.verify import verify
 from ream_stream.model import meta_model
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.streamed_model import Batch, StreamedModel
@@ -180,6 +182,19 @@ def test_the_output_matrix_can_be_used_in_pieces(checkpoints, monkeypatch):
     monkeypatch.setattr(meta_model, "HEAD_BYTES", 7 * 32 * 4)
     [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
     torch.testing.assert_close(streamed.logits, full.logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(64, 32), (32, 64)])
+def test_stacks_with_inputs_as_rows_may_be_of_any_width(tmp_path, hidden, inner):
+    widths = {"hidden_size": hidden, "intermediate_size": inner}
+    folder = tiny.write_checkpoint(tmp_path / "source", "gpt_oss", torch.bfloat16, **widths)
+    ids_BL = tiny.some_tokens().input_ids_SL
+    [full] = forward_in_transformers(folder, torch.bfloat16, [(ids_BL, None)])
+    [streamed] = forward_streamed(folder, torch.bfloat16, [(ids_BL, None)])
+    assert torch.equal(streamed.logits, full.logits)
+    done = tiny.run(folder, tmp_path / "out", tiny.settings(4, refit="down"))
+    findings = [*verify(done.output, load=True, run=True), *against(done.output, folder)]
+    assert [finding.message for finding in findings if not finding.ok] == []
 
 
 def test_a_model_that_lacks_a_tensor_is_refused_by_its_name(tmp_path):
