@@ -19,8 +19,7 @@ from zarr.storage import LocalStore
 
 from ream_stream import files
 from ream_stream.errors import DamagedError
-from ream_stream.file_access import check_folder, regular_size
-from ream_stream.parsing import read_json
+from ream_stream.file_access import check_folder, read_own_json, regular_size
 
 _BITS: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.bfloat16: (torch.uint16, np.uint16),
@@ -113,7 +112,7 @@ def _check_description(path: Path, dtype: torch.dtype) -> None:
 
     Chunks have checksums, their description has none.
     """
-    described = read_json(path, _DESCRIPTION_BYTES)
+    described = read_own_json(path, _DESCRIPTION_BYTES)
     first, *others = described["codecs"]
     told = (
         described["data_type"],

@@ -174,7 +174,8 @@ def test_the_output_loads_and_computes_what_the_streamed_passes_did(ream, name, 
     streamed = forward_streamed(done.output, run_in, inputs)
     for ours, theirs in zip(streamed, full, strict=True):
         if name == "jamba":  # last bits depend on where in memory a matrix of mamba is
-            torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
+            error = (ours.logits - theirs.logits).norm() / theirs.logits.norm()
+            assert error < {"float32": 1e-5, "bfloat16": 2**-5}[dtype]
         else:
             assert same(ours.logits, theirs.logits)
 
