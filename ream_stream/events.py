@@ -2,11 +2,36 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Phase = Literal[
     "check", "observe", "compare", "align", "follow", "refit", "write", "propagate", "score"
 ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fetching:
+    """A checkpoint is fetched from the hub, as far as it is not here."""
+
+    repo: str
+    """Its repository, ``ORG/NAME``."""
+
+    commit: str
+    """Its commit."""
+
+    num_bytes: int
+    """Bytes of all its files."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """A run may begin; nothing is written yet."""
+
+    facts: Mapping[str, Any]
+    """What is known of it, as ``plan --json`` prints it."""
+
+    layer_bytes: tuple[int, ...]
+    """Bytes of each layer in the source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +190,18 @@ class Finished:
     """Nothing was left to do."""
 
 
-Event = Started | TakenOver | Evaluating | Finding | Step | LayerDone | Halved | Finished
+Event = (
+    Fetching
+    | Planned
+    | Started
+    | TakenOver
+    | Step
+    | LayerDone
+    | Halved
+    | Finished
+    | Evaluating
+    | Finding
+)
 
 Report = Callable[[Event], None]
 """Is told what happens as it happens; it may raise `InterruptedRunError` to end the work."""

@@ -5,8 +5,10 @@
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 from .errors import UsageError
 from .units import parse_numbers, parse_size
@@ -49,6 +51,41 @@ def options_of(*kinds: type) -> dict[str, Field[Any]]:
 def flag_of(found: Field[Any]) -> str:
     """Return what an option is called on the command line."""
     return str(found.metadata.get("flag") or "--" + found.name.replace("_", "-"))
+
+
+def given_options(values: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
+    """Return values for the fields of dataclasses; text is read as on the command line.
+
+    None leaves a field as it is. Text alone stands for a tuple of it.
+
+    Raises
+    ------
+    UsageError
+        There is no such field, or it takes no such value.
+    """
+    known = {each.name: each for kind in kinds for each in fields(kind)}
+    given = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UsageError(f"{name}: there is no such option")
+        if value is not None:
+            try:
+                given[name] = _read(value, known[name])
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"{name}: {error}") from error
+    return given
+
+
+def _read(value: Any, found: Field[Any]) -> Any:  # noqa: ANN401
+    """Return the value of a field that something stands for."""
+    parse = found.metadata.get("parse")
+    if parse is not None:
+        return parse(value) if isinstance(value, str) else value
+    if get_origin(found.type) is tuple:
+        several = (value,) if isinstance(value, str | Path) else value
+        return tuple(get_args(found.type)[0](each) for each in several)
+    is_path = Path in {found.type, *get_args(found.type)}
+    return Path(value) if is_path and isinstance(value, str) else value
 
 
 def check_values(asked: Any) -> None:  # noqa: ANN401

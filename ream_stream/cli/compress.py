@@ -1,6 +1,5 @@
 """The verb `compress`."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from ream_stream.settings import Method, Settings
 
 from .options import options_for
 from .params import Verb, exit_statuses, json_option, option, resume_command
-from .source import fetched, located, source_argument
+from .source import source_argument
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
@@ -38,9 +37,8 @@ def compress(
     dry_run: bool,
     restart: bool,
     keep_work: bool,
-    stream: bool,
     as_json: bool,
-    **values: Any,  # noqa: ANN401 - those of RunOptions.of
+    **values: Any,  # noqa: ANN401 - those of RunOptions, Method and Settings
 ) -> None:
     """Compress SOURCE into OUTPUT; run it again to go on after a stop.
 
@@ -56,28 +54,28 @@ def compress(
         ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B-REAP \\
             --method reap --experts 96 --calibration text.jsonl --ram 16GB
     """
-    from ream_stream.compression.job import plan_facts, prepare
+    from ream_stream.evaluation import api
 
     from .console import console, print_json
-    from .run import run, say_start, say_summary
+    from .run import following, say_start, say_summary
 
-    shown = console(stderr=True)
-    folder, remote = located(source, stream=stream)
-    whole = remote is None
-    streamed = remote if stream else None
-    options = RunOptions.of(source=folder, output=output, remote=streamed, **values)
-    if remote is not None and not (stream or dry_run):
-        # what cannot be done is refused before anything large is fetched
-        prepare(replace(options, calibration=()), restart=restart, with_data=False)
-        options, whole = replace(options, source=fetched(remote, shown.print)), True
-    job = prepare(options, restart=restart, with_data=whole)
-    say_start(job, options, shown, restart=restart)
-    if dry_run or job.workspace is None:
+    shown, asked = console(stderr=True), {**values, "restart": restart}
+    if dry_run:
+        planned = api.plan(source, output, restart=restart, with_data=True, **values).details
+        say_start(planned, asked, shown)
         if as_json:
-            print_json(plan_facts(job))
+            print_json(planned)
         return
-    command = resume_command(ctx)
-    result = run(job, shown, command=command, restart=restart, keep_work=keep_work)
-    say_summary(job, result, shown)
+    with following(shown, asked) as report:
+        result = api.compress(
+            source,
+            output,
+            restart=restart,
+            keep_work=keep_work,
+            command=resume_command(ctx),
+            report=report,
+            **values,
+        )
+    say_summary(result, asked, shown)
     if as_json:
         print_json(result.facts())

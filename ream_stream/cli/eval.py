@@ -35,7 +35,7 @@ def evaluate(
         ream-stream eval ./Qwen3-23B --against ./Qwen3-30B-A3B --max-tokens 100000 \\
             --text code=./src --text math=test.jsonl --questions arc.jsonl --layers
     """
-    from ream_stream.evaluation.session import measure
+    from ream_stream.evaluation import api
 
     from .console import console, print_json
     from .progress import evaluating
@@ -43,7 +43,7 @@ def evaluate(
     from .signals import stop_requests, stopping
 
     with stop_requests() as asked, evaluating(console(stderr=True)) as show:
-        scores = measure(checkpoint, ScoreOptions(**values), report=stopping(asked, show))
+        scores = api.evaluate(checkpoint, report=stopping(asked, show), **values)
     if as_json:
         print_json(scores.facts())
         return

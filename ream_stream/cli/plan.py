@@ -10,7 +10,7 @@ from ream_stream.settings import Method, Settings, options_of
 
 from .options import options_for
 from .params import Verb, exit_statuses, json_option
-from .source import located, source_argument
+from .source import source_argument
 
 _ONLY_SIZE = {
     "required": False,
@@ -28,9 +28,8 @@ def plan(
     source: Path | str,
     output: Path | None,
     *,
-    stream: bool,
     as_json: bool,
-    **values: Any,  # noqa: ANN401 - those of RunOptions.of
+    **values: Any,  # noqa: ANN401 - those of RunOptions, Method and Settings
 ) -> None:
     """Tell what `compress` would do, with the same arguments; write nothing.
 
@@ -45,16 +44,13 @@ def plan(
         ream-stream plan ./Qwen3-30B-A3B --keep 75%
         ream-stream plan ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --ram 16GB --json
     """
-    from ream_stream.compression.job import plan_facts, prepare
+    from ream_stream.evaluation import api
 
     from .console import console, print_json
     from .plan_view import plan_table
 
-    folder, remote = located(source, stream=stream)
-    streamed = remote if stream else None
-    options = RunOptions.of(source=folder, output=output, remote=streamed, **values)
-    job = prepare(options, with_data=False)
+    known = api.plan(source, output, **values).details
     if as_json:
-        print_json(plan_facts(job))
+        print_json(known)
     else:
-        console(stderr=False).print(plan_table(job, options))
+        console(stderr=False).print(plan_table(known, values))

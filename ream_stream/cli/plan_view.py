@@ -1,66 +1,72 @@
 """The plan of a run as a table."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.table import Table
 
-from ream_stream.compression.config import RunOptions
-from ream_stream.compression.job import Job, plan_facts
-from ream_stream.device import is_here
-from ream_stream.planning.plan import Plan
-from ream_stream.planning.throughput import Forecast
 from ream_stream.units import format_seconds, format_size
 
 from .console import facts, phases
 
 
-def plan_table(job: Job, options: RunOptions) -> Table:
-    """Return the plan as a table."""
-    plan, known = job.plan, plan_facts(job)
-    dense = len(plan.layers) - len(plan.moe_layers)
-    mtp = sum(layer.keys.is_mtp for layer in plan.layers)
-    budget = f"{format_size(plan.memory_bytes)} of {format_size(plan.budgets.ram)} allowed"
+def plan_table(known: Mapping[str, Any], asked: Mapping[str, Any]) -> Table:
+    """Return a plan as a table.
+
+    Parameters
+    ----------
+    known
+        What `plan_facts` tells.
+    asked
+        Values of the options.
+    """
+    dense, mtp = known["layers"] - known["moe_layers"], known["mtp_layers"]
+    source, output = known["source_bytes"], known["output_bytes"]
     free = known["disk_free_bytes"]
     return facts(
         [
-            *_headers_only(job),
+            *_headers_only(known),
             ("family", known["family"]),
             (
                 "layers",
-                f"{len(plan.layers)}"
+                f"{known['layers']}"
                 + (f", {dense} of them dense" if dense else "")
                 + (f", {mtp} for multi-token prediction" if mtp else ""),
             ),
-            ("experts a layer", _experts(job, options)),
+            ("experts a layer", _experts(known, asked)),
             *(("  note", note) for note in known["notes"]),
-            ("experts a token", str(plan.top_k)),
-            ("method", _method(job, options)),
+            ("experts a token", str(known["experts_per_token"])),
+            ("method", _method(known["settings"], asked)),
             (
                 "weights",
-                f"{format_size(plan.source_bytes)} -> {format_size(plan.output_bytes)} "
-                f"({plan.output_bytes / plan.source_bytes:.1%})",
+                f"{format_size(source)} -> {format_size(output)} ({output / source:.1%})",
             ),
             (
                 "calibration",
-                f"{plan.sequences} sequences of {plan.sequence_length} tokens, "
-                f"{plan.schedule.batch_sequences} at a time",
+                f"{known['calibration_sequences']} sequences of "
+                f"{known['calibration_sequence_length']} tokens, "
+                f"{known['batch_sequences']} at a time",
             ),
-            *_blocks(plan),
+            *_blocks(known),
             (
                 "run in",
-                f"{plan.settings.compute_dtype} on {job.device}, "
-                f"{plan.schedule.threads} threads",
+                f"{known['settings']['compute_dtype']} on {known['device']}, "
+                f"{known['threads']} threads",
             ),
-            ("memory", budget),
-            *_parts(plan.memory),
-            *_device_memory(job),
+            (
+                "memory",
+                f"{format_size(known['memory_bytes'])} of "
+                f"{format_size(known['memory_budget_bytes'])} allowed",
+            ),
+            *_parts(known["memory_parts"]),
+            *_device_memory(known),
             (
                 "disk",
-                f"{format_size(plan.disk_bytes)} at most"
+                f"{format_size(known['disk_bytes'])} at most"
                 + (f", {format_size(free)} free" if free is not None else ""),
             ),
-            *_parts(plan.disk),
-            *_forecast(job.forecast),
+            *_parts(known["disk_parts"]),
+            *_forecast(known["forecast"]),
         ],
         title="Plan",
     )
@@ -70,96 +76,90 @@ def _parts(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
     return [(f"  {name}", format_size(size)) for name, size in sizes.items() if size]
 
 
-def _blocks(plan: Plan) -> list[tuple[str, str]]:
+def _blocks(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return a row if a layer's experts are run in blocks."""
-    blocks, resident = plan.schedule.expert_blocks, plan.schedule.resident_experts
+    blocks, resident = known["expert_blocks"], known["resident_experts"]
     if blocks == 1:
         return []
-    size = -(-plan.num_experts // blocks)
+    size = -(-known["experts_before"] // blocks)
     kept = f", {resident} kept on the device" if resident else ""
     text = f"{blocks} of up to {size}, each run on all batches before the next"
     return [("blocks of experts", text + kept)]
 
 
-def _device_memory(job: Job) -> list[tuple[str, str]]:
+def _device_memory(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return rows of a device's memory, if layers run on one."""
-    parts, budget = job.plan.device_memory, job.plan.budgets.vram
+    parts, budget = known["device_memory_parts"], known["device_memory_budget_bytes"]
     if budget is None:
         return []
-    told = f"{format_size(sum(parts.values()))} of {format_size(budget)} allowed"
-    here = "" if is_here(job.device) else ", which is not here: times are the processor's"
+    told = f"{format_size(known['device_memory_bytes'])} of {format_size(budget)} allowed"
+    here = "" if known["device_is_here"] else ", which is not here: times are the processor's"
     return [("device memory", told + here), *_parts(parts)]
 
 
-def _forecast(forecast: Forecast | None) -> list[tuple[str, str]]:
+def _forecast(left: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Return rows of what is left to do, and about how long it takes."""
-    if forecast is None:
+    if left is None:
         return []
-    work, rates, seconds = forecast.total, forecast.rates, forecast.seconds
-    long = {name: time for name, time in seconds.items() if time > 0.01 * sum(seconds.values())}
-    measured = "measured" if rates.read_measured else "assumed, not measured"
+    rates, seconds = left["rates"], {k: v["seconds"] for k, v in left["phases"].items()}
+    long = {name: time for name, time in seconds.items() if time > 0.01 * left["seconds"]}
+    measured = "measured" if rates["read_measured"] else "assumed, not measured"
     return [
         (
             "reads",
-            f"{format_size(work.read_bytes)}, of which {format_size(work.cached_bytes)} should "
-            "still be in memory",
+            f"{format_size(left['read_bytes'])}, of which {format_size(left['cached_bytes'])} "
+            "should still be in memory",
         ),
-        ("writes", format_size(work.written_bytes)),
-        ("products", f"{work.flop:.2g} operations"),
-        *_coded(forecast),
-        ("time", f"about {format_seconds(sum(seconds.values()))} ({phases(long)})"),
+        ("writes", format_size(left["written_bytes"])),
+        ("products", f"{left['flop']:.2g} operations"),
+        *_coded(left, rates),
+        ("time", f"about {format_seconds(left['seconds'])} ({phases(long)})"),
         (
             "  from",
-            f"{rates.expert / 1e9:.0f} GFLOP/s of experts, {rates.product / 1e9:.0f} of other "
-            f"products, {format_size(rates.read)}/s of reads ({measured}; writes are assumed "
-            "to be as fast)",
+            f"{rates['expert'] / 1e9:.0f} GFLOP/s of experts, {rates['product'] / 1e9:.0f} of "
+            f"other products, {format_size(rates['read'])}/s of reads ({measured}; writes are "
+            "assumed to be as fast)",
         ),
     ]
 
 
-def _coded(forecast: Forecast) -> list[tuple[str, str]]:
+def _coded(left: Mapping[str, Any], rates: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return a row if quantized matrices are decoded."""
-    work, rates = forecast.total, forecast.rates
-    if not rates.decode:
+    if not rates["decode"]:
         return []
-    text = f"{work.decoded_numbers:.2g} numbers at {rates.decode / 1e9:.2f} G/s"
-    if rates.encode:
-        text += f"; encodes {work.encoded_numbers:.2g} at {rates.encode / 1e9:.2f} G/s"
+    text = f"{left['decoded_numbers']:.2g} numbers at {rates['decode'] / 1e9:.2f} G/s"
+    if rates["encode"]:
+        text += f"; encodes {left['encoded_numbers']:.2g} at {rates['encode'] / 1e9:.2f} G/s"
     return [("decodes", text)]
 
 
-def _headers_only(job: Job) -> list[tuple[str, str]]:
+def _headers_only(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return a row if there is less of the source than a run needs."""
-    source = job.plan.source
-    cut = len(source.cut_files())
+    cut, count = known["headers_only_files"], known["source_files"]
     if not cut:
         return []
-    return [
-        (
-            "source",
-            f"headers only: {cut} of {len(source.files())} files end before their tensors do, "
-            "which compress needs",
-        )
-    ]
+    text = f"{cut} of {count} files end before their tensors do, which compress needs"
+    return [("source", f"headers only: {text}")]
 
 
-def _experts(job: Job, options: RunOptions) -> str:
-    before, after = job.plan.num_experts, job.plan.settings.experts
+def _experts(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    before, after, keep = known["experts_before"], known["experts_after"], asked.get("keep")
     text = f"{before} -> {after}"
-    if options.keep is None:
+    if keep is None:
         return text
-    exact = options.keep * before
+    exact = keep * before
     rounded = "" if exact == after else f" is {float(exact):g}, rounded down"
-    return f"{text} ({float(100 * options.keep):g}%{rounded})"
+    return f"{text} ({float(100 * keep):g}%{rounded})"
 
 
-def _method(job: Job, options: RunOptions) -> str:
-    method = job.plan.settings.method
-    refit = "" if method.refit == "none" else f"; refit {method.refit_experts} that stay"
-    if method.grouping == "none":
-        return f"drop experts of low {method.saliency}{refit}"
+def _method(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    refit = (
+        "" if settings["refit"] == "none" else f"; refit {settings['refit_experts']} that stay"
+    )
+    if settings["grouping"] == "none":
+        return f"drop experts of low {settings['saliency']}{refit}"
     size = ""
-    if method.grouping == "ream":
-        chosen = " by default" if "group_size" not in options.changes else ""
-        size = f", groups of {method.group_size} at most{chosen}"
-    return f"merge by {method.grouping}, ranked by {method.saliency}{size}{refit}"
+    if settings["grouping"] == "ream":
+        chosen = " by default" if asked.get("group_size") is None else ""
+        size = f", groups of {settings['group_size']} at most{chosen}"
+    return f"merge by {settings['grouping']}, ranked by {settings['saliency']}{size}{refit}"

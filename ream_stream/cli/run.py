@@ -1,12 +1,13 @@
-"""A prepared run on a terminal: what is said before, while and after it runs."""
+"""A run on a terminal: what is said before, while and after it runs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from rich.console import Console
 
-from ream_stream.compression.config import RunOptions
-from ream_stream.compression.finalize import is_complete
-from ream_stream.compression.job import Job
 from ream_stream.compression.run import CompressionResult
-from ream_stream.compression.run import run as carry_out
+from ream_stream.events import Event, Fetching, Planned, Report, no_report
 from ream_stream.printable import shell_words
 from ream_stream.units import format_seconds, format_size
 
@@ -16,54 +17,58 @@ from .progress import display
 from .signals import stop_requests, stopping
 
 
-def run(
-    job: Job,
-    console: Console,
-    *,
-    command: str,
-    restart: bool = False,
-    keep_work: bool = True,
-) -> CompressionResult:
-    """Carry out a job, show it on a console and let signals end it."""
-    with stop_requests() as asked, display(console, job.layer_bytes) as shown:
-        return carry_out(
-            job,
-            report=stopping(asked, shown.show),
-            command=command,
-            restart=restart,
-            keep_work=keep_work,
-        )
+@contextmanager
+def following(console: Console, asked: Mapping[str, Any] | None = None) -> Iterator[Report]:
+    """Give a report that shows a run, with its plan if there is what was `asked`.
+
+    Once the run may begin, a signal ends it at the next safe point.
+    """
+    tell: Report = no_report
+    with ExitStack() as stack:
+
+        def report(event: Event) -> None:
+            nonlocal tell
+            if isinstance(event, Fetching):
+                size = format_size(event.num_bytes)
+                console.print(f"fetching {event.repo} at {event.commit[:12]}, {size} at most")
+            elif isinstance(event, Planned):
+                if asked is not None:
+                    say_start(event.facts, asked, console)
+                shown = display(console, event.layer_bytes)
+                stack.enter_context(shown)
+                tell = stopping(stack.enter_context(stop_requests()), shown.show)
+            else:
+                tell(event)
+
+        yield report
 
 
-def say_start(
-    job: Job, options: RunOptions, console: Console, *, restart: bool = False
-) -> None:
+def say_start(known: Mapping[str, Any], asked: Mapping[str, Any], console: Console) -> None:
     """Print the plan, and from where a run goes on."""
-    console.print(plan_table(job, options))
-    if restart and job.workspace is not None and job.workspace.has_journal():
-        console.print("discarding the run that was begun here, because of --restart")
-    if job.journal is None or job.workspace is None:
+    console.print(plan_table(known, asked))
+    done, count = known["committed_layers"], known["layers"]
+    if not known["begun"]:
         return
-    done, count = len(job.journal.layers), len(job.plan.layers)
-    if is_complete(job.workspace):
-        console.print(f"{job.workspace.output} is complete", soft_wrap=True)
+    if asked.get("restart"):
+        console.print("discarding the run that was begun here, because of --restart")
+    elif known["complete"]:
+        console.print(f"{known['output']} is complete", soft_wrap=True)
     elif done < count:
         console.print(f"resuming at layer {done + 1} of {count}: {done} are committed")
     else:
         console.print(f"resuming after all {count} layers: what is outside them is left")
 
 
-def say_summary(job: Job, result: CompressionResult, console: Console) -> None:
+def say_summary(result: CompressionResult, asked: Mapping[str, Any], console: Console) -> None:
     """Print what came out and what to do with it."""
-    output = shell_words([str(result.output)])
-    checkpoint = job.plan.source
+    output, planned = shell_words([str(result.output)]), result.plan
     # of a streamed one only headers are on the disk
-    against = "" if checkpoint.fetch else f" --against {shell_words([str(checkpoint.folder)])}"
+    against = "" if asked.get("stream") else f" --against {shell_words([planned['source']])}"
     on_device = [
         (
             "peak of device memory",
             f"{format_size(result.peak_device_bytes)}, "
-            f"planned {format_size(sum(job.plan.device_memory.values()))}",
+            f"planned {format_size(planned['device_memory_bytes'])}",
         )
     ]
     if result.already_complete:
@@ -82,7 +87,7 @@ def say_summary(job: Job, result: CompressionResult, console: Console) -> None:
                     (
                         "peak memory",
                         f"{format_size(result.peak_anonymous_bytes)}, "
-                        f"planned {format_size(job.plan.memory_bytes)}",
+                        f"planned {format_size(planned['memory_bytes'])}",
                     ),
                     *(on_device if result.peak_device_bytes else []),
                 ],

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.errors import UsageError
-from ream_stream.settings import Method, Settings, check_values, option, options_of
+from ream_stream.settings import (
+    Method,
+    Settings,
+    check_values,
+    given_options,
+    option,
+    options_of,
+)
 from ream_stream.units import parse_share, parse_size_or_auto
 
 if TYPE_CHECKING:
@@ -60,7 +67,7 @@ class RunOptions(CalibrationOptions, MachineOptions):
     """Where shards are streamed from."""
 
     experts: int | None = option("Experts", "Experts to keep in each MoE layer.", least=1)
-    keep: Fraction | None = option(
+    keep: Fraction | float | None = option(
         "Experts",
         "The same as a share, such as 75%; rounded down to whole experts.",
         parse=parse_share,
@@ -78,6 +85,12 @@ class RunOptions(CalibrationOptions, MachineOptions):
         "does so and refits those that stay, the others merge them.",
         default="ream",
         choices=tuple(PRESETS),
+    )
+    stream: bool = option(
+        "Machine",
+        "Fetch each shard of a SOURCE on the hub when a layer needs it, and delete it after: "
+        "the disk never holds all of them.",
+        default=False,
     )
     vram: int | None = option(
         "Machine",
@@ -110,28 +123,15 @@ class RunOptions(CalibrationOptions, MachineOptions):
     def of(cls, **values: Any) -> Self:  # noqa: ANN401
         """Return the options that are given by name, those of `Method` and `Settings` too.
 
-        Text is read as on the command line; None leaves an option as it is.
+        They are read as `given_options` does.
 
         Raises
         ------
         UsageError
             There is no such option, or it takes no such value.
         """
+        given = given_options(values, Method, Settings, cls)
         own = {field.name for field in fields(cls)}
-        known = options_of(Method, Settings, cls)
-        given: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in own and name not in known:
-                raise UsageError(f"{name}: there is no such option")
-            parse = known[name].metadata.get("parse") if name in known else None
-            try:
-                read = parse(value) if parse and isinstance(value, str) else value
-                if name == "keep" and isinstance(read, float):
-                    read = Fraction(str(read))  # as it is written: 0.29 is less than 29/100
-            except ValueError as error:
-                raise UsageError(f"{name}: {error}") from error
-            if read is not None:
-                given[name] = read
         changes = {name: given.pop(name) for name in list(given) if name not in own}
         return cls(**given, changes=changes)
 
@@ -197,7 +197,8 @@ def kept_experts(options: RunOptions, num_experts: int) -> int:
     """
     if options.keep is None:
         return options.experts or 0
-    experts = int(options.keep * num_experts)
+    # as it is written: the number 0.29 is less than 29/100
+    experts = int(Fraction(str(options.keep)) * num_experts)
     if experts < 1:
         raise UsageError(
             f"--keep {float(100 * options.keep):g}%: of {num_experts} experts that is none"

@@ -13,7 +13,6 @@ from typing import Any
 from ream_stream import files
 from ream_stream.errors import OverBudgetError, ReamStreamError
 from ream_stream.events import (
-    Evaluating,
     Event,
     Finished,
     Halved,
@@ -116,7 +115,6 @@ class Log:
 NAMES: Mapping[type[Event], str] = {
     Started: "started",
     TakenOver: "taken over",
-    Evaluating: "evaluating",
     Step: "phase done",
     LayerDone: "layer done",
     Halved: "device memory was short",

@@ -64,10 +64,10 @@ class Job:
     """What is left to do and about how long it takes; None if nothing is left."""
 
     @property
-    def layer_bytes(self) -> list[int]:
+    def layer_bytes(self) -> tuple[int, ...]:
         """Bytes of each layer in the source."""
         entries, layers = self.plan.source.entries, self.plan.layers
-        return [sum(entries[name].nbytes for name in layer.keys.names) for layer in layers]
+        return tuple(sum(entries[name].nbytes for name in each.keys.names) for each in layers)
 
 
 def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = True) -> Job:
@@ -150,11 +150,13 @@ def plan_facts(job: Job) -> dict[str, Any]:
     output = job.workspace.output if job.workspace else None
     return {
         "source": str(plan.source.folder),
+        "source_files": len(plan.source.files()),
         "headers_only_files": len(plan.source.cut_files()),
         "output": str(output) if output else None,
         "family": plan.config["model_type"],
         "layers": len(plan.layers),
         "moe_layers": len(plan.moe_layers),
+        "mtp_layers": sum(layer.keys.is_mtp for layer in plan.layers),
         "experts_before": plan.num_experts,
         "experts_after": plan.settings.experts,
         "experts_per_token": plan.top_k,
@@ -177,7 +179,10 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "disk_parts": plan.disk,
         "disk_free_bytes": free_bytes(output) if output else None,
         "device": str(job.device),
+        "device_is_here": devices.is_here(job.device),
         "threads": plan.schedule.threads,
+        "begun": job.workspace is not None and job.workspace.has_journal(),
+        "complete": job.workspace is not None and is_complete(job.workspace),
         "committed_layers": len(job.journal.layers) if job.journal else 0,
         "forecast": None if job.forecast is None else forecast_facts(job.forecast),
     }

@@ -9,12 +9,14 @@ from typing import Any
 
 from ream_stream import files
 from ream_stream.calibration.token_cache import store
+from ream_stream.calibration.tokens import Tokens
 from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, of_system
 from ream_stream.events import Event, Report, TakenOver, no_report
 
 from .event_log import Log
 from .job import Job, plan_facts
 from .pipeline import compress
+from .workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,34 +78,25 @@ def run(
         Is told what happens; it may raise `InterruptedRunError`.
     command
         What goes on with the run; kept in the log and told when it ends early.
-    restart
-        Discard the run that is there.
-    keep_work
-        Whether journal, statistics, tokens and log stay when it is done.
+    restart, keep_work
+        Whether the run that is there is discarded; whether the work files of this one stay.
 
     Raises
     ------
     InterruptedRunError
         `report` asked for it; what was committed stays.
     """
-    workspace = job.workspace
+    workspace, start = job.workspace, time.monotonic()
     if workspace is None or job.tokens is None:
         raise ValueError("a run needs an output and calibration tokens")
-    start = time.monotonic()
     with ExitStack() as stack:
         left_by = stack.enter_context(workspace.locked())
-        if job.journal is None and not restart and workspace.has_journal():
-            raise OtherRunError(
-                f"another run began in {workspace.output} meanwhile; run the command again"
-            )
-        if restart:
-            workspace.discard()
-        if job.request is not None and job.journal is None:
-            store(workspace.tokens, job.tokens, job.request)
+        _make_ready(job, workspace, job.tokens, restart=restart)
         file = stack.enter_context(files.open_log(workspace.log, workspace.older_log))
         log = Log(file, job.layer_bytes)
         known = plan_facts(job)
-        log.write("command", {"command": command, "directory": str(Path.cwd())})
+        if command is not None:
+            log.write("command", {"command": command, "directory": str(Path.cwd())})
         log.write("plan", known)
 
         def tell(event: Event) -> None:
@@ -113,13 +106,8 @@ def run(
         with _logged_end(log, command or "the same call"):
             if left_by is not None:
                 tell(TakenOver(previous=left_by))
-            finished = compress(
-                job.plan,
-                job.tokens,
-                workspace,
-                device=job.device,
-                report=tell,
-            )
+            plan, tokens, device = job.plan, job.tokens, job.device
+            finished = compress(plan, tokens, workspace, device=device, report=tell)
         if not keep_work:
             workspace.clean()
     return CompressionResult(
@@ -133,6 +121,18 @@ def run(
         already_complete=finished.already_complete,
         plan=known,
     )
+
+
+def _make_ready(job: Job, workspace: Workspace, tokens: Tokens, *, restart: bool) -> None:
+    """Discard what is to go, and keep the tokens of a run that begins."""
+    if job.journal is None and not restart and workspace.has_journal():
+        raise OtherRunError(
+            f"another run began in {workspace.output} meanwhile; run the command again"
+        )
+    if restart:
+        workspace.discard()
+    if job.request is not None and job.journal is None:
+        store(workspace.tokens, tokens, job.request)
 
 
 @contextmanager

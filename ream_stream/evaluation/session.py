@@ -113,7 +113,7 @@ def measure(
         The budget is too small.
     """
     bench = _Bench.of(checkpoint, options, report)
-    tokens, original, name = bench.tokens, bench.original, bench.checkpoint.folder.name
+    tokens, original = bench.tokens, bench.original
     if options.layers and (original is None or tokens is None):
         raise UsageError("--layers compares checkpoints on a text: give --against and --text")
     result: Result | None = None
@@ -125,30 +125,9 @@ def measure(
         work = resolved(given)
         if tokens is not None:
             batch = bench.batch(tokens, bench.checkpoint, original)
-            report(Evaluating(name=name))
-            result = evaluate(
-                bench.checkpoint,
-                tokens,
-                work,
-                dtype=bench.dtype,
-                device=bench.device,
-                original=original,
-                batch_sequences=batch,
-                keep_original=keep_original,
-                report=report,
-            )
+            result = _predict(bench, tokens, work, batch, keep_original=keep_original)
             if options.layers and original is not None:
-                report(Evaluating(name=f"{name} layers"))
-                errors = layer_errors(
-                    bench.checkpoint,
-                    original,
-                    tokens,
-                    work,
-                    dtype=bench.dtype,
-                    device=bench.device,
-                    batch_sequences=batch,
-                    report=report,
-                )
+                errors = _compare_layers(bench, original, tokens, work, batch)
         questions = {path.stem: _ask(bench, path, work) for path in options.questions}
     return Scores(
         checkpoint=bench.checkpoint.folder,
@@ -216,6 +195,41 @@ class _Bench:
         """Return the sequences that are run together."""
         there = [each for each in checkpoints if each is not None]
         return plan_evaluation(there, tokens, self.dtype, self.ram).batch_sequences
+
+
+def _predict(
+    bench: _Bench, tokens: Tokens, work: Path, batch: int, *, keep_original: bool
+) -> Result:
+    """Return the result on a text."""
+    bench.report(Evaluating(name=bench.checkpoint.folder.name))
+    return evaluate(
+        bench.checkpoint,
+        tokens,
+        work,
+        dtype=bench.dtype,
+        device=bench.device,
+        original=bench.original,
+        batch_sequences=batch,
+        keep_original=keep_original,
+        report=bench.report,
+    )
+
+
+def _compare_layers(
+    bench: _Bench, original: Checkpoint, tokens: Tokens, work: Path, batch: int
+) -> tuple[LayerError, ...]:
+    """Return the error of each layer."""
+    bench.report(Evaluating(name=f"{bench.checkpoint.folder.name} layers"))
+    return layer_errors(
+        bench.checkpoint,
+        original,
+        tokens,
+        work,
+        dtype=bench.dtype,
+        device=bench.device,
+        batch_sequences=batch,
+        report=bench.report,
+    )
 
 
 def _share_facts(shares: Mapping[str, Share]) -> dict[str, dict[str, float | None]]:

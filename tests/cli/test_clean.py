@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from ream_stream import files
 from ream_stream.__main__ import main
-from ream_stream.cli import progress
 from ream_stream.cli.status import gather
+from ream_stream.compression import event_log
 from ream_stream.compression.event_log import Log
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import InterruptedRunError
@@ -90,7 +90,7 @@ def test_what_is_left_is_never_negative_whatever_the_clock_says(tmp_path, jump):
 
 def test_the_log_tells_a_step_of_a_long_phase_now_and_then(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(event_log.time, "monotonic", lambda: now[0])
     with files.open_log(tmp_path / "log.jsonl", tmp_path / "old") as file:
         log = Log(file, [10, 10])
         log.show(Started(layers=2, committed=0))

@@ -14,15 +14,12 @@ from ream_stream.cli.console import columns
 from ream_stream.cli.progress import evaluating
 from ream_stream.cli.report.facts import gather
 from ream_stream.cli.report.page import page
-from ream_stream.cli.run import run
+from ream_stream.cli.run import following
 from ream_stream.cli.signals import stop_requests, stopping
-from ream_stream.compression.config import RunOptions
-from ream_stream.compression.job import prepare
 from ream_stream.compression.workspace import workspace_of
 from ream_stream.errors import DamagedError
-from ream_stream.evaluation.config import ScoreOptions
+from ream_stream.evaluation import api
 from ream_stream.evaluation.metrics import Evaluation, finite
-from ream_stream.evaluation.session import measure
 from ream_stream.evaluation.verify import verify
 from ream_stream.file_access import resolved
 from ream_stream.file_lock import claimed
@@ -142,28 +139,28 @@ def arguments(folder: Path, name: str) -> list[str]:
 
 
 def _compress(folder: Path, name: str, console: Console) -> Measured:
-    method = METHODS[name]
-    options = RunOptions.of(
-        source=folder / ORIGINAL,
-        output=folder / method,
-        method=method,
-        keep="75%",
-        calibration=(str(folder / "calibration.safetensors"),),
-        # the same work on every machine: its matrices are too small for more threads to help
-        compute_dtype="float32",
-        device="cpu",
-        threads=1,
-    )
-    job = prepare(options, restart=True)
-    assert job.workspace is not None
     command = " ".join(["ream-stream", "compress", *arguments(folder, name)])
     console.print(command, soft_wrap=True)
-    result = run(job, console, command=command, restart=True)
-    failed = [each for each in verify(job.workspace.output) if not each.ok]
+    with following(console) as report:
+        result = api.compress(
+            folder / ORIGINAL,
+            folder / METHODS[name],
+            keep="75%",
+            method=METHODS[name],
+            calibration=folder / "calibration.safetensors",
+            restart=True,
+            command=command,
+            report=report,
+            # the same work on every machine: its matrices are too small for more threads
+            compute_dtype="float32",
+            device="cpu",
+            threads=1,
+        )
+    failed = [each for each in verify(result.output) if not each.ok]
     if failed:
-        raise DamagedError(f"{job.workspace.output}: {failed[0].message}")
+        raise DamagedError(f"{result.output}: {failed[0].message}")
     return Measured(
-        folder=job.workspace.output,
+        folder=result.output,
         num_bytes=result.output_bytes,
         seconds=result.seconds,
         peak_bytes=result.peak_anonymous_bytes,
@@ -178,17 +175,18 @@ def _score(
     scores: dict[str, dict[str, Evaluation]] = {ORIGINAL: {}}
     with stop_requests() as asked, evaluating(console) as show:
         for name, method in METHODS.items():
-            options = ScoreOptions(
+            measured = api.evaluate(
+                folder / method,
+                text=[f"{domain}={path}" for domain, path in tests.items()],
                 against=folder / ORIGINAL,
-                text=tuple(f"{domain}={path}" for domain, path in tests.items()),
+                keep_original=True,
+                report=stopping(asked, show),
                 sequence_length=SEQUENCE_LENGTH,
                 device="cpu",
                 compute_dtype="float32",
                 layers=True,
                 work_dir=folder,
             )
-            report = stopping(asked, show)
-            measured = measure(folder / method, options, report=report, keep_original=True)
             files.write_json(folder / f"{method}.json", measured.facts())
             scores[name] = {d: each.evaluation for d, each in measured.domains.items()}
             for domain, each in measured.domains.items():

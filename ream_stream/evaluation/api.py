@@ -1,0 +1,244 @@
+"""The Python API: a checkpoint planned, compressed and measured, one function each.
+
+Options are those of the command line, by the names of their fields in `RunOptions`, `Method`
+and `Settings`, or in `ScoreOptions`; None leaves one at its default. `verify` and `inspect`
+have modules of their own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ream_stream.checkpoint import hub
+from ream_stream.compression.config import RunOptions
+from ream_stream.compression.job import plan_facts, prepare
+from ream_stream.compression.run import CompressionResult, run
+from ream_stream.errors import UsageError
+from ream_stream.events import Fetching, Planned, Report, no_report
+from ream_stream.settings import Method, Settings, given_options
+
+from .config import ScoreOptions
+from .session import Scores, measure
+
+Texts = str | Path | Sequence[str | Path]
+"""One source of text, or several."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanResult:
+    """What a compression would do, hold and write."""
+
+    settings: Settings
+    """What decides the bytes of the output."""
+
+    experts_before: int
+    """Experts of a source layer."""
+
+    source_bytes: int
+    """Bytes of the source's tensors."""
+
+    output_bytes: int
+    """Bytes of the output's shards."""
+
+    memory_bytes: int
+    """Anonymous host memory at its peak."""
+
+    device_memory_bytes: int
+    """Memory of the GPU at its peak; 0 if layers run on the processor."""
+
+    disk_bytes: int
+    """What output and work folder hold together at most."""
+
+    seconds: float | None
+    """Time of what is left to do, about; None if nothing is left."""
+
+    details: Mapping[str, Any]
+    """All that is known, as ``plan --json`` prints it."""
+
+
+def plan(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    keep: float | str | Fraction | None = None,
+    experts: int | None = None,
+    method: str | Method | None = None,
+    calibration: Texts | None = None,
+    restart: bool = False,
+    with_data: bool = False,
+    **options: Any,  # noqa: ANN401
+) -> PlanResult:
+    """Tell what `compress` would do with the same arguments; write nothing.
+
+    Parameters
+    ----------
+    source, output, keep, experts, method, calibration, restart, options
+        As in `compress`; without `calibration` only its size counts.
+    with_data
+        Whether shards that end after their headers are refused.
+
+    Raises
+    ------
+    ReamStreamError
+        As `compress` before it begins.
+    """
+    given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
+    asked, remote = _located(source, output, {**given, **options})
+    with _threads_kept():
+        job = prepare(asked, restart=restart, with_data=with_data and remote is None)
+    found = job.plan
+    return PlanResult(
+        settings=found.settings,
+        experts_before=found.num_experts,
+        source_bytes=found.source_bytes,
+        output_bytes=found.output_bytes,
+        memory_bytes=found.memory_bytes,
+        device_memory_bytes=sum(found.device_memory.values()),
+        disk_bytes=found.disk_bytes,
+        seconds=sum(job.forecast.seconds.values()) if job.forecast else None,
+        details=plan_facts(job),
+    )
+
+
+def compress(
+    source: str | Path,
+    output: str | Path,
+    *,
+    keep: float | str | Fraction | None = None,
+    experts: int | None = None,
+    method: str | Method | None = None,
+    calibration: Texts | None = None,
+    text: Texts | None = None,
+    restart: bool = False,
+    keep_work: bool = True,
+    command: str | None = None,
+    report: Report = no_report,
+    **options: Any,  # noqa: ANN401
+) -> CompressionResult:
+    """Compress a checkpoint, or go on with what an earlier call left.
+
+    Parameters
+    ----------
+    source, output
+        Checkpoint folder, or ``ORG/NAME[@REVISION]`` on the hub; a new folder, or that of the
+        run to go on with.
+    keep, experts
+        Experts to keep in each layer, as a share (0.75 or "75%") or as their number.
+    method
+        Key of `compression.config.PRESETS`, or all parts of a method.
+    calibration
+        What the model is run on, as ``--calibration`` takes it.
+    text
+        What the output is measured on beside the source, as ``--text`` of ``eval`` takes it.
+    restart, keep_work
+        Whether to discard the run that is in `output`; whether its work files stay.
+    command
+        What a person would type to go on; told by ``status`` and when the run ends early.
+    report
+        Is told what happens (`ream_stream.events`); it may raise `InterruptedRunError`.
+    options
+        More of the command line's options.
+
+    Raises
+    ------
+    ReamStreamError
+        The class says why; what was committed stays, and the same call goes on.
+    """
+    given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
+    asked, remote = _located(source, output, {**given, **options})
+    if not asked.calibration:
+        raise UsageError("say what to run the model on: --calibration")
+    with _threads_kept():
+        if remote is not None and not asked.stream:
+            # what cannot be done is refused before anything large is fetched
+            prepare(replace(asked, calibration=()), restart=restart, with_data=False)
+            asked = replace(asked, source=_fetched(remote, report))
+        job = prepare(asked, restart=restart)
+        report(Planned(facts=plan_facts(job), layer_bytes=job.layer_bytes))
+        result = run(job, report=report, command=command, restart=restart, keep_work=keep_work)
+    if text is None:
+        return result
+    against = None if asked.stream else asked.source
+    alike = {name: getattr(asked, name) for name in _MEASURED_ALIKE}
+    scores = evaluate(result.output, text=text, against=against, report=report, **alike)
+    return replace(result, quality=scores.facts())
+
+
+_MEASURED_ALIKE = ("text_field", "sequence_length", "device", "compute_dtype", "ram")
+"""Options of a compression that count for what is measured after it, too."""
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    text: Texts | None = None,
+    against: str | Path | None = None,
+    keep_original: bool = False,
+    report: Report = no_report,
+    **options: Any,  # noqa: ANN401
+) -> Scores:
+    """Measure how well a checkpoint predicts a text, without ever loading it.
+
+    Parameters
+    ----------
+    checkpoint
+        Its folder.
+    text
+        What is predicted, as ``--text`` takes it.
+    against
+        The checkpoint it is compared with.
+    keep_original
+        Whether what `against` makes of the text stays in ``work_dir``, for the next call.
+    report
+        Is told what happens; it may raise `InterruptedRunError`.
+    options
+        More of the options of ``eval``.
+
+    Raises
+    ------
+    UsageError, DamagedError, UnsupportedModelError, OverBudgetError
+        It cannot be measured.
+    """
+    asked = ScoreOptions(
+        **given_options({"text": text, "against": against, **options}, ScoreOptions)
+    )
+    return measure(Path(checkpoint), asked, report=report, keep_original=keep_original)
+
+
+def _located(
+    source: str | Path, output: str | Path | None, values: Mapping[str, Any]
+) -> "tuple[RunOptions, hub.Remote | None]":
+    """Return options with the folder of the source, and where it is if that is the hub.
+
+    The folder of a source on the hub has its headers, not yet its data.
+    """
+    asked = RunOptions.of(source=Path(source), output=output, **values)
+    if Path(source).is_dir():
+        if asked.stream:
+            raise UsageError(f"--stream is for a SOURCE on the hub, {source} is a folder")
+        return asked, None
+    remote = hub.find(str(source))
+    streamed = remote if asked.stream else None
+    return replace(asked, source=hub.fetch_headers(remote), remote=streamed), remote
+
+
+def _fetched(remote: hub.Remote, report: Report) -> Path:
+    """Fetch all of a checkpoint, and return its folder."""
+    size = sum(file.size for file in remote.files.values())
+    report(Fetching(repo=remote.repo, commit=remote.commit, num_bytes=size))
+    return hub.download(remote)
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Give torch the caller's number of threads back."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
