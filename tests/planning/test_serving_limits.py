@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tiny
-from test_cli import call
+from command_line import call
 
 from ream_stream.errors import UsageError
 from ream_stream.model.families import with_expert_count
