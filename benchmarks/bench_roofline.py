@@ -37,7 +37,7 @@ from ream_stream.device import compute_dtype
 from ream_stream.events import Finished
 from ream_stream.host_memory import anonymous_bytes, bound_kernel_caches
 from ream_stream.model.experts import MAX_ROWS
-from ream_stream.planning.cost import work_of
+from ream_stream.planning.cost import cost_of
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
 from ream_stream.settings import Method, Settings
@@ -132,7 +132,7 @@ def show_products(plan: Plan, finished: Finished, rate: float) -> None:
     print(f"one product       {rate:6.0f} GFLOP/s in {plan.settings.compute_dtype}")
     for name, reached in expert_rates(plan).items():
         print(f"{name:<17} {reached:6.0f} GFLOP/s {reached / rate:5.0%}")
-    for phase, work in work_of(plan, cache_bytes=1 << 62).items():
+    for phase, work in cost_of(plan, cache_bytes=1 << 62).items():
         seconds = finished.seconds.get(phase, 0.0)
         flop = work.expert_flop + work.product_flop
         if flop and seconds:

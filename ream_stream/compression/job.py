@@ -21,7 +21,7 @@ from ream_stream.files import free_bytes, why_not_writable
 from ream_stream.host_memory import trim
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import family_of
-from ream_stream.planning.cost import Work
+from ream_stream.planning.cost import Cost
 from ream_stream.planning.disk import check_disk
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
@@ -198,21 +198,21 @@ def forecast_facts(forecast: Forecast) -> dict[str, Any]:
     """Return what is left to do, by phase and in all, and the rates behind the times."""
     seconds = forecast.seconds
 
-    def described(work: Work, time: float) -> dict[str, Any]:
+    def described(cost: Cost, time: float) -> dict[str, Any]:
         return {
-            "read_bytes": work.read_bytes,
-            "cached_bytes": work.cached_bytes,
-            "written_bytes": work.written_bytes,
-            "flop": work.flop,
-            "decoded_numbers": work.decoded_numbers,
-            "encoded_numbers": work.encoded_numbers,
+            "read_bytes": cost.read_bytes,
+            "cached_bytes": cost.cached_bytes,
+            "written_bytes": cost.written_bytes,
+            "flop": cost.flop,
+            "decoded_numbers": cost.decoded_numbers,
+            "encoded_numbers": cost.encoded_numbers,
             "seconds": time,
         }
 
     return {
         **described(forecast.total, sum(seconds.values())),
-        "phases": {name: described(w, seconds[name]) for name, w in forecast.work.items()},
-        "rates": asdict(forecast.rates),
+        "phases": {name: described(c, seconds[name]) for name, c in forecast.costs.items()},
+        "rates": asdict(forecast.throughput),
     }
 
 

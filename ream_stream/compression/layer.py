@@ -26,8 +26,7 @@ from ream_stream.model.expert_blocks import Listeners, Passes
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.finite import CheckedWriter, is_finite
 from ream_stream.model.streamed_model import Batch, StreamedModel
-from ream_stream.planning.allocation import OUTPUTS, SUMS
-from ream_stream.planning.plan import LayerPlan
+from ream_stream.planning.plan import OUTPUTS, SUMS, LayerPlan
 
 from . import refit_layer
 from .context import Context
@@ -85,7 +84,7 @@ class _LayerRun:
     ) -> None:
         self.context, self.plan, self.layer = context, context.plan, layer
         self.index = layer.keys.index
-        self.is_last = self.index == len(context.plan.layers) - 1
+        self.leads_on = context.plan.leads_on(layer)
         # those that count
         self.tokens = followed(context.tokens) if layer.keys.is_mtp else context.tokens
         self._stores, self._report = stores, report
@@ -96,11 +95,11 @@ class _LayerRun:
         with self.plan.source.open() as tensors:
             content = self._unchanged(tensors).content
             shards = self._write(content, self.context.workspace.output)
-        if not self.is_last:
+        if self.plan.propagates(self.layer):
             self._propagate(self.context.source, None, None)
-            if self.plan.follows:
-                with self.context.source.open_layer(self.index):
-                    self._follow(None)
+        if self.plan.follows_through(self.layer):
+            with self.context.source.open_layer(self.index):
+                self._follow(None)
         return LayerResult(shards=shards)
 
     def compress(self) -> LayerResult:
@@ -119,14 +118,14 @@ class _LayerRun:
                         self.index,
                     )
                 )
-            playback = self._playback(again=refit is not None)
+            playback = self._playback()
             decision, statistics, shards = self._decide_and_write(refit, playback)
             fitted = None
             if refit is not None:
                 fitted = self._fit(refit, decision, playback)
                 content = refit.content(fitted.found if fitted else None)
                 shards = self._write(content, context.workspace.output)
-            if plan.settings.sequential and not self.is_last:
+            if plan.propagates(self.layer):
                 self._propagate(context.output, playback, fitted)
             return LayerResult(
                 shards=shards,
@@ -135,11 +134,10 @@ class _LayerRun:
                 refitted=fitted.found.outcome if fitted else None,
             )
 
-    def _playback(self, *, again: bool) -> Playback | None:
+    def _playback(self) -> Playback | None:
         """Return where attention outputs are kept; None if one pass needs them, or no room."""
-        context, plan = self.context, self.plan
-        again = again or (plan.settings.sequential and not self.is_last)
-        if not (again or context.plan.schedule.expert_blocks > 1) or not plan.keeps(OUTPUTS):
+        context = self.context
+        if not self.plan.keeps_outputs(self.layer):
             return None
         # of this object it must not know: in a cycle, all that a layer held would stay
         stores = self._stores
@@ -158,7 +156,7 @@ class _LayerRun:
                 nullcontext() if refit is None else refit.capturing(experts),
             ):
                 self._observe(observer, experts, playback, refit)
-            if refit is not None and plan.follows:
+            if plan.follows_through(self.layer):
                 self._follow(refit)
             observer.finish(self.index)
             mean_EH = self._compare(experts, observer.sample)
@@ -187,7 +185,7 @@ class _LayerRun:
     def _observer(self) -> Observer:
         """Make an observer of what the method needs, and no more."""
         plan, method = self.plan, self.plan.settings.method
-        compares = plan.settings.merges(plan.num_experts)
+        compares = plan.merges
         sample = None
         if compares:
             sample = TokenSample(
@@ -215,7 +213,7 @@ class _LayerRun:
     ) -> None:
         """Run the source layer: up to its experts, unless its outputs go on to the next."""
         writer = None
-        if not self.plan.settings.sequential and not self.is_last:
+        if not self.plan.settings.sequential and self.leads_on:
             writer = self.context.hidden_writer(self.index + 1)
         size = self.plan.schedule.batch_sequences
 
@@ -237,7 +235,7 @@ class _LayerRun:
         """Run the open source layer on the original model's own states."""
         context, index = self.context, self.index
         batches, entering = context.batches, context.original_reader(index)
-        writer = None if self.is_last else context.original_writer(index + 1)
+        writer = context.original_writer(index + 1) if self.leads_on else None
         with context.timed("follow"):
             for number, batch, hidden_BLH in with_states(batches, entering):
                 leaving_BLH = context.source.run_layer(index, batch, hidden_BLH)

@@ -32,6 +32,11 @@ class Alignment:
     weights: bool
     """Whether gate rows, up rows and down columns count."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is anything to match neurons by."""
+        return self.activations or self.weights
+
 
 ALIGNMENTS: Mapping[str, Alignment] = {
     "both": Alignment(activations=True, weights=True),
@@ -134,6 +139,22 @@ def cost(alignment: Alignment, pair: Pair) -> Tensor:
     return sum(costs[1:], costs[0]).cpu()
 
 
+def cost_flop(alignment: Alignment, rows: int, hidden: int, inner: int) -> int:
+    """Return the operations of the cost of one pair, from `rows` sampled tokens."""
+    return 2 * inner**2 * (rows * alignment.activations + 3 * hidden * alignment.weights)
+
+
+def aligning_bytes(rows: int, hidden: int, inner: int, threads: int) -> int:
+    """Return what comes and goes while a cost is made and `threads` others are matched."""
+    square = inner**2
+    # scipy makes a float64 copy of each float32 cost that it works on
+    matched = threads * square * (4 + 8)
+    activations = 2 * rows * inner * 4
+    # a part of both experts in float32, and the costs
+    weights = 2 * hidden * inner * 4 + 4 * square * 4
+    return matched + activations + weights
+
+
 def match(cost_II: Tensor) -> Tensor:
     """Return the column paired with each row at the least total cost (int64).
 
@@ -154,7 +175,7 @@ def align(alignment: Alignment, pair: Pair) -> Tensor:
     ``reorder(member, order)`` then has at place q what corresponds to the
     centroid's neuron q. An alignment without costs gives the identity.
     """
-    if not (alignment.activations or alignment.weights):
+    if not alignment.compares:
         return torch.arange(len(pair.member.expert.gate_IH))
     return match(cost(alignment, pair))
 
@@ -167,7 +188,7 @@ def align_all(
     A pair is let go of as soon as its cost is known, so a generator that loads
     experts keeps one pair in memory beside the costs of `match_all`.
     """
-    if alignment.activations or alignment.weights:
+    if alignment.compares:
         # map and not a loop: a loop's variable would keep the last pair alive
         yield from match_all(map(partial(cost, alignment), pairs), threads=threads)
     else:

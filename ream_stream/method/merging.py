@@ -48,6 +48,14 @@ def merge(shares: Sequence[float], aligned: Iterable[Expert], dtype: torch.dtype
     return Expert(*(tensor.to(dtype) for tensor in weighted_sum(shares, aligned)))
 
 
+def merging_bytes(matrix: int, itemsize: int) -> int:
+    """Return what merging experts of three matrices of so many numbers takes.
+
+    That is a float32 sum, a member as it is stored, its widened part, and a result.
+    """
+    return 3 * matrix * 4 + 2 * 3 * matrix * itemsize + 2 * matrix * 4
+
+
 def weighted_sum(shares: Sequence[float], aligned: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     """Return sums of the members' tensors, in float32 or wider; see `merge`."""
     # no zip and no loop variable: both would hold a member while the next is loaded

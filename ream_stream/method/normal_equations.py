@@ -97,6 +97,12 @@ class NormalSums:
         self.target_EIH = torch.zeros(num_experts, inner, hidden, device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
 
+    @staticmethod
+    def nbytes(num_experts: int, inner: int, hidden: int, *, blocks: bool) -> int:
+        """Return the bytes of the sums."""
+        wide = 8 + 4 * hidden + (4 * inner if blocks else 0)
+        return num_experts * inner * wide
+
     def add(self, batch: Sequence[Served], residual_TH: Tensor) -> None:
         """Add a batch; `residual_TH` is what its tokens' outputs lack to their targets."""
         for expert, token_R, inner_RI in batch:
@@ -154,6 +160,21 @@ class NormalMatrix:
         size = num_experts * inner
         # blocks above the diagonal and on it; those below stay zero
         self._matrix_NN = torch.zeros(size, size, device=device)
+
+    @staticmethod
+    def nbytes(num_experts: int, inner: int) -> int:
+        """Return the bytes of the matrix."""
+        return 4 * (num_experts * inner) ** 2
+
+    @staticmethod
+    def gathering_flop(tokens: int, top_k: int, inner: int) -> int:
+        """Return the operations of gathering it."""
+        return tokens * top_k * (top_k + 1) * inner**2
+
+    @staticmethod
+    def product_flop(num_experts: int, inner: int, hidden: int) -> int:
+        """Return the operations of a product with it."""
+        return 2 * (num_experts * inner) ** 2 * hidden
 
     def add(self, batch: Sequence[Served], num_tokens: int) -> None:
         """Add a batch of `num_tokens`."""

@@ -65,6 +65,11 @@ class Cholesky:
             if self._reached[expert]:
                 self._factorise(expert, sums.diagonal_EI[expert], penalty)
 
+    @staticmethod
+    def working_bytes(inner: int) -> int:
+        """Return what comes and goes: a block in float64, its triangle, factor and square."""
+        return 4 * 8 * inner**2
+
     def _factorise(self, expert: int, diagonal_I: Tensor, penalty: float) -> None:
         stored_II = self._factor_EII[expert]
         upper_II = stored_II.double().triu(1)

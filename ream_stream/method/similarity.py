@@ -51,6 +51,9 @@ class MeanActivations:
     one, times ``mean_weight_E[e]``.
     """
 
+    WIDENED_BYTES = 4 * _BLOCK_ELEMENTS
+    """What comes and goes while activations are added."""
+
     def __init__(
         self, num_experts: int, inner: int, *, similarity: str, device: torch.device
     ) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from ream_stream.errors import OverBudgetError
 from ream_stream.units import format_size
 
-from .memory import Parts, Size
+from .memory import MemoryModel
+from .plan import OUTPUTS, SUMS
 from .refit_memory import ACTIVATIONS, KEPT
 from .schedule import Budgets, Schedule, Solver
 
@@ -23,17 +24,11 @@ MAX_BATCH_TOKENS = 8192
 CACHE_SHARE = 0.5
 """Share of the memory left to the page cache that a block of experts may fill."""
 
-OUTPUTS = "attention outputs"
-"""Name of a part. Where it is neither in memory nor on disk, attention runs in each pass."""
-
-SUMS = "sums of experts"
-"""Name of a part that is there if experts are run in blocks."""
-
 NORMS = "norms of experts"
-"""Another one."""
+"""Name of a part: output norms of every token at each of its experts, kept between blocks."""
 
 CHUNKS = "chunks of scratch stores"
-"""What is in memory of what is kept on disk."""
+"""Name of a part: what is in memory of what is kept on disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +49,7 @@ class Allocation:
 
 
 def allocate(
-    parts: Parts,
-    size: Size,
+    parts: MemoryModel,
     budgets: Budgets,
     *,
     scratch_bytes: int | None = None,
@@ -66,9 +60,7 @@ def allocate(
     Parameters
     ----------
     parts
-        Of the run's memory.
-    size
-        How much is run.
+        What the run takes, by part.
     budgets
         What it may take.
     scratch_bytes
@@ -82,9 +74,10 @@ def allocate(
         Not even one sequence at a time fits, or not the batch that the run began with;
         the smallest budget that works is told.
     """
-    chooser = _Chooser(parts, size, budgets, scratch_bytes, begun)
+    chooser = _Chooser(parts, budgets, scratch_bytes, begun)
     if begun is not None:
         return chooser.with_batch(begun.batch_sequences, begun.solver)
+    size = parts.workload
     batch = max(1, min(size.sequences, MAX_BATCH_TOKENS // size.length))
     while True:
         for solver in parts.solvers:
@@ -98,8 +91,9 @@ def allocate(
 
 @dataclass(frozen=True, slots=True)
 class _Chooser:
-    parts: Parts
-    size: Size
+    """Works out what a batch needs, where it goes, and whether it is within the budgets."""
+
+    parts: MemoryModel
     budgets: Budgets
     scratch_bytes: int | None
     begun: Schedule | None
@@ -115,7 +109,7 @@ class _Chooser:
             self._check(device, "vram", budgets.vram)
         wanted = begun.expert_blocks if begun else self._blocks(batch, memory, device)
         for blocks in dict.fromkeys((wanted, 1)):
-            share = batch / self.size.sequences
+            share = batch / self.parts.workload.sequences
             places = _Places(budgets, self.scratch_bytes, dict(memory), {}, share)
             if _placed(parts, places, blocks):
                 break
@@ -135,7 +129,7 @@ class _Chooser:
             expert_blocks=blocks,
             resident_experts=resident,
             solver=solver,
-            threads=self.size.threads,
+            threads=self.parts.workload.threads,
         )
         if begun is not None:
             schedule = schedule.going_on(begun)
@@ -148,7 +142,7 @@ class _Chooser:
     def _blocks(self, batch: int, memory: Mapping[str, int], device: Mapping[str, int]) -> int:
         """Return how many blocks of experts are needed for each to be read once."""
         parts, budgets = self.parts, self.budgets
-        batches = -(-self.size.sequences // batch)
+        batches = -(-self.parts.workload.sequences // batch)
         # a refit passes over the experts batch by batch in any case
         if batches == 1 or parts.refits:
             return 1
@@ -217,7 +211,7 @@ class _Places:
         return True
 
 
-def _placed(parts: Parts, places: _Places, blocks: int) -> bool:
+def _placed(parts: MemoryModel, places: _Places, blocks: int) -> bool:
     """Take room for what is kept from pass to pass; tell whether what must be kept is."""
     if blocks > 1 and not places.place(NORMS, parts.norm_bytes, or_disk=False):
         return False

@@ -1,8 +1,10 @@
-"""What a run reads, writes and computes, phase by phase: arithmetic on a plan.
+"""What a run reads, writes, computes and codes, phase by phase: arithmetic on a plan.
 
+Whether a phase is there at all, and what it keeps, is asked of the plan, as the run does.
 Letters: T calibration tokens, L tokens of a sequence, K experts a token, E experts,
 H hidden, I inner. A product of (n, a) with (a, b) is counted as 2 n a b operations.
-Norms, activations, routing and softmax are not counted.
+Norms, activations, routing and softmax are not counted. An expert that is not kept on the
+device is decoded for each batch that it is run on.
 """
 
 import math
@@ -10,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from ream_stream.checkpoint.config_json import text_config
-from ream_stream.checkpoint.expert_stack import ExpertStack
-from ream_stream.method.alignment import ALIGNMENTS
+from ream_stream.checkpoint.expert_stack import ExpertMatrix, ExpertStack
+from ream_stream.method.alignment import ALIGNMENTS, cost_flop
 from ream_stream.model.expert_blocks import cut_experts
+from ream_stream.settings import Method
 
-from .allocation import CACHE_SHARE, OUTPUTS, SUMS
-from .coding import coding_of, loads, merged_experts
-from .plan import LayerPlan, Plan
-from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE, KEPT
+from .allocation import CACHE_SHARE
+from .plan import OUTPUTS, SUMS, LayerPlan, Plan
+from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE, KEPT, RefitMemory
 
 PHASES = (
     *("check", "observe", "follow", "compare", "align"),
@@ -27,26 +29,26 @@ PHASES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class Cost:
     """What is to be done, in one phase or in all."""
 
     read_bytes: int = 0
-    """Read from files; of them"""
+    """Bytes read from files."""
 
     cached_bytes: int = 0
-    """are in the page cache, having been read or written a moment before."""
+    """Part of `read_bytes` that the run touched just before; the page cache should hold it."""
 
     written_bytes: int = 0
-    """Written to files."""
+    """Bytes written to files."""
 
     expert_flop: int = 0
-    """Of experts on the tokens that are routed to them."""
+    """Operations of experts on the tokens that are routed to them."""
 
     product_flop: int = 0
-    """Of other products, on all tokens or on the sample."""
+    """Operations of other products, on all tokens or on the sample."""
 
     float32_flop: int = 0
-    """Of products that are made in float32 on the processor: the costs of the alignment."""
+    """Operations of products that are made in float32: those of alignments and refits."""
 
     matchings: int = 0
     """Assignments of I neurons to I neurons."""
@@ -65,18 +67,18 @@ class Work:
         """All products."""
         return self.expert_flop + self.product_flop + self.float32_flop
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: "Cost") -> "Cost":
         names = [field.name for field in fields(self)]
-        return Work(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
-def total(works: Iterable[Work]) -> Work:
+def total(costs: Iterable[Cost]) -> Cost:
     """Return the sum."""
-    return sum(works, start=Work())
+    return sum(costs, start=Cost())
 
 
-def work_of(plan: Plan, *, cache_bytes: int, committed: int = 0) -> dict[str, Work]:
-    """Return the work of a run by phase.
+def cost_of(plan: Plan, *, cache_bytes: int, committed: int = 0) -> dict[str, Cost]:
+    """Return the cost of a run by phase.
 
     Parameters
     ----------
@@ -89,195 +91,269 @@ def work_of(plan: Plan, *, cache_bytes: int, committed: int = 0) -> dict[str, Wo
     committed
         Layers that are done already.
     """
-    phases = dict.fromkeys(PHASES, Work())
+    phases = dict.fromkeys(PHASES, Cost())
     for layer in plan.layers[committed:]:
-        for phase, work in _Layer(plan, layer, cache_bytes).phases().items():
-            phases[phase] += work
-        for phase, (decoded, encoded) in coding_of(plan, layer).items():
-            phases[phase] += Work(decoded_numbers=decoded, encoded_numbers=encoded)
+        for phase, cost in _Layer(plan, layer, cache_bytes).phases().items():
+            phases[phase] += cost
     outside = sum(tensor.nbytes for shard in plan.outside for tensor in shard.tensors)
     if not committed:
-        phases["check"] += Work(read_bytes=outside)
+        phases["check"] += Cost(read_bytes=outside)
     written = sum(shard.nbytes for shard in plan.outside)
-    phases["finish"] = Work(read_bytes=outside, written_bytes=written)
+    phases["finish"] = Cost(read_bytes=outside, written_bytes=written)
     return phases
 
 
 class _Layer:
-    """The work on one layer."""
+    """The cost of one layer."""
 
     def __init__(self, plan: Plan, layer: LayerPlan, cache_bytes: int) -> None:
         self.plan, self.layer, self.stack = plan, layer, layer.keys.stack
-        self.is_last = layer.keys.index == len(plan.layers) - 1
         self.tokens = plan.sequences * plan.sequence_length
-        entries = plan.source.entries
-        self.dense_bytes = sum(entries[name].nbytes for name in layer.keys.dense_tensors())
-        self.bytes = sum(entries[name].nbytes for name in layer.keys.names)
+        entries, keys = plan.source.entries, layer.keys
+        self.dense_bytes = sum(entries[name].nbytes for name in keys.dense_tensors())
+        self.bytes = sum(entries[name].nbytes for name in keys.names)
         self.output_bytes = sum(shard.nbytes for shard in layer.shards)
-        self.entering = plan.hidden_bytes if layer.keys.index else 0
+        self.entering = plan.hidden_bytes if keys.index else 0
         held = self.bytes + self.output_bytes + 2 * plan.boundary_bytes
         self.fits = held <= cache_bytes
         self.stays = self.bytes - self.dense_bytes <= CACHE_SHARE * cache_bytes
+        self.coded = sum(s.rows * s.cols * (s.count or 1) for s in keys.quantized.values())
+        """Quantized numbers beside the experts in the source."""
+        self.still_coded = 0 if self.stack and plan.settings.decodes else self.coded
+        """The same in the output."""
 
-    def phases(self) -> dict[str, Work]:
-        """Return its work by phase."""
-        check = Work(read_bytes=self.bytes)
-        if self.stack is None:
-            write = self._again(self.bytes) + Work(written_bytes=self.output_bytes)
-            phases = {"check": check, "write": write}
-            phases |= self._propagated(self.bytes, passes=1)
-            return phases | self._followed()
-        plan, experts = self.plan, self.bytes - self.dense_bytes
-        sequential, merges = plan.settings.sequential, self._merges()
-        passes = len(cut_experts(plan.num_experts, plan.schedule.expert_blocks))
-        observe = self._again(self.dense_bytes + int(experts * self._readings(passes))) + Work(
-            read_bytes=self.entering,
-            written_bytes=plan.scratch.get(OUTPUTS, 0) if self._records(passes) else 0,
-            expert_flop=self._expert_flop(self.stack),
-            product_flop=self._dense_flop(before_experts=sequential),
-        )
-        observe += self._passed_again(passes - 1)
-        if not (sequential or self.is_last):
-            observe += Work(written_bytes=plan.hidden_bytes) + self._summed(passes)
-        phases = {"check": check, "observe": observe, "write": self._again(self.bytes)}
-        phases["write"] += Work(written_bytes=self.output_bytes)
-        if merges:
-            phases |= self._compared(self.stack, experts)
-            phases["write"] += Work(
-                merged_numbers=merged_experts(self.plan) * self._numbers(self.stack)
-            )
-        if plan.refits:
-            phases["refit"] = self._refitted(self.stack)
-        phases |= self._followed()
-        if sequential:
-            passes = len(cut_experts(plan.settings.experts, plan.schedule.expert_blocks))
-            phases |= self._propagated(self.output_bytes, passes=passes)
+    def phases(self) -> dict[str, Cost]:
+        """Return its cost by phase."""
+        plan, layer = self.plan, self.layer
+        phases = {"check": Cost(read_bytes=self.bytes), "write": self._write()}
+        if self.stack is not None:
+            phases["observe"] = self._observe(self.stack)
+            if plan.merges:
+                phases["compare"] = self._compare(self.stack)
+                phases["align"] = self._align(self.stack)
+            if plan.refits:
+                phases["refit"] = self._refit(self.stack)
+        if plan.follows_through(layer):
+            phases["follow"] = self._follow()
+        if plan.propagates(layer):
+            phases["propagate"] = self._propagate()
         return phases
 
-    def _readings(self, passes: int) -> float:
-        """Return how often an expert is read in the passes of all batches, in the mean."""
-        if self.fits or self.stays or passes > 1:
-            return 1.0
-        return loads(self.plan, self.plan.num_experts) / self.plan.num_experts
-
-    def _records(self, passes: int) -> bool:
-        """Tell whether attention's outputs serve a later pass."""
-        return (
-            passes > 1
-            or self.plan.refits
-            or (self.plan.settings.sequential and not self.is_last)
-        )
-
-    def _passed_again(self, passes: int) -> Work:
-        """Return what passes beyond the first take beside experts: states and attention."""
-        read = self._again(self.entering) + Work(read_bytes=self.plan.scratch.get(OUTPUTS, 0))
-        kept = self.plan.keeps(OUTPUTS)
-        once = Work(product_flop=0 if kept else self._dense_flop(before_experts=True))
-        return total([read, once] * passes)
-
-    def _summed(self, passes: int) -> Work:
-        """Return the writing and reading of sums over blocks."""
-        nbytes = (passes - 1) * self.plan.scratch.get(SUMS, 0)
-        return Work(read_bytes=nbytes, written_bytes=nbytes)
-
-    def _again(self, nbytes: int) -> Work:
-        """Return the reading of what was read or written a moment ago."""
-        return Work(read_bytes=nbytes, cached_bytes=nbytes if self.fits else 0)
-
-    def _propagated(self, nbytes: int, *, passes: int) -> dict[str, Work]:
-        """Return the run to the next layer."""
-        if self.is_last:
-            return {}
-        run = Work(written_bytes=self.plan.hidden_bytes)
-        if self.stack is None:  # nothing read the states before
-            run += Work(read_bytes=self.entering, product_flop=self._dense_flop())
-            return {"propagate": run + self._again(nbytes)}
-        experts = nbytes - self.dense_bytes
-        after_attention = self._dense_flop() - self._dense_flop(before_experts=True)
-        experts_flop = self._expert_flop(self.stack)
-        if self.plan.memory.get(ACTIVATIONS):  # only down projections are applied
-            experts_flop //= 3
-        run += Work(expert_flop=experts_flop, product_flop=after_attention)
-        run += self._passed_again(passes) + self._summed(passes)
-        return {
-            "propagate": run + self._again(nbytes + int(experts * (self._readings(passes) - 1)))
-        }
-
-    def _followed(self) -> dict[str, Work]:
-        """Return the run of the source layer in the original model."""
-        plan, readings = self.plan, self._readings(1)
-        if not plan.follows or (self.is_last and self.stack is None):
-            return {}
-        experts = self.bytes - self.dense_bytes if self.stack else 0
-        work = self._again(self.bytes + int(experts * (readings - 1))) + Work(
+    def _observe(self, stack: ExpertStack) -> Cost:
+        """Run the source layer: up to its experts, unless its outputs go on to the next."""
+        plan, sequential = self.plan, self.plan.settings.sequential
+        passes = self._passes(stack.count)
+        experts = (self.bytes - self.dense_bytes) * self._readings(passes)
+        cost = self._again(self.dense_bytes + int(experts)) + Cost(
             read_bytes=self.entering,
-            written_bytes=0 if self.is_last else plan.hidden_bytes,
-            expert_flop=self._expert_flop(self.stack) if self.stack else 0,
-            product_flop=self._dense_flop(),
+            written_bytes=plan.scratch.get(OUTPUTS, 0) if plan.keeps_outputs(self.layer) else 0,
+            expert_flop=self._expert_flop(stack),
+            product_flop=self._dense_flop(before_experts=sequential),
+            decoded_numbers=self._seen(stack),
         )
-        return {"follow": work}
+        cost += self._passed_again(passes - 1)
+        if not sequential and plan.leads_on(self.layer):
+            cost += Cost(written_bytes=plan.hidden_bytes) + self._summed(passes)
+        return cost
 
-    def _compared(self, stack: ExpertStack, expert_bytes: int) -> dict[str, Work]:
-        method, matrix = self.plan.settings.method, stack.hidden * stack.inner
-        sample = min(method.similarity_tokens or self.tokens, self.tokens)
-        count = self.plan.num_experts
-        pairs, merged = count - self.plan.settings.experts, merged_experts(self.plan)
-        compare = Work(product_flop=count * sample * 4 * matrix)
-        alignment, align = ALIGNMENTS[method.alignment], Work()
-        if alignment.activations:
-            rows = min(method.alignment_tokens, sample)
-            align += Work(
-                product_flop=merged * rows * 4 * matrix,
-                float32_flop=pairs * rows * 2 * stack.inner**2,
-            )
-        if alignment.weights:
-            align += Work(float32_flop=pairs * 2 * stack.inner**2 * 3 * stack.hidden)
-        if alignment.activations or alignment.weights:
-            align += Work(matchings=pairs) + self._again(expert_bytes * merged // count)
-        return {"compare": compare + self._again(expert_bytes), "align": align}
+    def _follow(self) -> Cost:
+        """Run the source layer in the original model."""
+        plan, stack = self.plan, self.stack
+        experts = self.bytes - self.dense_bytes if stack else 0
+        read = self.bytes + int(experts * (self._readings(1) - 1))
+        return self._again(read) + Cost(
+            read_bytes=self.entering,
+            written_bytes=plan.hidden_bytes if plan.leads_on(self.layer) else 0,
+            expert_flop=self._expert_flop(stack) if stack else 0,
+            product_flop=self._dense_flop(),
+            decoded_numbers=self._seen(stack) if stack else self.coded,
+        )
 
-    def _refitted(self, stack: ExpertStack) -> Work:
-        """Return the work of a refit of all experts that stay, with all its iterations."""
-        plan, method = self.plan, self.plan.settings.method
-        solver = plan.schedule.solver
+    def _compare(self, stack: ExpertStack) -> Cost:
+        """Run every expert on the sample, as far as its down projection."""
+        return self._again(self.bytes - self.dense_bytes) + Cost(
+            product_flop=stack.count * self._sample * 4 * stack.hidden * stack.inner,
+            decoded_numbers=_coded_numbers(stack) * stack.count,
+        )
+
+    def _align(self, stack: ExpertStack) -> Cost:
+        """Run and compare the experts of groups pair by pair, and match their neurons."""
+        method, merged = self._method, self._merged
+        alignment, matrix = ALIGNMENTS[method.alignment], stack.hidden * stack.inner
+        if not alignment.compares:
+            return Cost()
+        pairs = stack.count - self.plan.settings.experts
+        rows = min(method.alignment_tokens, self._sample)
+        runs = merged * alignment.activations
+        return self._again((self.bytes - self.dense_bytes) * merged // stack.count) + Cost(
+            product_flop=runs * rows * 4 * matrix,
+            float32_flop=pairs * cost_flop(alignment, rows, stack.hidden, stack.inner),
+            matchings=pairs,
+            # to be run, and to be compared
+            decoded_numbers=_coded_numbers(stack) * (merged + runs),
+        )
+
+    def _write(self) -> Cost:
+        """Copy or decode what stays, merge the rest, and write the shards."""
+        plan, source, output = self.plan, self.stack, self.layer.stack
+        cost = self._again(self.bytes) + Cost(written_bytes=self.output_bytes)
+        if source is None or output is None:
+            decoded = self.coded if plan.settings.decodes else 0
+            return cost + Cost(decoded_numbers=decoded)
+        merged = self._merged if plan.merges else 0
+        made = min(output.count, source.count - output.count) if merged else 0
+        decoded, encoded = self.coded - self.still_coded, 0
+        for old, new in zip(source.matrices, output.matrices, strict=True):
+            numbers = old.stored.rows * old.stored.cols
+            # codes and scales that hold all experts are written apart, and merged for each
+            times = 1 if new.numbered else len(new.tensors)
+            if _is_coded(new):
+                encoded += numbers * made * times
+                decoded += numbers * merged * times
+            elif _is_coded(old):
+                alone = 0 if merged == source.count else output.count - made
+                decoded += numbers * (merged + alone) * times
+        return cost + Cost(
+            merged_numbers=merged * 3 * source.hidden * source.inner,
+            decoded_numbers=decoded,
+            encoded_numbers=encoded,
+        )
+
+    def _refit(self, stack: ExpertStack) -> Cost:
+        """Refit all experts that stay, with all iterations, from the layer's scratch files."""
+        plan, method, solver = self.plan, self._method, self.plan.schedule.solver
+        output = self.layer.stack
+        assert output is not None
         slots, trials = self.tokens * plan.top_k, len(method.refit_lambda)
-        matrix, experts = stack.hidden * stack.inner, plan.settings.experts
+        inner, matrix, experts = stack.inner, stack.hidden * stack.inner, output.count
         iterations, blocks = method.refit_iterations, solver.column_blocks
         passes = 0 if solver.gathered else iterations
         # the first pass makes activations in any case; the last iteration is half of one
         again = plan.refit_repeats
         judged = HELD_BACK_SHARE * (trials / blocks + 1)
-        products = 2 * matrix * (1 + max(0, 2 * passes - 1) + judged) + 2 * stack.inner**2
-        solved = (trials + iterations) * experts * 2 * stack.inner * matrix
-        factors = (trials + blocks) * experts * 2 * stack.inner**3
-        wide = solved + factors
-        if solver.gathered:
-            width = experts * stack.inner
-            wide += slots * (plan.top_k + 1) * stack.inner**2
-            wide += iterations * 2 * width**2 * stack.hidden
+        products = 2 * matrix * (1 + max(0, 2 * passes - 1) + judged) + 2 * inner**2
         if plan.follows:  # the compressed layer is run to its end
-            products += (self._dense_flop() - self._dense_flop(before_experts=True)) / slots
-        run = Work(
-            written_bytes=self.output_bytes,
-            expert_flop=int(slots * (6 * matrix + 4 * matrix * again)),
-            product_flop=int(slots * products),
-            float32_flop=wide,
-        )
+            products += self._flop_after_attention() / slots
+        solved = (trials + iterations) * experts * 2 * inner * matrix
+        wide = solved + (trials + blocks) * experts * 2 * inner**3
+        if solver.gathered:
+            refit = RefitMemory(
+                settings=plan.settings,
+                stack=stack,
+                top_k=plan.top_k,
+                itemsize=plan.dtype.itemsize,
+            )
+            wide += refit.gathered_flop(self.tokens)
         kept = plan.scratch.get(KEPT, 0)
-        stores = Work(read_bytes=int(kept * (1 + again)), written_bytes=kept)
         expert_bytes = self.output_bytes - self.dense_bytes
         read = self.dense_bytes + int(expert_bytes * self._readings(1) * (1 + again))
-        return run + stores + self._passed_again(1) + self._again(read)
+        loads = self._loads(experts) * (1 + again) + experts
+        downs = [m.stored for m in output.matrices if m.parts == ("down",) and _is_coded(m)]
+        down = experts * sum(stored.rows * stored.cols for stored in downs)
+        # to be judged, and once for each tensor that is written
+        times = 1 + sum(len(s.codec.parts(s.rows, s.cols)) for s in downs)
+        return (
+            Cost(
+                read_bytes=int(kept * (1 + again)),
+                written_bytes=self.output_bytes + kept,
+                expert_flop=int(slots * (6 * matrix + 4 * matrix * again)),
+                product_flop=int(slots * products),
+                float32_flop=wide,
+                decoded_numbers=int(self.still_coded + _coded_numbers(output) * loads) + down,
+                encoded_numbers=down * times,
+            )
+            + self._passed_again(1)
+            + self._again(read)
+        )
 
-    def _merges(self) -> bool:
-        settings = self.plan.settings
-        return settings.method.grouping != "none" and settings.experts < self.plan.num_experts
+    def _propagate(self) -> Cost:
+        """Run the layer, as it is in the output, for the next."""
+        plan, output = self.plan, self.layer.stack
+        if output is None:  # nothing read the states before
+            return self._again(self.bytes) + Cost(
+                read_bytes=self.entering,
+                written_bytes=plan.hidden_bytes,
+                product_flop=self._dense_flop(),
+                decoded_numbers=self.coded,
+            )
+        passes = self._passes(output.count)
+        experts_flop = self._expert_flop(output)
+        if plan.memory.get(ACTIVATIONS):  # only down projections are applied
+            experts_flop //= 3
+        experts = (self.output_bytes - self.dense_bytes) * (self._readings(passes) - 1)
+        return (
+            self._again(self.output_bytes + int(experts))
+            + self._passed_again(passes)
+            + self._summed(passes)
+            + Cost(
+                written_bytes=plan.hidden_bytes,
+                expert_flop=experts_flop,
+                product_flop=self._flop_after_attention(),
+                decoded_numbers=self.still_coded
+                + _coded_numbers(output) * self._loads(output.count),
+            )
+        )
 
-    def _numbers(self, stack: ExpertStack) -> int:
-        return 3 * stack.hidden * stack.inner
+    @property
+    def _method(self) -> Method:
+        return self.plan.settings.method
+
+    @property
+    def _sample(self) -> int:
+        """Tokens that all experts are run on."""
+        return min(self._method.similarity_tokens or self.tokens, self.tokens)
+
+    @property
+    def _merged(self) -> int:
+        """Experts in groups of two or more, if groups are small."""
+        count = self.plan.num_experts
+        return min(count, 2 * (count - self.plan.settings.experts))
+
+    def _passes(self, experts: int) -> int:
+        return len(cut_experts(experts, self.plan.schedule.expert_blocks))
+
+    def _loads(self, experts: int) -> int:
+        """Return how often experts are loaded in the passes of all batches, in all."""
+        schedule = self.plan.schedule
+        kept = sum(
+            min(schedule.resident_experts, len(block))
+            for block in cut_experts(experts, schedule.expert_blocks)
+        )
+        return kept + (experts - kept) * self.plan.num_batches
+
+    def _readings(self, passes: int) -> float:
+        """Return how often an expert is read in the passes of all batches, in the mean."""
+        if self.fits or self.stays or passes > 1:
+            return 1.0
+        return self._loads(self.plan.num_experts) / self.plan.num_experts
+
+    def _seen(self, stack: ExpertStack) -> int:
+        """Return the numbers that are decoded where all batches are run through the source."""
+        return self.coded + _coded_numbers(stack) * self._loads(stack.count)
+
+    def _again(self, nbytes: int) -> Cost:
+        """Return the reading of what was read or written a moment ago."""
+        return Cost(read_bytes=nbytes, cached_bytes=nbytes if self.fits else 0)
+
+    def _passed_again(self, passes: int) -> Cost:
+        """Return what passes beyond the first take beside experts: states and attention."""
+        kept = self.plan.keeps(OUTPUTS)
+        once = self._again(self.entering) + Cost(
+            read_bytes=self.plan.scratch.get(OUTPUTS, 0),
+            product_flop=0 if kept else self._dense_flop(before_experts=True),
+        )
+        return total([once] * passes)
+
+    def _summed(self, passes: int) -> Cost:
+        """Return the writing and reading of sums over blocks."""
+        nbytes = (passes - 1) * self.plan.scratch.get(SUMS, 0)
+        return Cost(read_bytes=nbytes, written_bytes=nbytes)
 
     def _expert_flop(self, stack: ExpertStack) -> int:
-        return 2 * self._numbers(stack) * self.tokens * self.plan.top_k
+        return 2 * 3 * stack.hidden * stack.inner * self.tokens * self.plan.top_k
+
+    def _flop_after_attention(self) -> int:
+        return self._dense_flop() - self._dense_flop(before_experts=True)
 
     def _dense_flop(self, *, before_experts: bool = False) -> int:
         """Return the products beside the experts; or of them, attention and the router."""
@@ -302,3 +378,12 @@ class _Layer:
             nope, rope = config.get("qk_nope_head_dim"), config.get("qk_rope_head_dim")
             query = int(nope or 0) + int(rope or 0)
         return 2 * self.tokens * self.plan.sequence_length * heads * (query + value)
+
+
+def _is_coded(matrix: ExpertMatrix) -> bool:
+    return matrix.stored.codec.scheme != "plain"
+
+
+def _coded_numbers(stack: ExpertStack) -> int:
+    """Return the numbers of an expert's matrices that are quantized."""
+    return sum(m.stored.rows * m.stored.cols for m in stack.matrices if _is_coded(m))

@@ -22,6 +22,12 @@ from ream_stream.settings import Settings
 from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE
 from .schedule import Budgets, Schedule
 
+OUTPUTS = "attention outputs"
+"""Name of a part. Where it is neither in memory nor on disk, attention runs in each pass."""
+
+SUMS = "sums of experts"
+"""Name of a part: what experts gave so far, kept between blocks of experts."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerPlan:
@@ -115,6 +121,24 @@ class Layout:
     def follows(self) -> bool:
         """Whether the original model's own states are carried beside the others."""
         return self.settings.follows(self.num_experts)
+
+    @property
+    def merges(self) -> bool:
+        """Whether experts are compared and merged."""
+        return self.settings.merges(self.num_experts)
+
+    def leads_on(self, layer: LayerPlan) -> bool:
+        """Tell whether what leaves a layer enters another."""
+        return layer.keys.index < len(self.layers) - 1
+
+    def propagates(self, layer: LayerPlan) -> bool:
+        """Tell whether a layer is run again, once it was written, for the next."""
+        is_moe = layer.keys.stack is not None
+        return self.leads_on(layer) and (self.settings.sequential or not is_moe)
+
+    def follows_through(self, layer: LayerPlan) -> bool:
+        """Tell whether a layer is run on the original model's own states."""
+        return self.follows and (self.leads_on(layer) or layer.keys.stack is not None)
 
     @property
     def hidden_shape(self) -> tuple[int, int, int]:
@@ -265,6 +289,11 @@ class Plan(Layout):
     def disk_bytes(self) -> int:
         """Bytes on disk at the high-water mark."""
         return sum(self.disk.values())
+
+    def keeps_outputs(self, layer: LayerPlan) -> bool:
+        """Tell whether what attention returns is kept for later passes over an MoE layer."""
+        again = self.refits or self.propagates(layer) or self.schedule.expert_blocks > 1
+        return again and self.keeps(OUTPUTS)
 
     def keeps(self, part: str) -> bool:
         """Tell whether something is kept from pass to pass, in memory or on disk."""

@@ -25,7 +25,7 @@ from ream_stream.settings import Settings, check_settings
 from .activation_memory import Footprints
 from .allocation import allocate
 from .disk import scratch_room
-from .memory import Parts, Size
+from .memory import MemoryModel, Workload
 from .output_layout import decoded_matrices, lay_out, output_config, output_quantization
 from .plan import Layout, Plan
 from .schedule import Begun, Budgets
@@ -82,16 +82,14 @@ def make_plan(
     layout, footprints = _lay_out(source, settings, sequences, sequence_length)
     # builds the compressed config's own class: refuses shapes that would not load
     compressed = StreamedModel(layout.output_checkpoint(source.folder), layout.dtype, CPU)
-    size = Size(
+    workload = Workload(
         sequences=sequences,
         length=sequence_length,
         threads=threads,
-        top_k=layout.top_k,
         padded=padded,
     )
     allocation = allocate(
-        Parts(footprints, settings, size, on_device=budgets.vram is not None),
-        size,
+        MemoryModel(footprints, settings, workload, on_device=budgets.vram is not None),
         budgets,
         scratch_bytes=scratch_room(layout, budgets.disk, output, work, begun),
         begun=begun.schedule if begun else None,

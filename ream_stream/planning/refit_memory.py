@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.header import DTYPES
+from ream_stream.method.normal_equations import NormalMatrix, NormalSums
+from ream_stream.method.preconditioning import Cholesky
 from ream_stream.model.experts import MAX_ROWS
 from ream_stream.settings import Settings
 
@@ -51,7 +53,7 @@ class RefitMemory:
 
         With `remakes` each pass over the tokens makes activations again.
         """
-        gathered = self.gathering_flop(tokens) + self.product_flop()
+        gathered = self.gathered_flop(tokens)
         # it is in float32, passes are in the run's dtype
         if gathered * WIDE_COST[self.itemsize] < self.pass_flop(tokens, remakes=remakes):
             yield Solver(preconditioner="blocks", gathered=True, column_blocks=1)
@@ -63,14 +65,12 @@ class RefitMemory:
                 )
                 blocks *= 2
 
-    def gathering_flop(self, tokens: int) -> int:
-        """Return the operations that gather all products of activations."""
-        return tokens * self.top_k * (self.top_k + 1) * self.stack.inner**2
-
-    def product_flop(self) -> int:
-        """Return the operations of all iterations with what was gathered."""
-        width = self.settings.experts * self.stack.inner
-        return self.settings.method.refit_iterations * 2 * width**2 * self.stack.hidden
+    def gathered_flop(self, tokens: int) -> int:
+        """Return the operations that gather all products of activations, and iterate."""
+        inner, hidden = self.stack.inner, self.stack.hidden
+        product = NormalMatrix.product_flop(self.settings.experts, inner, hidden)
+        gathering = NormalMatrix.gathering_flop(tokens, self.top_k, inner)
+        return gathering + self.settings.method.refit_iterations * product
 
     def pass_flop(self, tokens: int, *, remakes: bool) -> int:
         """Return the operations of all iterations that pass over the tokens."""
@@ -89,7 +89,7 @@ class RefitMemory:
         return tokens * hidden * self.itemsize + numbers * stored
 
     def inputs(self, tokens: int) -> int:
-        """Return what the experts are given, which is kept where activations are not."""
+        """Return what the experts are given, or give; it is kept where activations are not."""
         return tokens * self.stack.hidden * self.itemsize
 
     def activations(self, tokens: int) -> int:
@@ -100,10 +100,6 @@ class RefitMemory:
         """Return what the experts of all tokens and their coefficients take."""
         # the place of a token, and of each expert its number, its gate and the token again
         return tokens * (8 + self.top_k * (8 + 4 + 8))
-
-    def hearing(self, tokens: int) -> int:
-        """Return what comes and goes for a batch beside the layer that runs on it."""
-        return tokens * self.stack.hidden * self.itemsize
 
     def answering(self, tokens: int, solver: Solver) -> int:
         """Return what comes and goes where what was kept gives the layer's new outputs."""
@@ -135,8 +131,7 @@ class RefitMemory:
         inputs = tokens * hidden * itemsize
         passing = activations + 2 * inputs + product
         inner, vectors = self.stack.inner, 1 + len(self.settings.method.refit_lambda)
-        # the float64 block, its triangle, the factor and its square
-        factor = 4 * inner**2 * 8 + 2 * inner * columns * 8
+        factor = Cholesky.working_bytes(inner) + 2 * inner * columns * 8
         return max(
             self._held(solver, 1) + adding,
             # target, residual, change, direction and product; or what the penalties lead to
@@ -144,15 +139,13 @@ class RefitMemory:
         )
 
     def _held(self, solver: Solver, vectors: int) -> int:
-        """Return what is held from pass to pass, with so many of the size of all D_e."""
+        """Return what is held from pass to pass, with so many of the size of all D_e or B_e."""
         experts, inner = self.settings.experts, self.stack.inner
         columns = -(-self.stack.hidden // solver.column_blocks)
-        held = vectors * experts * inner * columns * 4 + experts * inner * 8
-        if solver.preconditioner == "blocks":
-            held += experts * inner**2 * 4
-        if solver.gathered:
-            held += (experts * inner) ** 2 * 4
-        return held
+        blocks = solver.preconditioner == "blocks"
+        held = NormalSums.nbytes(experts, inner, columns, blocks=blocks)
+        held += (vectors - 1) * experts * inner * columns * 4
+        return held + (NormalMatrix.nbytes(experts, inner) if solver.gathered else 0)
 
     def _activations(self, tokens: int, solver: Solver) -> int:
         """Return what the activations of a batch take, and what making them takes."""

@@ -25,7 +25,7 @@ from ream_stream.host_memory import available_bytes, trim
 from ream_stream.model.experts import ExpertWeights, Form, StreamedExperts, slots_by_expert
 from ream_stream.rng import generator
 
-from .cost import Work, total, work_of
+from .cost import Cost, cost_of, total
 from .plan import Plan
 
 ASSUMED_READ = 1e9
@@ -46,7 +46,7 @@ _CODED_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rates:
+class Throughput:
     """What this machine does in a second."""
 
     expert: float
@@ -79,18 +79,18 @@ class Rates:
     encode: float | None = None
     """Numbers encoded in the format of the output; None if it has none."""
 
-    def seconds(self, work: Work) -> float:
-        """Return about how long some work takes."""
+    def seconds(self, cost: Cost) -> float:
+        """Return about how long something takes."""
         return (
-            (work.read_bytes - work.cached_bytes + work.written_bytes) / self.read
-            + work.written_bytes / self.digest
-            + work.expert_flop / self.expert * UNCOUNTED
-            + work.product_flop / self.product * UNCOUNTED
-            + work.float32_flop / self.float32
-            + work.matchings / self.matching
-            + work.merged_numbers / self.merge
-            + (work.decoded_numbers / self.decode if self.decode else 0)
-            + (work.encoded_numbers / self.encode if self.encode else 0)
+            (cost.read_bytes - cost.cached_bytes + cost.written_bytes) / self.read
+            + cost.written_bytes / self.digest
+            + cost.expert_flop / self.expert * UNCOUNTED
+            + cost.product_flop / self.product * UNCOUNTED
+            + cost.float32_flop / self.float32
+            + cost.matchings / self.matching
+            + cost.merged_numbers / self.merge
+            + (cost.decoded_numbers / self.decode if self.decode else 0)
+            + (cost.encoded_numbers / self.encode if self.encode else 0)
         )
 
 
@@ -98,33 +98,33 @@ class Rates:
 class Forecast:
     """What a run has to do, and about how long that takes here."""
 
-    work: Mapping[str, Work]
+    costs: Mapping[str, Cost]
     """By phase."""
 
-    rates: Rates = field(repr=False)
+    throughput: Throughput = field(repr=False)
     """Of this machine."""
 
     @property
-    def total(self) -> Work:
-        """The work of all phases."""
-        return total(self.work.values())
+    def total(self) -> Cost:
+        """The cost of all phases."""
+        return total(self.costs.values())
 
     @property
     def seconds(self) -> dict[str, float]:
         """About how long each phase takes."""
-        return {phase: self.rates.seconds(work) for phase, work in self.work.items()}
+        return {phase: self.throughput.seconds(cost) for phase, cost in self.costs.items()}
 
 
 def forecast(plan: Plan, device: torch.device, *, committed: int = 0) -> Forecast:
-    """Work out what is left of a run, and measure the machine for it."""
+    """Cost out what is left of a run, and measure the machine for it."""
     cache = max(0, available_bytes() - plan.memory_bytes)
-    work = work_of(plan, cache_bytes=cache, committed=committed)
+    costs = cost_of(plan, cache_bytes=cache, committed=committed)
     # a fiftieth of a run at 100 GFLOP/s
-    limit = min(0.3, 0.02 + total(work.values()).flop / 5e12)
-    return Forecast(work=work, rates=measure(plan, device, limit))
+    limit = min(0.3, 0.02 + total(costs.values()).flop / 5e12)
+    return Forecast(costs=costs, throughput=measure(plan, device, limit))
 
 
-def measure(plan: Plan, device: torch.device, limit: float) -> Rates:
+def measure(plan: Plan, device: torch.device, limit: float) -> Throughput:
     """Measure each rate for `limit` seconds, or once if that takes longer."""
     stack = next(layer.keys.stack for layer in plan.layers if layer.keys.stack)
     expert, product = _products(plan, stack, device, limit)
@@ -138,7 +138,7 @@ def measure(plan: Plan, device: torch.device, limit: float) -> Rates:
     added = torch.zeros(1 << 20)
     data = bytes(1 << 20)
     decode, encode = _coding(plan, device, limit / 2)
-    rates = Rates(
+    measured = Throughput(
         expert=expert,
         product=product,
         float32=_rate(lambda: functional.linear(wide, wide), 2 * 512**3, limit / 2),
@@ -151,7 +151,7 @@ def measure(plan: Plan, device: torch.device, limit: float) -> Rates:
         encode=encode,
     )
     trim()
-    return rates
+    return measured
 
 
 class _Filled:

@@ -197,3 +197,23 @@ def test_what_an_expression_makes_on_the_way_is_in_the_peak():
         assert counter.live == 1024
     assert counter.peak == 2 * 1024
     assert root.numel() == 256
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v4", "qwen3_next", "llama4_text"])
+def test_a_model_is_left_as_it_was(family, checkpoints):
+    model = StreamedModel(open_checkpoint(checkpoints(family)), torch.float32, CPU)
+
+    def state():
+        return {
+            (path, name): id(value)
+            for path, module in model.model.named_modules()
+            for kind in (vars(module), module._parameters, module._buffers)
+            for name, value in kind.items()
+        }
+
+    before = state()
+    told = Footprints(model)
+    for index in told.kinds():
+        told.of(index, 2, 8)
+    # the fused experts of an opened layer are taken out and put back
+    assert state() == before

@@ -10,7 +10,7 @@ from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import OverBudgetError
 from ream_stream.planning import allocation, disk, memory, planner, schedule
 from ream_stream.planning.allocation import CHUNKS, NORMS, OUTPUTS, SUMS
-from ream_stream.planning.cost import total, work_of
+from ream_stream.planning.cost import cost_of, total
 from ream_stream.planning.schedule import Begun, Budgets
 
 SEQUENCES, LENGTH, HIDDEN = 64, 2, 32
@@ -64,7 +64,7 @@ def test_a_layer_that_it_does_not_hold_is_cut_and_read_once_a_phase(plan_of):
     tokens = SEQUENCES * LENGTH
     assert plan.memory[NORMS] == 4 * tokens * tiny.TOP_K
     assert plan.memory[SUMS] == 4 * tokens * HIDDEN
-    one, cut = (total(work_of(each, cache_bytes=0).values()) for each in (whole, plan))
+    one, cut = (total(cost_of(each, cache_bytes=0).values()) for each in (whole, plan))
     # 2 layers of experts are observed in 16 batches, and the first, with 6, is propagated
     experts = 3 * 32 * 16 * 2 * (8 + 8 + 6)
     states = plan.hidden_bytes
@@ -102,7 +102,7 @@ def test_attention_that_is_kept_nowhere_is_counted_in_each_pass(plan_of):
     whole = plan_of()
     cut = plan_of(cache=scarce(whole))
     again = replace(cut, memory={**cut.memory, OUTPUTS: 0})
-    flop = [total(work_of(p, cache_bytes=0).values()).product_flop for p in (whole, cut, again)]
+    flop = [total(cost_of(p, cache_bytes=0).values()).product_flop for p in (whole, cut, again)]
     assert flop[0] == flop[1] < flop[2]
 
 
@@ -188,3 +188,14 @@ def test_scratch_stores_take_no_more_than_the_disk_has_free(plan_of, tmp_path, m
 def test_padding_is_counted_where_there_is_some(plan_of):
     with_masks, without = plan_of(), plan_of(padded=False)
     assert with_masks.memory_bytes > without.memory_bytes
+
+
+def test_experts_that_all_stay_are_not_compared(checkpoints):
+    source = open_checkpoint(checkpoints("qwen3_moe"))
+    merged, kept = (
+        planner.make_plan(source, tiny.settings(experts), 4, 12).memory for experts in (6, 8)
+    )
+    # running an expert on the sample is more than any batch of so small a model
+    assert merged["token sample"] > 0
+    assert "work: compare" in merged
+    assert not {"token sample", "mean outputs", "work: compare"} & set(kept)

@@ -11,10 +11,10 @@ import torch
 from ream_stream.checkpoint.formats import Fp8Block
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.events import LayerDone
-from ream_stream.planning.cost import PHASES, Work, total, work_of
+from ream_stream.planning.cost import PHASES, Cost, cost_of, total
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.refit_memory import ACTIVATIONS
-from ream_stream.planning.throughput import UNCOUNTED, Rates, forecast
+from ream_stream.planning.throughput import UNCOUNTED, Throughput, forecast
 
 PLENTY = 1 << 40
 EXPERT = 3 * 16 * 32
@@ -32,7 +32,7 @@ def plan_of(checkpoints):
 
 def test_the_bytes_written_are_those_of_shards_and_hidden_states(plan_of):
     plan = plan_of()
-    work = work_of(plan, cache_bytes=PLENTY)
+    work = cost_of(plan, cache_bytes=PLENTY)
     written = plan.output_bytes + (len(plan.layers) - 1) * plan.hidden_bytes
     assert total(work.values()).written_bytes == written
     assert tuple(work) == PHASES
@@ -40,7 +40,7 @@ def test_the_bytes_written_are_those_of_shards_and_hidden_states(plan_of):
 
 def test_what_is_read_anew_is_each_tensor_of_a_layer_once_and_the_states_once(plan_of):
     plan = plan_of()
-    everything = total(work_of(plan, cache_bytes=PLENTY).values())
+    everything = total(cost_of(plan, cache_bytes=PLENTY).values())
     anew = everything.read_bytes - everything.cached_bytes
     # what is outside the layers is looked at first and copied last
     outside = sum(tensor.nbytes for shard in plan.outside for tensor in shard.tensors)
@@ -49,7 +49,7 @@ def test_what_is_read_anew_is_each_tensor_of_a_layer_once_and_the_states_once(pl
 
 def test_a_layer_that_memory_cannot_hold_is_read_for_each_batch(plan_of):
     plan = plan_of()
-    scarce, plenty = (work_of(plan, cache_bytes=size) for size in (0, PLENTY))
+    scarce, plenty = (cost_of(plan, cache_bytes=size) for size in (0, PLENTY))
     assert total(scarce.values()).cached_bytes == 0
     assert scarce["observe"].read_bytes >= plenty["observe"].read_bytes
     assert {name: work.flop for name, work in scarce.items()} == {
@@ -65,7 +65,7 @@ def test_experts_are_read_for_each_batch_if_neither_cache_nor_device_keeps_them(
 
     def read(cache_bytes, resident=0):
         kept = tiny.scheduled(plan, resident_experts=resident)
-        observe = work_of(kept, cache_bytes=cache_bytes)["observe"]
+        observe = cost_of(kept, cache_bytes=cache_bytes)["observe"]
         assert not observe.cached_bytes
         return observe.read_bytes
 
@@ -77,7 +77,7 @@ def test_experts_are_read_for_each_batch_if_neither_cache_nor_device_keeps_them(
 
 
 def test_operations_of_experts_are_those_of_routed_tokens(plan_of):
-    work = work_of(plan_of(), cache_bytes=PLENTY)
+    work = cost_of(plan_of(), cache_bytes=PLENTY)
     tokens, moe = 4 * 12, 2
     routed = 2 * EXPERT * tokens * tiny.TOP_K
     assert work["observe"].expert_flop == moe * routed
@@ -89,13 +89,13 @@ def test_operations_of_experts_are_those_of_routed_tokens(plan_of):
 
 
 def test_pruning_neither_compares_nor_aligns_nor_merges(plan_of):
-    work = work_of(plan_of(grouping="none"), cache_bytes=PLENTY)
-    assert work["compare"] == work["align"] == Work()
+    work = cost_of(plan_of(grouping="none"), cache_bytes=PLENTY)
+    assert work["compare"] == work["align"] == Cost()
     assert work["write"].merged_numbers == 0
 
 
 def test_without_sequential_calibration_experts_run_once(plan_of):
-    work = work_of(plan_of(sequential=False), cache_bytes=PLENTY)
+    work = cost_of(plan_of(sequential=False), cache_bytes=PLENTY)
     assert work["propagate"].expert_flop == 0
     assert work["observe"].written_bytes > 0
 
@@ -104,7 +104,7 @@ def test_without_sequential_calibration_experts_run_once(plan_of):
 def test_every_family_has_work_and_less_once_layers_are_committed(plan_of, name):
     plan = plan_of(name)
     left = [
-        total(work_of(plan, cache_bytes=PLENTY, committed=done).values())
+        total(cost_of(plan, cache_bytes=PLENTY, committed=done).values())
         for done in range(len(plan.layers) + 1)
     ]
     for before, after in itertools.pairwise(left):
@@ -114,20 +114,20 @@ def test_every_family_has_work_and_less_once_layers_are_committed(plan_of, name)
 
 
 def test_a_sum_has_all_fields():
-    one = Work(**{field.name: 1 for field in fields(Work)})
-    assert total([one, one]) == Work(**{field.name: 2 for field in fields(Work)})
+    one = Cost(**{field.name: 1 for field in fields(Cost)})
+    assert total([one, one]) == Cost(**{field.name: 2 for field in fields(Cost)})
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "qwen3_moe"])
 def test_the_machine_is_measured_on_experts_of_every_layout(plan_of, name):
     """With biases, stacked and turned, and one by one."""
-    rates = forecast(plan_of(name), torch.device("cpu")).rates
+    rates = forecast(plan_of(name), torch.device("cpu")).throughput
     assert rates.expert > 0
     assert rates.product > 0
 
 
 def test_times_of_phases_follow_from_rates(plan_of):
-    rates = Rates(
+    rates = Throughput(
         expert=100.0,
         product=200.0,
         float32=50.0,
@@ -137,11 +137,11 @@ def test_times_of_phases_follow_from_rates(plan_of):
         read_measured=True,
         digest=20.0,
     )
-    assert rates.seconds(Work(read_bytes=15, cached_bytes=5)) == 2.0
-    assert rates.seconds(Work(written_bytes=20)) == 4.0 + 1.0
-    assert rates.seconds(Work(expert_flop=100, product_flop=200)) == 2.0 * UNCOUNTED
-    assert rates.seconds(Work(float32_flop=100)) == 2.0
-    assert rates.seconds(Work(matchings=2, merged_numbers=10)) == 3.0
+    assert rates.seconds(Cost(read_bytes=15, cached_bytes=5)) == 2.0
+    assert rates.seconds(Cost(written_bytes=20)) == 4.0 + 1.0
+    assert rates.seconds(Cost(expert_flop=100, product_flop=200)) == 2.0 * UNCOUNTED
+    assert rates.seconds(Cost(float32_flop=100)) == 2.0
+    assert rates.seconds(Cost(matchings=2, merged_numbers=10)) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_numbers_coded_are_those_that_a_run_codes(tmp_path, monkeypatch, dtype_o
     counting("encode")
     done = tiny.run_plan(plan, tokens, tmp_path / "out")
     assert plan.num_batches == 1
-    work = total(work_of(plan, cache_bytes=PLENTY).values())
+    work = total(cost_of(plan, cache_bytes=PLENTY).values())
     assert work.decoded_numbers == counted["decode"]
     assert work.encoded_numbers == counted["encode"]
     refits = [each.refitted for each in done.events if isinstance(each, LayerDone)]
@@ -179,7 +179,7 @@ def test_numbers_coded_are_those_that_a_run_codes(tmp_path, monkeypatch, dtype_o
 def test_merged_experts_are_encoded_and_stacks_once_for_codes_and_once_for_scales(tmp_path):
     coded, _ = quantized.write(tmp_path, "gpt_oss-mxfp4", torch.bfloat16)
     plan = tiny.plan_for(coded, tiny.some_tokens(), tiny.settings(6, alignment="weights"))
-    work = work_of(tiny.scheduled(plan, batch_sequences=1), cache_bytes=PLENTY)
+    work = cost_of(tiny.scheduled(plan, batch_sequences=1), cache_bytes=PLENTY)
     expert = 3 * 32 * 32
     numbers = {
         name: (each.decoded_numbers, each.encoded_numbers) for name, each in work.items()
@@ -191,10 +191,10 @@ def test_merged_experts_are_encoded_and_stacks_once_for_codes_and_once_for_scale
     assert numbers["write"] == (3 * expert * 4 * 2, 3 * expert * 2 * 2)
     assert numbers["propagate"] == (2 * expert * 6 * 4, 0)
     known = forecast(plan, torch.device("cpu"))
-    assert known.rates.decode
-    assert known.rates.encode
-    faster = replace(known.rates, decode=2 * known.rates.decode, encode=None)
-    assert faster.seconds(work["write"]) < known.rates.seconds(work["write"])
+    assert known.throughput.decode
+    assert known.throughput.encode
+    faster = replace(known.throughput, decode=2 * known.throughput.decode, encode=None)
+    assert faster.seconds(work["write"]) < known.throughput.seconds(work["write"])
 
 
 def test_a_forecast_measures_the_machine_in_every_dtype(plan_of):
@@ -202,7 +202,7 @@ def test_a_forecast_measures_the_machine_in_every_dtype(plan_of):
         known = forecast(plan_of(dtype=dtype), torch.device("cpu"))
         assert set(known.seconds) == set(PHASES)
         assert all(time >= 0 for time in known.seconds.values())
-        assert known.total == total(known.work.values())
+        assert known.total == total(known.costs.values())
 
 
 def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
@@ -215,7 +215,7 @@ def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
         plan = tiny.plan_for(source, tokens, wanted)
         # passes: what is gathered costs by the width of all experts
         plan = tiny.scheduled(plan, solver=replace(plan.schedule.solver, gathered=False))
-        counted.append(work_of(plan, cache_bytes=1 << 30)["refit"])
+        counted.append(cost_of(plan, cache_bytes=1 << 30)["refit"])
     stack = plan.moe_layers[0].keys.stack
     slots = tokens.num_tokens * plan.top_k * len(plan.moe_layers)
     more = counted[1].product_flop - counted[0].product_flop
@@ -224,12 +224,12 @@ def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
         shard.nbytes for layer in plan.moe_layers for shard in layer.shards
     )
     plain = tiny.plan_for(source, tokens, tiny.settings(6, grouping="none"))
-    without = work_of(plain, cache_bytes=1 << 30)
-    assert without["refit"] == without["follow"] == Work()
+    without = cost_of(plain, cache_bytes=1 << 30)
+    assert without["refit"] == without["follow"] == Cost()
     # of three projections one is new to activations that were kept
     again = replace(plan, memory={**plan.memory, ACTIVATIONS: 0})
     for each, share in ((plan, 3), (again, 1)):
-        found = work_of(each, cache_bytes=1 << 30)["propagate"].expert_flop
+        found = cost_of(each, cache_bytes=1 << 30)["propagate"].expert_flop
         assert found == without["propagate"].expert_flop // share
 
 
@@ -237,6 +237,6 @@ def test_following_the_original_is_a_run_of_every_layer_more(checkpoints):
     source, tokens = checkpoints("qwen3_moe"), tiny.some_tokens(20, 12)
     wanted = tiny.settings(6, grouping="none", refit="down", refit_target="trajectory")
     plan = tiny.plan_for(source, tokens, wanted)
-    counted = work_of(plan, cache_bytes=1 << 30)
+    counted = cost_of(plan, cache_bytes=1 << 30)
     assert counted["follow"].expert_flop == counted["observe"].expert_flop
     assert counted["follow"].written_bytes == (len(plan.layers) - 1) * plan.hidden_bytes
