@@ -149,5 +149,5 @@ def test_the_examples_of_the_page_run(capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     assert "layer 2: 32 -> 24 experts\nenough for today" in printed
     assert namespace["checked"].ok
-    assert namespace["result"].output == Path("Qwen3-23B-REAP")
+    assert namespace["result"].output == Path("Qwen3-23B-REAP").resolve()
     assert namespace["result"].quality["difference"]["nats"] > 0
