@@ -49,7 +49,7 @@ from ream_stream.cli.report.figures import pareto_picture, standalone
 from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import Workspace
-from ream_stream.evaluation.comparison import Bench
+from ream_stream.evaluation.comparison import ComparisonSetup
 from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.metrics import Evaluation
 from ream_stream.evaluation.variants import named
@@ -158,9 +158,9 @@ def calibration(amount: Amount) -> Callable[[str, int], Tokens]:
     return make
 
 
-def bench(folder: Path, tests: Mapping[str, Tokens]) -> Bench:
+def bench(folder: Path, tests: Mapping[str, Tokens]) -> ComparisonSetup:
     """Return what all trials on the demo checkpoint share."""
-    return Bench(
+    return ComparisonSetup(
         source=open_checkpoint(CHECKPOINT),
         tests=joined(tests, description="test texts"),
         folder=folder,
@@ -172,7 +172,7 @@ def bench(folder: Path, tests: Mapping[str, Tokens]) -> Bench:
 
 
 def compare_seeds(
-    names: str, counts: tuple[int, ...], seeds: int, job: Bench, amount: Amount
+    names: str, counts: tuple[int, ...], seeds: int, job: ComparisonSetup, amount: Amount
 ) -> None:
     """Print a table of methods by name at several sizes, with the spread over seeds."""
     for experts in counts:
@@ -186,7 +186,7 @@ def compare_seeds(
         write_files(job.folder, {f"{names}-{experts}.{k}": v for k, v in files.items()})
 
 
-def sweep(seeds: int, job: Bench, amount: Amount) -> None:
+def sweep(seeds: int, job: ComparisonSetup, amount: Amount) -> None:
     """Print scores, front, hypervolumes and correlations of ten mixes."""
     grid = Grid(
         experts=24,

@@ -63,7 +63,7 @@ def peak_bytes(device: torch.device) -> int:
     return int(torch.cuda.max_memory_reserved(device))  # noqa: TID251
 
 
-class Lanes:
+class TransferLanes:
     """Brings tensors to a device beside what it computes, two loads in turn.
 
     The processor is far ahead of a GPU that it gives work to: while products of one load

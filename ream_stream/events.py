@@ -96,23 +96,23 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refitted:
-    """What refitting down projections came to in one layer, on sequences it had not seen."""
+class RefitResult:
+    """Error of one layer before and after its refit, on sequences that were held back."""
 
     penalty: float | None
-    """Of those tried, the best; None if the layer is better left as it was, and it is."""
+    """Ridge penalty that was chosen; None if none helped: the layer stays as it was."""
 
-    lacking: float
-    """Squared error of the routed outputs before, as a share of the outputs' own squares."""
+    error_before: float
+    """Squared error of routed outputs before the refit, relative to their squares."""
 
-    left: float
-    """What is left of that error: 1 for a layer that was left as it was."""
+    remaining_error: float
+    """Share of `error_before` after the refit: 1 for a layer that was left as it was."""
 
     tried: tuple[tuple[float, float], ...]
-    """Each penalty, and what its first direction would leave, by which it was chosen."""
+    """Each penalty with the share of the error that its first direction leaves."""
 
     residuals: tuple[float, ...]
-    """Objective before the first iteration and after each, as a share of the first."""
+    """Objective before the first iteration and after each, as a share of the first value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +146,7 @@ class LayerDone:
     peak_device_bytes: int = 0
     """Highest memory of the GPU while it was worked on; 0 if it was the processor's work."""
 
-    refitted: Refitted | None = None
+    refitted: RefitResult | None = None
     """What refitting came to; None if it was not asked for, or the layer is dense."""
 
     excluded: int = 0
@@ -154,7 +154,7 @@ class LayerDone:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Halved:
+class BatchHalved:
     """A layer ran out of device memory and begins again with less at once."""
 
     layer: int
@@ -197,7 +197,7 @@ Event = (
     | TakenOver
     | Step
     | LayerDone
-    | Halved
+    | BatchHalved
     | Finished
     | Evaluating
     | Finding

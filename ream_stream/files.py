@@ -28,7 +28,7 @@ from typing import BinaryIO
 from safetensors.torch import save
 from torch import Tensor
 
-from .checkpoint.background_hasher import Beside
+from .checkpoint.background_hasher import BackgroundHasher
 from .errors import FULL, DamagedError, OverBudgetError
 from .file_access import check_folder, open_regular, regular_size
 from .source_access import open_source
@@ -107,7 +107,7 @@ def write_stream(
         The content does not have the digest.
     """
     size = 0
-    with _partial(path, partial) as file, Beside(file) as beside:
+    with _partial(path, partial) as file, BackgroundHasher(file) as beside:
         for part in parts:
             for piece, origin in _pieces(part):
                 # what comes from a file was read for the digest alone

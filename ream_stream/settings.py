@@ -260,7 +260,7 @@ class Settings:
         return self.method.grouping != "none" and self.experts < num_experts
 
     def refits(self, num_experts: int) -> bool:
-        """Tell whether experts are refitted: where all of them stay nothing is lacking."""
+        """Tell whether experts are refitted: not if all of them stay."""
         return self.method.refit != "none" and self.experts < num_experts
 
     def follows(self, num_experts: int) -> bool:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ream_stream.device import Lanes, choose_device, compute_dtype, has_bf16_products
+from ream_stream.device import TransferLanes, choose_device, compute_dtype, has_bf16_products
 from ream_stream.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ class Machine:
 def test_loads_run_beside_products_and_never_into_what_products_use(monkeypatch, fresh):
     machine = Machine()
     monkeypatch.setattr(torch, "get_device_module", lambda _device: machine)
-    lanes, before = Lanes(CPU, Lanes.room([12, 4])), machine.before
+    lanes, before = TransferLanes(CPU, TransferLanes.room([12, 4])), machine.before
     for number in range(6):
         with lanes.load(fresh=number in fresh) as (lane, send):
             assert lane == (number + 1) % 2
@@ -100,15 +100,15 @@ def test_loads_run_beside_products_and_never_into_what_products_use(monkeypatch,
 
 
 def test_page_locked_memory_is_counted_as_torch_takes_it():
-    assert Lanes.room([1, 256, 257]) == 256 + 256 + 512
-    assert Lanes.host_bytes(1024) == 2 * 1024
-    assert Lanes.host_bytes(1025) == 2 * 2048
+    assert TransferLanes.room([1, 256, 257]) == 256 + 256 + 512
+    assert TransferLanes.host_bytes(1024) == 2 * 1024
+    assert TransferLanes.host_bytes(1025) == 2 * 2048
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_a_gpu_gets_what_was_sent_while_it_computes():
     device = torch.device("cuda")
-    lanes = Lanes(device, Lanes.room([4 << 20]))
+    lanes = TransferLanes(device, TransferLanes.room([4 << 20]))
     buffers = [torch.empty(1 << 20, device=device) for _ in range(2)]
     square = torch.ones(4096, 4096, device=device)
     sums = []

@@ -216,10 +216,10 @@ def first(tokens: Tokens, sequences: int, *, description: str) -> Tokens:
     return from_tensors(kept, description=description, domains=tokens.domains)
 
 
-def followed(tokens: Tokens) -> Tokens:
-    """Return the same set with every token masked that no other follows.
+def mask_without_next(tokens: Tokens) -> Tokens:
+    """Mask tokens that have no next token.
 
-    Its digest stays: it is the same calibration set.
+    The digest is unchanged, since it is the same calibration set.
     """
     mask_SL = _mask_of(tokens)
     followed_SL = torch.zeros_like(mask_SL)

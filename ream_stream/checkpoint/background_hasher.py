@@ -14,7 +14,7 @@ FLUSH_BYTES = 64 << 20
 """Copied before the disk is asked to begin: small files are synced once, at their end."""
 
 
-class Beside:
+class BackgroundHasher:
     """The digest of a file that is being written; one block a file.
 
     Parameters

@@ -13,7 +13,7 @@ from ream_stream import files
 from .reader import Checkpoint
 
 
-class Supply:
+class ShardFetcher:
     """The shards of a source, layer by layer.
 
     Parameters
@@ -45,26 +45,34 @@ class Supply:
             sum(size[path] for path in self._there(at)) for at in range(len(self._layers))
         )
 
-    def bring(self, layer: int | None) -> None:
-        """Fetch what a layer needs, or with None what is outside the layers."""
-        if self._source.fetch is None:
-            return
-        needed = self._always | (set() if layer is None else self._layers[layer])
-        for path in sorted(needed):
-            self._source.fetch(path)
+    def fetch(self, layer: int) -> None:
+        """Fetch the shards of a layer, and those with tensors outside the layers."""
+        self._fetch(self._always | self._layers[layer])
 
-    def release(self, layer: int | None) -> None:
-        """Delete what nothing needs after a layer; with None what is there at all."""
-        if self._source.fetch is None:
-            return
-        later = set[Path]()
-        if layer is not None:
-            later = self._always.union(*self._layers[layer + 1 :])
-        for path in sorted(set(self._source.files()) - later):
-            files.remove(path)
-        if layer is None:
+    def fetch_outside(self) -> None:
+        """Fetch the shards with tensors outside the layers."""
+        self._fetch(self._always)
+
+    def evict_after(self, layer: int) -> None:
+        """Delete the shards that no later layer needs."""
+        self._evict_all_but(self._always.union(*self._layers[layer + 1 :]))
+
+    def evict_all(self) -> None:
+        """Delete every shard that was fetched, and the folders of shards."""
+        self._evict_all_but(set())
+        if self._source.fetch is not None:
             for folder in {path.parent for path in self._source.files()}:
                 files.remove(folder)
+
+    def _fetch(self, needed: set[Path]) -> None:
+        if self._source.fetch is not None:
+            for path in sorted(needed):
+                self._source.fetch(path)
+
+    def _evict_all_but(self, needed: set[Path]) -> None:
+        if self._source.fetch is not None:
+            for path in sorted(set(self._source.files()) - needed):
+                files.remove(path)
 
     def _there(self, at: int) -> set[Path]:
         """Return the shards on the disk while a layer is worked on."""

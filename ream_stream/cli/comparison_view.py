@@ -23,7 +23,7 @@ from ream_stream.errors import UsageError
 from ream_stream.evaluation.comparison import (
     ALL,
     ORIGINAL,
-    Bench,
+    ComparisonSetup,
     Outcome,
     Trial,
     rows,
@@ -82,7 +82,7 @@ def bench_of(
     source: Path,
     folder: Path,
     options: ComparisonOptions,
-) -> Bench:
+) -> ComparisonSetup:
     """Read headers and test tokens."""
     checkpoint, where = open_checkpoint(source), choose_device(options.device)
     if options.threads is not None:
@@ -95,7 +95,7 @@ def bench_of(
         sequence_length=options.sequence_length,
         max_tokens=options.max_tokens,
     )
-    return Bench(
+    return ComparisonSetup(
         source=checkpoint,
         tests=tests,
         folder=resolved(folder),
@@ -124,7 +124,9 @@ def token_maker(
     return make
 
 
-def trials_of(bench: Bench, grid: Grid, tokens: Callable[[str, int], Tokens]) -> list[Trial]:
+def trials_of(
+    bench: ComparisonSetup, grid: Grid, tokens: Callable[[str, int], Tokens]
+) -> list[Trial]:
     """Return the trials of a grid."""
     total = num_experts(bench.source)
     return [
@@ -149,7 +151,7 @@ def trials_of(bench: Bench, grid: Grid, tokens: Callable[[str, int], Tokens]) ->
 
 
 def carry_out(
-    bench: Bench,
+    bench: ComparisonSetup,
     trials: Sequence[Trial],
     console: Console,
     asked: Callable[[], int | None],
@@ -165,7 +167,7 @@ def _say(event: Event, console: Console) -> None:
         console.print(f"  layer {event.layer + 1}: {sum(event.seconds.values()):.1f} s")
 
 
-def comparison_facts(bench: Bench, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def comparison_facts(bench: ComparisonSetup, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return a comparison, for ``--json`` and `report`."""
     return {
         "kind": "comparison",
@@ -205,7 +207,9 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
     return text.getvalue()
 
 
-def sweep_facts(bench: Bench, grid: Grid, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def sweep_facts(
+    bench: ComparisonSetup, grid: Grid, outcomes: Sequence[Outcome]
+) -> dict[str, Any]:
     """Return a sweep: points by method and mix, what they cover and what they follow.
 
     A point is the mean over seeds of `AXIS_MEASURE` in percent, an axis a domain. The

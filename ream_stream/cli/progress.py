@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ream_stream.compression.event_log import Pace
 from ream_stream.events import (
+    BatchHalved,
     Evaluating,
     Event,
-    Halved,
     LayerDone,
     Report,
     Started,
@@ -44,7 +44,7 @@ class Lines(AbstractContextManager["Lines"]):
             self._pace.finish(time.monotonic() - self._begun)
             self._begun = time.monotonic()
             self._console.print(layer_line(event, self._count, self._pace), soft_wrap=True)
-        if isinstance(event, Halved | TakenOver):
+        if isinstance(event, BatchHalved | TakenOver):
             self._console.print(line_of(event), soft_wrap=True)
 
 
@@ -89,7 +89,7 @@ class Live(AbstractContextManager["Live"]):
             self._begun = time.monotonic()
             line = layer_line(event, len(self._bytes), self._pace)
             self._progress.console.print(line, soft_wrap=True)
-        elif isinstance(event, Halved | TakenOver):
+        elif isinstance(event, BatchHalved | TakenOver):
             self._progress.console.print(line_of(event), soft_wrap=True)
 
     def _show_step(self, step: Step) -> None:
@@ -108,7 +108,7 @@ class Live(AbstractContextManager["Live"]):
         )
 
 
-def line_of(event: Halved | TakenOver) -> str:
+def line_of(event: BatchHalved | TakenOver) -> str:
     """Return the line of an event that is seldom."""
     if isinstance(event, TakenOver):
         return f"taking over from {event.previous}, which ended without a word"
@@ -128,7 +128,7 @@ def layer_line(event: LayerDone, count: int, pace: Pace) -> str:
             experts += f", {event.changed} merged"
         if event.refitted is not None:
             experts += (
-                f", refit leaves {event.refitted.left:.0%} of the error"
+                f", refit leaves {event.refitted.remaining_error:.0%} of the error"
                 if event.refitted.penalty is not None
                 else ", refit did not help"
             )

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.model.batch_store import Kept, keeping
+from ream_stream.model.batch_store import BatchStore, open_batch_store
 from ream_stream.model.batches import Batches
-from ream_stream.model.finite import CheckedWriter, Excluded
+from ream_stream.model.finite import CheckedWriter, ExcludedSequences
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
@@ -36,7 +36,7 @@ class Context:
     output: StreamedModel
     """The compressed model; its layer l can be loaded once it was written."""
 
-    excluded: Excluded
+    excluded: ExcludedSequences
     """Calibration sequences that are left out."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Context:
         writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch)
         return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 
-    def keeping(self, part: str, name: str) -> AbstractContextManager[Kept]:
+    def open_batch_store(self, part: str, name: str) -> AbstractContextManager[BatchStore]:
         """Keep tensors of batches for the length of a block, where the plan has the part."""
         path = self.workspace.scratch(name) if self.plan.scratch.get(part) else None
-        return keeping(path, len(self.batches))
+        return open_batch_store(path, len(self.batches))

@@ -13,9 +13,9 @@ from typing import Any
 from ream_stream import files
 from ream_stream.errors import OverBudgetError, ReamStreamError
 from ream_stream.events import (
+    BatchHalved,
     Event,
     Finished,
-    Halved,
     LayerDone,
     Started,
     Step,
@@ -117,7 +117,7 @@ NAMES: Mapping[type[Event], str] = {
     TakenOver: "taken over",
     Step: "phase done",
     LayerDone: "layer done",
-    Halved: "device memory was short",
+    BatchHalved: "device memory was short",
     Finished: "finished",
 }
 """What the log calls an event."""

@@ -30,14 +30,14 @@ from typing import Any
 
 from ream_stream import files as durable
 from ream_stream.errors import DamagedError, OtherRunError
-from ream_stream.events import Refitted
+from ream_stream.events import RefitResult
 from ream_stream.file_access import read_own_json
 from ream_stream.files import Written
 from ream_stream.planning.schedule import Begun, Schedule, Solver
 
 from .source_record import SourceRecord
 
-FORMAT = 5
+FORMAT = 6
 
 OUTSIDE = "outside"
 """Key of what is outside the layers."""
@@ -72,7 +72,7 @@ class LayerRecord:
     """Name of the store of what enters the next layer in the original model; None if it is
     not carried, or after the last."""
 
-    refitted: Refitted | None = None
+    refitted: RefitResult | None = None
     """What refitting came to; None if it was not asked for, or the layer is dense."""
 
     excluded: tuple[int, ...] = ()
@@ -204,6 +204,6 @@ def _record(value: Mapping[str, Any]) -> LayerRecord:
         saliency=None if saliency is None else tuple(saliency),
         domain_saliency={k: tuple(v) for k, v in value.get("domain_saliency", {}).items()},
         groups=None if groups is None else tuple(tuple(group) for group in groups),
-        refitted=Refitted(**value["refitted"]) if value.get("refitted") else None,
+        refitted=RefitResult(**value["refitted"]) if value.get("refitted") else None,
         excluded=tuple(value["excluded"]),
     )

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from ream_stream import files
-from ream_stream.calibration.tokens import followed
+from ream_stream.calibration.tokens import mask_without_next
 from ream_stream.checkpoint.header import TensorEntry
 from ream_stream.checkpoint.reader import MappedTensors
 from ream_stream.checkpoint.shards import Content, write_shard
 from ream_stream.errors import NumbersError
-from ream_stream.events import Phase, Refitted, Report, Step
+from ream_stream.events import Phase, RefitResult, Report, Step
 from ream_stream.files import FileRange, Written
 from ream_stream.method.alignment import Matched
-from ream_stream.model.attention_cache import Playback
+from ream_stream.model.attention_cache import AttentionCache
 from ream_stream.model.batches import with_states
-from ream_stream.model.expert_blocks import Listeners, Passes
+from ream_stream.model.expert_blocks import ExpertBlockPasses, Listeners
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.finite import CheckedWriter, is_finite
 from ream_stream.model.streamed_model import Batch, StreamedModel
@@ -50,7 +50,7 @@ class LayerResult:
     decision: Decision | None = None
     """Which experts became which; None for a dense layer."""
 
-    refitted: Refitted | None = None
+    refitted: RefitResult | None = None
     """What refitting came to; None if nothing was refitted."""
 
     read: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class _LayerRun:
         self.index = layer.keys.index
         self.leads_on = context.plan.leads_on(layer)
         # those that count
-        self.tokens = followed(context.tokens) if layer.keys.is_mtp else context.tokens
+        self.tokens = mask_without_next(context.tokens) if layer.keys.is_mtp else context.tokens
         self._stores, self._report = stores, report
         self._entering = context.hidden_reader(self.index)
 
@@ -134,17 +134,19 @@ class _LayerRun:
                 refitted=fitted.found.outcome if fitted else None,
             )
 
-    def _playback(self) -> Playback | None:
+    def _playback(self) -> AttentionCache | None:
         """Return where attention outputs are kept; None if one pass needs them, or no room."""
         context = self.context
         if not self.plan.keeps_outputs(self.layer):
             return None
         # of this object it must not know: in a cycle, all that a layer held would stay
         stores = self._stores
-        return Playback(lambda name: stores.enter_context(context.keeping(OUTPUTS, name)))
+        return AttentionCache(
+            lambda name: stores.enter_context(context.open_batch_store(OUTPUTS, name))
+        )
 
     def _decide_and_write(
-        self, refit: RefitJob | None, playback: Playback | None
+        self, refit: RefitJob | None, playback: AttentionCache | None
     ) -> tuple[Decision, Written, tuple[Written, ...]]:
         """Return the decision, the file of statistics, and the shards if they are final."""
         source, plan = self.context.source, self.plan
@@ -208,7 +210,7 @@ class _LayerRun:
         self,
         observer: Observer,
         experts: StreamedExperts,
-        playback: Playback | None,
+        playback: AttentionCache | None,
         refit: RefitJob | None,
     ) -> None:
         """Run the source layer: up to its experts, unless its outputs go on to the next."""
@@ -285,7 +287,7 @@ class _LayerRun:
             )
 
     def _fit(
-        self, refit: RefitJob, decision: Decision, playback: Playback | None
+        self, refit: RefitJob, decision: Decision, playback: AttentionCache | None
     ) -> Fitted | None:
         """Refit the layer that lies in the scratch folder; None if no expert may change."""
         only_merged = self.plan.settings.method.refit_experts == "changed"
@@ -306,7 +308,7 @@ class _LayerRun:
             )
 
     def _propagate(
-        self, model: StreamedModel, playback: Playback | None, fitted: Fitted | None
+        self, model: StreamedModel, playback: AttentionCache | None, fitted: Fitted | None
     ) -> None:
         """Run the layer, as `model` has it, to give what enters the next."""
         with self.context.timed("propagate"):
@@ -322,7 +324,7 @@ class _LayerRun:
         model: StreamedModel,
         experts: StreamedExperts | None,
         writer: CheckedWriter | None,
-        playback: Playback | None,
+        playback: AttentionCache | None,
         listeners: Listeners | None = None,
         *,
         hears_sums: bool = False,
@@ -335,8 +337,8 @@ class _LayerRun:
         with ExitStack() as stack:
             sums = None
             if writer is not None and schedule.expert_blocks > 1:
-                sums = stack.enter_context(context.keeping(SUMS, "sums"))
-            passes = Passes(
+                sums = stack.enter_context(context.open_batch_store(SUMS, "sums"))
+            passes = ExpertBlockPasses(
                 model=model,
                 index=self.index,
                 experts=experts,

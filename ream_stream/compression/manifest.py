@@ -25,16 +25,16 @@ _BY_SALIENCY = frozenset({"ream", "mc-smoe", "none"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefitOutcome:
-    """What refitting a layer came to; see `events.Refitted`."""
+    """What refitting a layer came to; see `events.RefitResult`."""
 
     penalty: float | None
-    """The one that was chosen; None if the layer was left as it was."""
+    """Ridge penalty that was chosen; None if none helped: the layer stays as it was."""
 
-    lacking: float
-    """Squared error of the routed outputs before, as a share of the outputs' own squares."""
+    error_before: float
+    """Squared error of routed outputs before the refit, relative to their squares."""
 
-    left: float
-    """What is left of that error."""
+    remaining_error: float
+    """Share of `error_before` after the refit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,10 +208,11 @@ def _layer(value: Mapping[str, Any]) -> LayerGroups:
 def _refit(value: Mapping[str, Any] | None) -> RefitOutcome | None:
     if value is None:
         return None
-    lacking, left = _numbers([value["lacking"], value["left"]])
     penalty = value["penalty"]
     return RefitOutcome(
-        penalty=None if penalty is None else float(penalty), lacking=lacking, left=left
+        penalty=None if penalty is None else float(penalty),
+        error_before=float(value["error_before"]),
+        remaining_error=float(value["remaining_error"]),
     )
 
 

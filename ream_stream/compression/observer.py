@@ -19,7 +19,7 @@ from ream_stream.method.saliency import RoutedSums
 from ream_stream.method.similarity import LogitGram, MeanActivations
 from ream_stream.model.experts import Routed, StreamedExperts
 from ream_stream.model.families import Family
-from ream_stream.model.finite import Excluded, is_finite
+from ream_stream.model.finite import ExcludedSequences, is_finite
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.memory import SAMPLE_ROWS
 from ream_stream.rng import generator
@@ -62,7 +62,7 @@ class TokenSample:
         self.hidden_nH[first:last] = hidden_TH[row]
         self.score_nE[first:last] = score_TE[row]
 
-    def drop(self, excluded: Excluded, length: int) -> None:
+    def drop(self, excluded: ExcludedSequences, length: int) -> None:
         """Forget the tokens of excluded sequences, each of `length` tokens."""
         if len(excluded) and len(self.hidden_nH):
             sequence_n = self.position_n // length
@@ -161,7 +161,7 @@ class Observer:
         num_experts: int,
         sample: TokenSample | None,
         tokens: Tokens,
-        excluded: Excluded,
+        excluded: ExcludedSequences,
         *,
         gate_term: bool,
         device: torch.device,

@@ -16,9 +16,17 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.shards import write_shard
 from ream_stream.device import peak_bytes, release, restart_peak
 from ream_stream.errors import NumbersError, OverBudgetError
-from ream_stream.events import Finished, Halved, LayerDone, Report, Started, Step, no_report
+from ream_stream.events import (
+    BatchHalved,
+    Finished,
+    LayerDone,
+    Report,
+    Started,
+    Step,
+    no_report,
+)
 from ream_stream.host_memory import Gauge, gauge, return_freed_memory
-from ream_stream.model.finite import Excluded
+from ream_stream.model.finite import ExcludedSequences
 from ream_stream.planning.plan import LayerPlan, Plan
 
 from .context import Context
@@ -104,26 +112,25 @@ def compress(
     seconds: dict[str, float] = {}
     peak_device_bytes = 0
     complete = is_complete(workspace)
-    supply = plan.supply
     with gauge() as meter:
         if len(journal.layers) < len(plan.layers):
-            supply.release(len(journal.layers) - 1)
-            supply.bring(None)
+            plan.fetcher.evict_after(len(journal.layers) - 1)
+            plan.fetcher.fetch_outside()
             with ExitStack() as stack:
                 context = _open(plan, tokens, workspace, journal, device, stack)
                 for layer in plan.layers[len(journal.layers) :]:
-                    supply.bring(layer.keys.index)
+                    plan.fetcher.fetch(layer.keys.index)
                     done = _layer_that_fits(context, layer, journal, meter, report)
                     peak_device_bytes = max(peak_device_bytes, done.peak_device_bytes)
                     report(done)
-                    supply.release(layer.keys.index)
+                    plan.fetcher.evict_after(layer.keys.index)
                 seconds = context.seconds
         if not complete:
             start = time.perf_counter()
-            supply.bring(None)
+            plan.fetcher.fetch_outside()
             _finish(plan, tokens, workspace, journal)
             seconds["finish"] = time.perf_counter() - start
-        supply.release(None)
+        plan.fetcher.evict_all()
         peak = meter.highest
     finished = Finished(
         output_bytes=plan.output_bytes,
@@ -191,7 +198,9 @@ def _open(  # the parts of a context, each given once
         workspace=workspace,
         source=source,
         output=output,
-        excluded=Excluded(tokens, (n for layer in journal.layers for n in layer.excluded)),
+        excluded=ExcludedSequences(
+            tokens, (n for layer in journal.layers for n in layer.excluded)
+        ),
     )
 
 
@@ -220,7 +229,7 @@ def _layer_that_fits(
         context.plan = replace(context.plan, schedule=journal.schedule)
         context.workspace.save(journal)
         report(
-            Halved(
+            BatchHalved(
                 layer=layer.keys.index,
                 batch_sequences=journal.schedule.batch_sequences,
                 resident_experts=journal.schedule.resident_experts,

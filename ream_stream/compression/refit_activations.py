@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.errors import UsageError
-from ream_stream.method.normal_equations import Served
-from ream_stream.model.batch_store import Kept
+from ream_stream.method.normal_equations import RoutedActivations
+from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.experts import MAX_ROWS, Loaded, StreamedExperts
-from ream_stream.model.finite import Excluded
+from ream_stream.model.finite import ExcludedSequences
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.refit_memory import HELD_BACK_SHARE
 from ream_stream.rng import generator
@@ -57,13 +57,13 @@ def held_back(tokens: Tokens, seed: int) -> Tensor:
 class Portion:
     """Some tokens of a batch, as their experts see them."""
 
-    served: list[Served]
+    served: list[RoutedActivations]
     """The tokens of each expert that may be changed."""
 
     tokens: int
     """How many there are, T."""
 
-    lacking: Callable[[], Tensor]
+    residual: Callable[[], Tensor]
     """Reads what the output lacks to the target, (T, H)."""
 
 
@@ -94,7 +94,7 @@ class _Visit(NamedTuple):
     """What the expert's output is multiplied by."""
 
 
-class RoutedTokens:
+class CachedActivations:
     """What a compressed layer's experts are given, and what their outputs lack.
 
     For each batch: `expect` it, run the layer with `outputs` in the place of its experts,
@@ -118,7 +118,7 @@ class RoutedTokens:
     inputs
         Where states are kept, so that activations can be made from them in each pass; None
         to keep the activations.
-    lacking
+    residuals
         Where what outputs lack is kept.
     keeps_fitted
         Whether that is asked for again of the tokens that are fitted.
@@ -130,10 +130,10 @@ class RoutedTokens:
         changing: Sequence[int],
         held_S: Tensor,
         mask_SL: Tensor | None,
-        excluded: Excluded,
+        excluded: ExcludedSequences,
         layer: int,
-        inputs: Kept | None,
-        lacking: Kept,
+        inputs: BatchStore | None,
+        residuals: BatchStore,
         *,
         keeps_fitted: bool = True,
     ) -> None:
@@ -141,17 +141,17 @@ class RoutedTokens:
         self.changing = changing
         self._held_S, self._mask_SL = held_S, mask_SL
         self._excluded, self._layer = excluded, layer
-        self._inputs, self._lacking, self._keeps_fitted = inputs, lacking, keeps_fitted
+        self._inputs, self._residuals, self._keeps_fitted = inputs, residuals, keeps_fitted
         self._batch: Batch
         self._first = self._count = self._repeated = 0
         self._given: tuple[Tensor, Tensor, Tensor]
         self._now: list[_Rows]
         self._sent: list[list[_Rows]] = []
-        self._served: list[list[dict[int, Served]]] = []
+        self._served: list[list[dict[int, RoutedActivations]]] = []
         self.output_TH = torch.empty(0)
         """What the experts gave for the batch that was run last, float32."""
-        self.energy = self.lacking = 0.0
-        """Squares of the targets of the tokens held back, and of what is lacking to them."""
+        self.energy = self.residual_energy = 0.0
+        """Squares of the targets of the tokens held back, and of their residuals."""
 
     @property
     def experts(self) -> StreamedExperts:
@@ -173,7 +173,7 @@ class RoutedTokens:
         """Stand in for the experts: return their outputs, (T, H); zeros for padding."""
         self._given = (hidden_TH, index_TK, weight_TK.float())
         self._now = self._split()
-        served: list[dict[int, Served]] = [{} for _ in self._now]
+        served: list[dict[int, RoutedActivations]] = [{} for _ in self._now]
         self._served.append(served)
         return self._put_out(self._now, hidden_TH, served)
 
@@ -183,12 +183,12 @@ class RoutedTokens:
         made = self._served[number] if self._inputs is None else [{}, {}]
         return self._put_out(self._sent[number], hidden_TH, made)
 
-    def add(self, lacking_TH: Tensor) -> Portion:
+    def add(self, residual_TH: Tensor) -> Portion:
         """Keep what the outputs lack to the target; return the tokens that are fitted.
 
         Parameters
         ----------
-        lacking_TH
+        residual_TH
             Target less output, float32.
 
         Raises
@@ -198,24 +198,24 @@ class RoutedTokens:
         """
         hidden_TH, number = self._given[0], len(self._sent)
         bad_B = self._excluded.bad_rows(
-            self._first, lacking_TH.view(*self._batch.input_ids_BL.shape, -1)
+            self._first, residual_TH.view(*self._batch.input_ids_BL.shape, -1)
         )
         if bad_B is not None:
             self._excluded.note(self._layer, self._first, bad_B)
             self._now = self._split()
             self._served[number] = self._serve(self._now, hidden_TH, range(self.experts.count))
         fitted, held = self._now
-        held_RH = lacking_TH.index_select(0, held.row_R)
-        self.lacking += held_RH.square().sum(dtype=torch.float64).item()
+        held_RH = residual_TH.index_select(0, held.row_R)
+        self.residual_energy += held_RH.square().sum(dtype=torch.float64).item()
         target_RH = held_RH + self.output_TH.index_select(0, held.row_R)
         self.energy += target_RH.square().sum(dtype=torch.float64).item()
-        fitted_RH = lacking_TH.index_select(0, fitted.row_R)
+        fitted_RH = residual_TH.index_select(0, fitted.row_R)
         kept_RH = torch.cat([held_RH, fitted_RH]) if self._keeps_fitted else held_RH
-        self._lacking.put(number, kept_RH.to(hidden_TH.dtype))
+        self._residuals.put(number, kept_RH.to(hidden_TH.dtype))
         portion = Portion(
             served=self._that_change(self._served[number][0]),
             tokens=len(fitted.row_R),
-            lacking=lambda: fitted_RH,
+            residual=lambda: fitted_RH,
         )
         if self._inputs is not None:
             self._inputs.put(number, hidden_TH)
@@ -234,7 +234,7 @@ class RoutedTokens:
         for number, (_, held) in enumerate(self._sent):
             yield self._portion(number, 1, slice(0, len(held.row_R)))
 
-    def _portion(self, number: int, which: int, lacking: slice) -> Portion:
+    def _portion(self, number: int, which: int, place: slice) -> Portion:
         device, rows = self.experts.weights.device, self._sent[number][which]
         served = self._served[number][which]
         if self._inputs is not None:
@@ -243,10 +243,10 @@ class RoutedTokens:
         return Portion(
             served=self._that_change(served),
             tokens=len(rows.row_R),
-            lacking=lambda: self._lacking.get(number)[lacking].to(device).float(),
+            residual=lambda: self._residuals.get(number)[place].to(device).float(),
         )
 
-    def _that_change(self, served: Mapping[int, Served]) -> list[Served]:
+    def _that_change(self, served: Mapping[int, RoutedActivations]) -> list[RoutedActivations]:
         """Return those of experts that may be changed, by their place among these."""
         return [
             served[expert]._replace(expert=place)
@@ -289,23 +289,26 @@ class RoutedTokens:
                     gate_R1 = rows.weight_RK.reshape(-1)[each[expert], None]
                     yield _Visit(which, expert, loaded, token_R, rows.row_R[token_R], gate_R1)
 
-    def _make(self, visit: _Visit, hidden_TH: Tensor) -> Served:
+    def _make(self, visit: _Visit, hidden_TH: Tensor) -> RoutedActivations:
         """Return the activations of an expert, times their gates."""
         inner_RI = self.experts.activations(visit.loaded, hidden_TH, visit.row_R)
         inner_RI[: len(visit.row_R)] *= visit.gate_R1.to(inner_RI.dtype)
-        return Served(visit.expert, visit.token_R, inner_RI)
+        return RoutedActivations(visit.expert, visit.token_R, inner_RI)
 
     def _serve(
         self, sent: Sequence[_Rows], hidden_TH: Tensor, some: Iterable[int]
-    ) -> list[dict[int, Served]]:
+    ) -> list[dict[int, RoutedActivations]]:
         """Return for each of several sets of rows the activations of some experts."""
-        served: list[dict[int, Served]] = [{} for _ in sent]
+        served: list[dict[int, RoutedActivations]] = [{} for _ in sent]
         for visit in self._visits(sent, some):
             served[visit.which][visit.expert] = self._make(visit, hidden_TH)
         return served
 
     def _put_out(
-        self, sent: Sequence[_Rows], hidden_TH: Tensor, served: Sequence[dict[int, Served]]
+        self,
+        sent: Sequence[_Rows],
+        hidden_TH: Tensor,
+        served: Sequence[dict[int, RoutedActivations]],
     ) -> Tensor:
         """Add up what all experts give, in `output_TH`; activations not yet there are made.
 

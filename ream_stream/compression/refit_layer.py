@@ -22,18 +22,18 @@ from ream_stream.checkpoint.expert_stack import Slot, one_of
 from ream_stream.checkpoint.shards import Content
 from ream_stream.errors import ReamStreamError
 from ream_stream.files import FileRange
-from ream_stream.model.attention_cache import Playback
-from ream_stream.model.batch_store import Kept, keeping
+from ream_stream.model.attention_cache import AttentionCache
+from ream_stream.model.batch_store import BatchStore, open_batch_store
 from ream_stream.model.batches import Batches, with_states
 from ream_stream.model.experts import StreamedExperts
-from ream_stream.model.finite import Excluded
+from ream_stream.model.finite import ExcludedSequences
 from ream_stream.model.hidden_states import HiddenStates
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.refit_memory import ACTIVATIONS, KEPT
 
-from .refit_activations import RoutedTokens, held_back
-from .refit_solver import Found, LayerRefit
+from .refit_activations import CachedActivations, held_back
+from .refit_solver import LayerRefit, RefitSolution
 from .workspace import Workspace
 
 
@@ -41,10 +41,10 @@ from .workspace import Workspace
 class Fitted:
     """A layer that was refitted, before its final shards are written."""
 
-    found: Found
+    found: RefitSolution
     """The new down projections, and what they come to."""
 
-    tokens: RoutedTokens
+    tokens: CachedActivations
     """Activations of the layer's experts on the calibration set."""
 
 
@@ -58,7 +58,7 @@ class RefitJob:
     tokens: Tokens
     """The calibration set; tokens that do not count are masked."""
 
-    excluded: Excluded
+    excluded: ExcludedSequences
     """Calibration sequences that are left out."""
 
     model: StreamedModel
@@ -70,10 +70,10 @@ class RefitJob:
     folder: Path
     """Scratch folder in which the compressed layer is written first."""
 
-    targets: Kept
+    targets: BatchStore
     """What the layer is to give, by batch; once its residual is known, the residual."""
 
-    store: Callable[[str, int], Kept]
+    store: Callable[[str, int], BatchStore]
     """Opens a store of that name for so many batches, until the block of `opened` ends."""
 
     @contextmanager
@@ -103,7 +103,7 @@ class RefitJob:
         changing: Sequence[int],
         batches: Batches,
         entering: HiddenStates | None,
-        playback: Playback | None,
+        playback: AttentionCache | None,
         report: Callable[[int, int], None],
     ) -> Fitted:
         """Refit the layer that lies in the scratch folder.
@@ -128,7 +128,7 @@ class RefitJob:
         staged = plan.output_checkpoint(self.folder)
         with self.model.open_layer(self.index, staged) as experts:
             assert experts is not None
-            tokens = RoutedTokens(
+            tokens = CachedActivations(
                 experts,
                 changing,
                 held_back(self.tokens, plan.settings.seed),
@@ -160,7 +160,7 @@ class RefitJob:
         report(total, total)
         return Fitted(found=found, tokens=tokens)
 
-    def content(self, found: Found | None) -> Callable[[str], Content]:
+    def content(self, found: RefitSolution | None) -> Callable[[str], Content]:
         """Return a function that gives each final tensor of the layer, by name."""
         entries = self.plan.output_checkpoint(self.folder).entries
         stack = self.model.layers[self.index].stack
@@ -190,7 +190,7 @@ class RefitJob:
 
     def _route(
         self,
-        tokens: RoutedTokens,
+        tokens: CachedActivations,
         refit: LayerRefit,
         batches: Batches,
         entering: HiddenStates | None,
@@ -216,7 +216,7 @@ def opened(
     plan: Plan,
     tokens: Tokens,
     workspace: Workspace,
-    excluded: Excluded,
+    excluded: ExcludedSequences,
     model: StreamedModel,
     index: int,
 ) -> Iterator[RefitJob]:
@@ -229,9 +229,9 @@ def opened(
     files.make_directory(folder)
     with ExitStack() as stack:
 
-        def store(name: str, batches: int) -> Kept:
+        def store(name: str, batches: int) -> BatchStore:
             path = None if plan.memory[KEPT] > 0 else workspace.scratch(name)
-            return stack.enter_context(keeping(path, batches))
+            return stack.enter_context(open_batch_store(path, batches))
 
         yield RefitJob(
             plan=plan,
@@ -247,7 +247,7 @@ def opened(
 
 
 @contextmanager
-def replaying(experts: StreamedExperts, tokens: RoutedTokens) -> Iterator[None]:
+def replaying(experts: StreamedExperts, tokens: CachedActivations) -> Iterator[None]:
     """Let activations that are kept give the outputs of an opened layer's experts.
 
     They are those of the down projections of `experts`, for all batches in their order.

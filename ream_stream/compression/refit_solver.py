@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ream_stream.checkpoint.header import DTYPES
-from ream_stream.events import Refitted
+from ream_stream.events import RefitResult
 from ream_stream.method.normal_equations import (
     WIDENED_ROWS,
     NormalMatrix,
@@ -20,17 +20,17 @@ from ream_stream.method.normal_equations import (
     project,
 )
 from ream_stream.method.refit import Misfit, Refit, first_direction, select, solve
-from ream_stream.model.batch_store import Kept
+from ream_stream.model.batch_store import BatchStore
 from ream_stream.planning.schedule import Solver
 from ream_stream.settings import Method
 
-from .refit_activations import Portion, RoutedTokens
+from .refit_activations import CachedActivations, Portion
 
 
 class _Passes:
     """Products with the equations' matrix, each in a pass over the tokens that are fitted."""
 
-    def __init__(self, tokens: RoutedTokens, batch_done: Callable[[], None]) -> None:
+    def __init__(self, tokens: CachedActivations, batch_done: Callable[[], None]) -> None:
         self._tokens, self._batch_done = tokens, batch_done
 
     def product(self, change_EIH: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class _Passes:
         return power_H
 
 
-class _Gathered:
+class _ExplicitOperator:
     """Products with the normal matrix, accumulated while tokens were added; no pass."""
 
     def __init__(self, matrix: NormalMatrix) -> None:
@@ -65,10 +65,10 @@ class _Gathered:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class RefitSolution:
     """What came of the refit of a layer."""
 
-    outcome: Refitted
+    outcome: RefitResult
     """In numbers."""
 
     places: Mapping[int, int]
@@ -77,7 +77,7 @@ class Found:
     parts: int
     """In which hidden channels were solved."""
 
-    results: Kept
+    results: BatchStore
     """New down projections, part by part."""
 
     @property
@@ -113,10 +113,10 @@ class LayerRefit:
 
     def __init__(
         self,
-        tokens: RoutedTokens,
+        tokens: CachedActivations,
         method: Method,
         solver: Solver,
-        results: Kept,
+        results: BatchStore,
         batch_done: Callable[[], None] = lambda: None,
     ) -> None:
         self._tokens, self._method, self._solver = tokens, method, solver
@@ -134,26 +134,28 @@ class LayerRefit:
             blocks=solver.preconditioner == "blocks",
             device=weights.device,
         )
-        self._operator: _Passes | _Gathered = _Passes(tokens, batch_done)
+        self._operator: _Passes | _ExplicitOperator = _Passes(tokens, batch_done)
         if solver.gathered:
-            self._operator = _Gathered(NormalMatrix(count, inner, device=weights.device))
+            self._operator = _ExplicitOperator(
+                NormalMatrix(count, inner, device=weights.device)
+            )
         self._tried: dict[float, float] = {}
         self._misfit = Misfit()
         self._objectives = torch.zeros(method.refit_iterations + 1, dtype=torch.float64)
 
-    def _found(self) -> Found:
+    def _found(self) -> RefitSolution:
         tokens, curve = self._tokens, self._objectives
         helps = self._helps
-        outcome = Refitted(
+        outcome = RefitResult(
             penalty=select(self._tried) if helps else None,
-            lacking=tokens.lacking / tokens.energy if tokens.energy else 0.0,
-            left=self._misfit.share if helps else 1.0,
+            error_before=tokens.residual_energy / tokens.energy if tokens.energy else 0.0,
+            remaining_error=self._misfit.share if helps else 1.0,
             tried=tuple(self._tried.items()),
             residuals=tuple((curve / curve[0]).tolist()) if helps else (),
         )
         places = {expert: place for place, expert in enumerate(tokens.changing)}
         parts = self._solver.column_blocks
-        return Found(outcome=outcome, places=places, parts=parts, results=self._results)
+        return RefitSolution(outcome=outcome, places=places, parts=parts, results=self._results)
 
     @property
     def _helps(self) -> bool:
@@ -168,11 +170,11 @@ class LayerRefit:
 
     def add(self, portion: Portion) -> None:
         """Sum over the tokens of a batch that are fitted."""
-        self._sums.add(portion.served, portion.lacking()[:, self._columns[0]])
-        if isinstance(self._operator, _Gathered):
+        self._sums.add(portion.served, portion.residual()[:, self._columns[0]])
+        if isinstance(self._operator, _ExplicitOperator):
             self._operator.matrix.add(portion.served, portion.tokens)
 
-    def solve(self) -> Found:
+    def solve(self) -> RefitSolution:
         """Choose the penalty, solve for every column, and judge by the held-back tokens.
 
         Raises
@@ -213,7 +215,7 @@ class LayerRefit:
         """Sum what other columns do not share, in a pass."""
         self._sums.turn_to(columns.stop - columns.start)
         for portion in self._tokens.fitted():
-            self._sums.add_target(portion.served, portion.lacking()[:, columns])
+            self._sums.add_target(portion.served, portion.residual()[:, columns])
             self._batch_done()
 
     def _choose(self, columns: slice) -> None:
@@ -248,8 +250,8 @@ class LayerRefit:
     def _judge(self, changes: Mapping[Misfit, Tensor], columns: slice) -> None:
         """Measure what changes leave of the error on the tokens that are held back."""
         for portion in self._tokens.held():
-            lacking_TH = portion.lacking()[:, columns]
+            residual_TH = portion.residual()[:, columns]
             for misfit, change_EIH in changes.items():
                 predicted_TH = predict(portion.served, change_EIH, portion.tokens)
-                misfit.add(lacking_TH, predicted_TH)
+                misfit.add(residual_TH, predicted_TH)
             self._batch_done()

@@ -86,7 +86,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bench:
+class ComparisonSetup:
     """What all trials of a comparison share."""
 
     source: Checkpoint
@@ -112,7 +112,7 @@ class Bench:
 
 
 def run_trials(
-    bench: Bench, trials: Sequence[Trial], report: Report = no_report
+    bench: ComparisonSetup, trials: Sequence[Trial], report: Report = no_report
 ) -> tuple[Outcome, ...]:
     """Carry out the trials that are left, and return the outcomes of all.
 
@@ -224,14 +224,14 @@ MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
 """Numbers of a trial, from `Result.facts`; the original is as good as itself."""
 
 
-def _evaluated_at_once(bench: Bench) -> int:
+def _evaluated_at_once(bench: ComparisonSetup) -> int:
     """Return the batch of all evaluations: the original's states are used again."""
     both, ram = [bench.source] * 2, bench.budgets.ram
     return plan_evaluation(both, bench.tests, bench.dtype, ram).batch_sequences
 
 
 def _carry_out(
-    bench: Bench, trial: Trial | None, key: str, batch: int, report: Report
+    bench: ComparisonSetup, trial: Trial | None, key: str, batch: int, report: Report
 ) -> Outcome:
     """Make one trial, or measure the original."""
     checkpoint: Checkpoint = bench.source
@@ -283,11 +283,11 @@ def _carry_out(
     )
 
 
-def _place(bench: Bench, key: str) -> Path:
+def _place(bench: ComparisonSetup, key: str) -> Path:
     return bench.folder / "trials" / key
 
 
-def _key(bench: Bench, trial: Trial | None) -> str:
+def _key(bench: ComparisonSetup, trial: Trial | None) -> str:
     """Return the name of a trial's results: all that they depend on."""
     told = {
         "version": __version__,

@@ -31,7 +31,7 @@ from ream_stream.model.hidden_states import HiddenStates
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.allocation import MAX_BATCH_TOKENS
 
-from .forward import Passage
+from .forward import ForwardRun
 from .metrics import Against, Evaluation, Mean, divergence, effective_rank, score
 
 LOGITS_BYTES = 64_000_000
@@ -136,7 +136,7 @@ def evaluate(
     batch = min(tokens.num_sequences, rows)
     folder = work / "evaluate"
     passages = [
-        Passage(each, tokens, folder, batch=batch, dtype=dtype, device=device)
+        ForwardRun(each, tokens, folder, batch=batch, dtype=dtype, device=device)
         for each in checkpoints
     ]
     with _scratch(folder, passages, keep=passages[-1:] if keep_original else []):
@@ -159,7 +159,9 @@ def scored(tokens: Tokens) -> Tensor:
 class _Job:
     """The passages of one evaluation, and the scores of what leaves them."""
 
-    def __init__(self, passages: Sequence[Passage], tokens: Tokens, target_SL: Tensor) -> None:
+    def __init__(
+        self, passages: Sequence[ForwardRun], tokens: Tokens, target_SL: Tensor
+    ) -> None:
         self.passages, self.tokens, self.target_SL = passages, tokens, target_SL
         vocabulary = max(passage.vocabulary for passage in passages)
         self.block = max(1, LOGITS_BYTES // (4 * vocabulary))
@@ -266,7 +268,7 @@ def _sequences(
 
 @contextmanager
 def _scratch(
-    folder: Path, passages: Sequence[Passage], *, keep: Sequence[Passage]
+    folder: Path, passages: Sequence[ForwardRun], *, keep: Sequence[ForwardRun]
 ) -> Iterator[None]:
     """Lock the folder for the block, which may go on with what an earlier one left there.
 

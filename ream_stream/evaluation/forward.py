@@ -88,7 +88,7 @@ class States:
         return self._folder / f"{run}-{boundary:05d}"
 
 
-class Passage:
+class ForwardRun:
     """One checkpoint over a token set.
 
     Parameters

@@ -45,7 +45,7 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Quiz:
+class MultipleChoiceSet:
     """Questions made into sequences, one a choice, padded at the end."""
 
     questions: tuple[Question, ...]
@@ -97,7 +97,7 @@ def make_quiz(
     *,
     max_length: int,
     description: str,
-) -> Quiz:
+) -> MultipleChoiceSet:
     """Make the sequences of questions.
 
     Parameters
@@ -135,7 +135,7 @@ def make_quiz(
         mask_SL[row, :stop] = 1
         target_SL[row, len(context) : stop] = True
     tensors = {"input_ids": ids_SL, "attention_mask": mask_SL}
-    return Quiz(
+    return MultipleChoiceSet(
         questions=tuple(questions),
         tokens=from_tensors(tensors, description=description),
         target_SL=target_SL,

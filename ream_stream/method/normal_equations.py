@@ -21,7 +21,7 @@ WIDENED_ROWS = 1024
 """Rows of activations that are in float32 at once."""
 
 
-class Served(NamedTuple):
+class RoutedActivations(NamedTuple):
     """The tokens of a batch, padding left out, that one expert serves."""
 
     expert: int
@@ -38,7 +38,7 @@ class Served(NamedTuple):
     """
 
 
-def predict(batch: Iterable[Served], change_EIH: Tensor, num_tokens: int) -> Tensor:
+def predict(batch: Iterable[RoutedActivations], change_EIH: Tensor, num_tokens: int) -> Tensor:
     """Return sum over e of a_e D_e for each token of a batch, (T, H)."""
     output_TH = change_EIH.new_zeros(num_tokens, change_EIH.shape[2])
     for expert, token_R, inner_RI in batch:
@@ -48,7 +48,7 @@ def predict(batch: Iterable[Served], change_EIH: Tensor, num_tokens: int) -> Ten
     return output_TH
 
 
-def project(batch: Iterable[Served], value_TH: Tensor, total_EIH: Tensor) -> None:
+def project(batch: Iterable[RoutedActivations], value_TH: Tensor, total_EIH: Tensor) -> None:
     """Add a_e^T value over the tokens of a batch to the total of each expert."""
     for expert, token_R, inner_RI in batch:
         value_TH = value_TH.to(inner_RI.dtype)
@@ -103,7 +103,7 @@ class NormalSums:
         wide = 8 + 4 * hidden + (4 * inner if blocks else 0)
         return num_experts * inner * wide
 
-    def add(self, batch: Sequence[Served], residual_TH: Tensor) -> None:
+    def add(self, batch: Sequence[RoutedActivations], residual_TH: Tensor) -> None:
         """Add a batch; `residual_TH` is what its tokens' outputs lack to their targets."""
         for expert, token_R, inner_RI in batch:
             self.count_E[expert] += len(token_R)
@@ -117,7 +117,7 @@ class NormalSums:
                     _add_product(self.gram_EII[expert], own_RI, own_RI)
         self.add_target(batch, residual_TH)
 
-    def add_target(self, batch: Sequence[Served], residual_TH: Tensor) -> None:
+    def add_target(self, batch: Sequence[RoutedActivations], residual_TH: Tensor) -> None:
         """Add to B_e and the energy alone: columns of the hidden size share all the rest."""
         residual_TH = residual_TH.float()
         project(batch, residual_TH, self.target_EIH)
@@ -176,7 +176,7 @@ class NormalMatrix:
         """Return the operations of a product with it."""
         return 2 * (num_experts * inner) ** 2 * hidden
 
-    def add(self, batch: Sequence[Served], num_tokens: int) -> None:
+    def add(self, batch: Sequence[RoutedActivations], num_tokens: int) -> None:
         """Add a batch of `num_tokens`."""
         batch = sorted(batch, key=lambda served: served.expert)
         wide = [inner_RI[: len(token_R)].float() for _, token_R, inner_RI in batch]

@@ -253,10 +253,10 @@ class Misfit:
         self._power = 0.0
 
     def add(self, residual_TH: Tensor, predicted_TH: Tensor) -> None:
-        """Add a batch: what is lacking, and `predict` of the change that should be it."""
-        lacking, predicted = residual_TH.double().flatten(), predicted_TH.double().flatten()
-        self.before += lacking.dot(lacking).item()
-        self._shared += lacking.dot(predicted).item()
+        """Add the residual of a batch, and the prediction of it by the change (`predict`)."""
+        residual, predicted = residual_TH.double().flatten(), predicted_TH.double().flatten()
+        self.before += residual.dot(residual).item()
+        self._shared += residual.dot(predicted).item()
         self._power += predicted.dot(predicted).item()
 
     @property

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch_store import Kept
+from .batch_store import BatchStore
 
 
-class Playback:
+class AttentionCache:
     """Keeps what the mixers of one layer return, batch by batch.
 
     Parameters
@@ -23,7 +23,7 @@ class Playback:
         Makes a store; called once for each mixer, with a name.
     """
 
-    def __init__(self, make: Callable[[str], Kept]) -> None:
+    def __init__(self, make: Callable[[str], BatchStore]) -> None:
         self._make = make
         self._tapes: list[_Tape] = []
 
@@ -65,7 +65,7 @@ def main_output(output: Any) -> Tensor:  # noqa: ANN401 - whatever a module retu
 class _Tape:
     """What one mixer returned."""
 
-    def __init__(self, store: Kept) -> None:
+    def __init__(self, store: BatchStore) -> None:
         self._store = store
         self._beside: int | None = None
         self._device = torch.device("cpu")

@@ -21,7 +21,7 @@ from ream_stream.file_access import regular_size
 from .hidden_states import create_array, from_bits, to_bits
 
 
-class Kept(Protocol):
+class BatchStore(Protocol):
     """One tensor a batch, by the batch's number; all of them have one dtype."""
 
     def put(self, number: int, tensor: Tensor) -> None:
@@ -41,7 +41,7 @@ class Kept(Protocol):
 
 
 @contextmanager
-def keeping(path: Path | None, batches: int) -> Iterator[Kept]:
+def open_batch_store(path: Path | None, batches: int) -> Iterator[BatchStore]:
     """Give a store for the length of the block.
 
     Parameters

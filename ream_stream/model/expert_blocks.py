@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .attention_cache import Playback
-from .batch_store import Kept
+from .attention_cache import AttentionCache
+from .batch_store import BatchStore
 from .batches import Batches, with_states
-from .experts import Part, Routed, StreamedExperts
+from .experts import BlockState, Routed, StreamedExperts
 from .hidden_states import HiddenStates
 from .streamed_model import Batch, StreamedModel
 
@@ -32,7 +32,7 @@ Listeners = Callable[[int, Batch], Callable[[Routed], None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Passes:
+class ExpertBlockPasses:
     """Passes of all batches through one open layer."""
 
     model: StreamedModel
@@ -47,10 +47,10 @@ class Passes:
     blocks: int
     """Passes over experts, at most."""
 
-    playback: Playback | None
+    playback: AttentionCache | None
     """Of what its mixers return; None if they run in every pass."""
 
-    sums: Kept | None = None
+    sums: BatchStore | None = None
     """Where outputs of blocks are added up; None if they are not asked for."""
 
     hears_sums: bool = False
@@ -136,7 +136,7 @@ class Passes:
         streamed, sums, device = self.experts, self.sums, self.model.device
         assert streamed is not None
         is_last = experts.stop == streamed.count
-        part = Part(experts=experts, is_last=is_last)
+        part = BlockState(experts=experts, is_last=is_last)
         if number in norms:
             part.norm_S = norms[number].to(device)
         if sums is not None and experts.start:

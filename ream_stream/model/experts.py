@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ream_stream.checkpoint.expert_stack import ExpertStack, Send, Tensors, stay
-from ream_stream.device import Lanes
+from ream_stream.device import TransferLanes
 
 from .llama4 import EXPERTS
 
@@ -61,7 +61,7 @@ class Routed:
 
 
 @dataclass(kw_only=True, slots=True)
-class Part:
+class BlockState:
     """What one batch brings to and takes from the pass over one block of experts."""
 
     experts: range
@@ -161,8 +161,8 @@ class ExpertWeights:
         self.resident = 0
         self._kept: dict[int, Loaded] = {}
         beside = device.type != "cpu" if beside is None else beside
-        self._shared = [self._buffers() for _ in range(Lanes.COUNT if beside else 1)]
-        self._lanes = Lanes(device, Lanes.room(stack.sizes)) if beside else None
+        self._shared = [self._buffers() for _ in range(TransferLanes.COUNT if beside else 1)]
+        self._lanes = TransferLanes(device, TransferLanes.room(stack.sizes)) if beside else None
 
     def _buffers(self) -> tuple[Loaded, dict[str, Tensor]]:
         """Return room for the weights of one expert, whole and by part."""
@@ -232,7 +232,7 @@ class StreamedExperts(nn.Module):
         self.weights = weights
         self.listener: Callable[[Routed], None] | None = None
         self.only_listening = False
-        self.part: Part | None = None
+        self.part: BlockState | None = None
         self.dispatch: Callable[[Tensor, int], Iterable[tuple[int, Tensor]]] = slots_by_expert
         # float32 products on the CPU are of another library, which compiles nothing
         self._rounds_up = weights.device.type == "cpu" and weights.dtype != torch.float32
@@ -283,7 +283,7 @@ class StreamedExperts(nn.Module):
             return _Sums(hidden_TH, weight_TK.shape[1], self.part)
         if not self.weights.form.adds_in_turn:
             return _Slots(hidden_TH, weight_TK)
-        part = Part(experts=range(self.count), sum_TH=torch.zeros_like(hidden_TH))
+        part = BlockState(experts=range(self.count), sum_TH=torch.zeros_like(hidden_TH))
         return _Sums(hidden_TH, weight_TK.shape[1], part)
 
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -296,7 +296,10 @@ class StreamedExperts(nn.Module):
         are where the family's own code does that.
         """
         tokens, top_k = index_TK.shape
-        part, weight_S = self.part or Part(experts=range(self.count)), weight_TK.reshape(-1)
+        part, weight_S = (
+            self.part or BlockState(experts=range(self.count)),
+            weight_TK.reshape(-1),
+        )
         if part.norm_S is None:
             part.norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
         self.weights.turn_to(part.experts)
@@ -344,7 +347,7 @@ class _Slots:
 class _Sums:
     """Weighted outputs of expert after expert, added up in float32 unless a sum is given."""
 
-    def __init__(self, hidden_TH: Tensor, top_k: int, part: Part) -> None:
+    def __init__(self, hidden_TH: Tensor, top_k: int, part: BlockState) -> None:
         if part.sum_TH is None:
             part.sum_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
         self._sum_TH, self._top_k = part.sum_TH, top_k

@@ -51,7 +51,7 @@ def not_finite(
         yield name, bad
 
 
-class Excluded:
+class ExcludedSequences:
     """Calibration sequences that are left out, in a run so far.
 
     Parameters
@@ -115,7 +115,7 @@ class CheckedWriter:
     """Writes states as a `HiddenWriter` does, those of excluded sequences as zeros."""
 
     def __init__(
-        self, writer: HiddenWriter, excluded: Excluded, layer: int, batch: int
+        self, writer: HiddenWriter, excluded: ExcludedSequences, layer: int, batch: int
     ) -> None:
         self._writer, self._excluded = writer, excluded
         self._layer, self._batch = layer, batch

@@ -384,7 +384,7 @@ class StreamedModel:
         """Return what enters a multi-token-prediction layer.
 
         The last token of a sequence is given the first for want of a next one: only tokens
-        behind it see that, and `calibration.tokens.followed` tells which count.
+        behind it see that, and `calibration.tokens.mask_without_next` tells which count.
         """
         model: Any = self.model
         layer: Any = self._decoder[index]

@@ -24,7 +24,7 @@ from .mtp import Wiring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerKeys:
+class LayerTensors:
     """Tensors of one decoder layer, or of a multi-token-prediction layer."""
 
     index: int
@@ -107,7 +107,7 @@ class TensorMap:
         self.layers = self._plan_layers(checkpoint.experts.values())
         """Of each decoder layer."""
         self.outside: dict[str, tuple[str, ...]] = {}
-        """Tensors of every parameter and buffer outside the layers, like `LayerKeys.dense`."""
+        """Tensors of parameters and buffers outside the layers, like `LayerTensors.dense`."""
         for name, target in self._targets.items():
             if not target.startswith(self._layers_path + "."):
                 self.outside[target] = (*self.outside.get(target, ()), name)
@@ -130,7 +130,7 @@ class TensorMap:
                 origin[self._wiring.place(name, layer)] = origin.pop(name)
         return origin
 
-    def _plan_layers(self, stacks: Iterable[ExpertStack]) -> list[LayerKeys]:
+    def _plan_layers(self, stacks: Iterable[ExpertStack]) -> list[LayerTensors]:
         pattern = re.compile(re.escape(self._layers_path) + r"\.([0-9]{1,9})\.(.+)")
         names: list[list[str]] = [[] for _ in self._decoder]
         dense: list[dict[str, tuple[str, ...]]] = [{} for _ in self._decoder]
@@ -167,7 +167,7 @@ class TensorMap:
         if self._wiring is not None:  # what is not run too: a norm and a head for its output
             names[-1] = [*find_mtp(self._entries, self._config)]
         layers = [
-            LayerKeys(
+            LayerTensors(
                 index=index,
                 is_mtp=index >= self.num_layers,
                 names=tuple(sorted(names[index])),
@@ -186,7 +186,7 @@ class TensorMap:
             self._check_layer(layer)
         return layers
 
-    def _check_layer(self, layer: LayerKeys) -> None:
+    def _check_layer(self, layer: LayerTensors) -> None:
         """Refuse a layer whose parameters are not all there, in the model's shapes."""
         prefix = f"{self._layers_path}.{layer.index}."
         wanted = {prefix + key for key in self._decoder[layer.index].state_dict()}

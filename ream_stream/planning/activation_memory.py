@@ -53,7 +53,7 @@ class Footprint:
     """To its end."""
 
     outputs: int
-    """What its mixers return, of which a `Playback` keeps all; not at once."""
+    """What its mixers return, of which a `AttentionCache` keeps all; not at once."""
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -72,7 +72,7 @@ def check_disk(
             raise OverBudgetError(
                 f"the run needs {format_size(needed)} on the disk of {place} "
                 f"({format_size(shards)} of shards, {format_size(hidden)} of hidden states"
-                f"{' and streamed shards' if plan.supply.peak_bytes else ''}"
+                f"{' and streamed shards' if plan.fetcher.peak_bytes else ''}"
                 f"{'' if together else ' elsewhere'}), {format_size(free)} are free; "
                 "fewer --sequences need less"
             )
@@ -84,7 +84,7 @@ def _left_to_write(
     """Return the bytes still to be written in the output, and in the work folder at most."""
     shards = layout.output_bytes + layout.listing_bytes
     work = 2 * layout.boundary_bytes + layout.staged_bytes + scratch_bytes
-    work += layout.supply.peak_bytes
+    work += layout.fetcher.peak_bytes
     others = layout.source.others
     if begun is not None:
         shards -= begun.written_bytes

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ream_stream.checkpoint.header import DTYPES
-from ream_stream.device import Lanes
+from ream_stream.device import TransferLanes
 from ream_stream.host_memory import anonymous_bytes
 from ream_stream.method.alignment import ALIGNMENTS, aligning_bytes
 from ream_stream.method.merging import merging_bytes
 from ream_stream.method.similarity import MeanActivations
-from ream_stream.model.tensor_map import LayerKeys
+from ream_stream.model.tensor_map import LayerTensors
 from ream_stream.settings import Settings
 
 from .activation_memory import Footprint, Footprints
@@ -44,7 +44,7 @@ rest of the plan with two threads, none with one.
 """
 
 ON_THE_WAY = "experts on their way"
-"""Name of a part: what `device.Lanes` needs in page-locked memory, and on the device."""
+"""Memory part: what `TransferLanes` take of page-locked memory, and of the device."""
 
 ALLOCATOR_SHARE = 0.2
 """What a device's allocator is left for fragments, as a share of what comes and goes.
@@ -142,7 +142,7 @@ class MemoryModel:
             moving = 3 * batch * self.workload.length * self._stack.hidden * 4
             phases |= {"observe": moving, "propagate": moving}
             held = {}
-            fixed[ON_THE_WAY] = Lanes.host_bytes(Lanes.room(self._stack.sizes))
+            fixed[ON_THE_WAY] = TransferLanes.host_bytes(TransferLanes.room(self._stack.sizes))
         else:
             phases |= self._layer_by_phase(batch, solver)
         parts, working = _largest(phases, held)
@@ -157,7 +157,7 @@ class MemoryModel:
         return {
             "dense weights of a layer": self._dense_bytes(),
             "buffers of one expert": self.expert_bytes,
-            ON_THE_WAY: self.expert_bytes + Lanes.room(self._stack.sizes),
+            ON_THE_WAY: self.expert_bytes + TransferLanes.room(self._stack.sizes),
             "experts kept": resident * self.expert_bytes,
             **parts,
             "left for fragments": int(ALLOCATOR_SHARE * working),
@@ -176,7 +176,7 @@ class MemoryModel:
         model = self._footprints.model
         entries = model.checkpoint.entries
 
-        def numbers(layer: LayerKeys) -> int:
+        def numbers(layer: LayerTensors) -> int:
             return sum(
                 math.prod(layer.shape(name, entries))
                 for name in layer.dense_names()

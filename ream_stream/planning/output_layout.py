@@ -20,7 +20,7 @@ from ream_stream.model.families import (
 )
 from ream_stream.model.mtp import without_mtp
 from ream_stream.model.streamed_model import StreamedModel
-from ream_stream.model.tensor_map import LayerKeys, shape_of
+from ream_stream.model.tensor_map import LayerTensors, shape_of
 from ream_stream.settings import Settings
 
 from .plan import LayerPlan
@@ -156,7 +156,7 @@ def output_quantization(
 
 
 def _routers(
-    layer: LayerKeys, family: Family, entries: Mapping[str, TensorEntry], num_experts: int
+    layer: LayerTensors, family: Family, entries: Mapping[str, TensorEntry], num_experts: int
 ) -> dict[str, int]:
     """Return the router-side tensors of a layer with their axis of experts."""
     if layer.stack is None:

@@ -12,11 +12,11 @@ from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.formats import Stored
 from ream_stream.checkpoint.header import TensorEntry
 from ream_stream.checkpoint.reader import Checkpoint
-from ream_stream.checkpoint.shard_fetcher import Supply
+from ream_stream.checkpoint.shard_fetcher import ShardFetcher
 from ream_stream.checkpoint.shards import Shard
 from ream_stream.model.families import Family
 from ream_stream.model.streamed_model import StreamedModel
-from ream_stream.model.tensor_map import LayerKeys
+from ream_stream.model.tensor_map import LayerTensors
 from ream_stream.settings import Settings
 
 from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE
@@ -33,7 +33,7 @@ SUMS = "sums of experts"
 class LayerPlan:
     """One decoder layer of the output, or a multi-token-prediction layer."""
 
-    keys: LayerKeys
+    keys: LayerTensors
     """Its tensors in the source."""
 
     shards: tuple[Shard, ...]
@@ -62,7 +62,7 @@ class Layout:
     kept: Checkpoint = field(repr=False)
     """The same without layers that are left out."""
 
-    supply: Supply = field(repr=False)
+    fetcher: ShardFetcher = field(repr=False)
     """The source's shards, layer by layer."""
 
     config: Mapping[str, Any]
@@ -230,7 +230,7 @@ class Layout:
             "index, manifest and journal": self.listing_bytes,
             "hidden states": 2 * self.boundary_bytes,
             "layer before its refit": self.staged_bytes,
-            "streamed shards": self.supply.peak_bytes,
+            "streamed shards": self.fetcher.peak_bytes,
         }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ream_stream.checkpoint.config_json import find_mtp, lacks_mtp, text_config
 from ream_stream.checkpoint.reader import Checkpoint
-from ream_stream.checkpoint.shard_fetcher import Supply
+from ream_stream.checkpoint.shard_fetcher import ShardFetcher
 from ream_stream.checkpoint.source_card import source_metadata
 from ream_stream.errors import DamagedError, UnsupportedModelError, UsageError
 from ream_stream.model.families import family_of
@@ -141,7 +141,7 @@ def _lay_out(
         settings=settings,
         source=source,
         kept=kept,
-        supply=Supply(source, [layer.keys.names for layer in layers], beside),
+        fetcher=ShardFetcher(source, [layer.keys.names for layer in layers], beside),
         config=output_config(source, model.text_config, num_experts, settings, names),
         quantization_file=output_quantization(source, settings, names),
         inherited=inherited,

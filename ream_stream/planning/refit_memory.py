@@ -85,7 +85,7 @@ class RefitMemory:
         # codes are made of float32
         stored = DTYPES[self.stack.dtype].itemsize if self.stack.scheme == "plain" else 4
         numbers = self.settings.experts * hidden * inner
-        # what is wanted, and then what is lacking, in its place
+        # targets, then their residuals in the same store
         return tokens * hidden * self.itemsize + numbers * stored
 
     def inputs(self, tokens: int) -> int:
@@ -125,9 +125,9 @@ class RefitMemory:
         # what is predicted, it in the run's dtype, an expert's rows of it with zeros, or its
         # share of it, for which all tokens may go to one expert
         product = tokens * columns * (4 + itemsize + max(2 * itemsize, 4 + itemsize))
-        # its outputs and what they lack, which is put together once more to be kept
-        lacking = tokens * hidden * (3 * 4 + 2 * itemsize)
-        adding = before + activations + lacking + product
+        # the batch's outputs and residuals, and one copy of these to be kept
+        residuals = tokens * hidden * (3 * 4 + 2 * itemsize)
+        adding = before + activations + residuals + product
         inputs = tokens * hidden * itemsize
         passing = activations + 2 * inputs + product
         inner, vectors = self.stack.inner, 1 + len(self.settings.method.refit_lambda)

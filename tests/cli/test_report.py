@@ -144,7 +144,7 @@ def test_the_page_tells_what_refitting_came_to(checkpoints, tmp_path):
     text = " ".join(read((tmp_path / "report.html").read_text(encoding="utf-8")).text)
     for layer in done.manifest["layers"]:
         assert layer["refitted"]["penalty"] is not None
-        assert f"{layer['refitted']['lacking']:.2%}" in text
+        assert f"{layer['refitted']['error_before']:.2%}" in text
         assert f"{layer['refitted']['left']:.0%}" in text
 
 

@@ -163,7 +163,7 @@ def test_a_refit_is_judged_by_what_is_read_of_its_codes(pair, tmp_path, name, me
         for folder in (coded, plain.output, refit.output)
     )
     lacking, left = ((each - original).square().sum().item() for each in (before, after))
-    assert refitted[first].left == pytest.approx(left / lacking, rel=1e-3)
+    assert refitted[first].remaining_error == pytest.approx(left / lacking, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

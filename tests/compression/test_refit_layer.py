@@ -126,7 +126,7 @@ def test_every_layer_is_refitted_as_dense_least_squares_would(
             shared = max(0, (predicted_TH * lacking_TH[held_T]).sum())
             gained = shared**2 / predicted_TH.square().sum()
             assert share == pytest.approx((1 - gained / energy).item(), rel=1e-3)
-        assert found.lacking == pytest.approx(
+        assert found.error_before == pytest.approx(
             (energy / wanted_TH[held_T].double().square().sum()).item(), rel=1e-3
         )
         if found.penalty is None:
@@ -173,7 +173,7 @@ def test_a_trajectory_is_refitted_to_what_leaves_each_layer_of_the_original(
         target_TH = lacking_TH + torch.einsum("tei,ehi->th", matrix_TEI, old_EHI)
         energy = lacking_TH[held_T].square().sum()
         share = energy / target_TH[held_T].square().sum()
-        assert found.lacking == pytest.approx(share.item(), rel=1e-3)
+        assert found.error_before == pytest.approx(share.item(), rel=1e-3)
         if found.penalty is not None:
             expected = least_squares(matrix_TEI[~held_T], lacking_TH[~held_T], found.penalty)
             assert (change_EIH - expected).norm() < 1e-4 * expected.norm() + 1e-6
@@ -367,7 +367,7 @@ def test_padding_is_neither_fitted_nor_judged_by(source, tmp_path, tokens):
     for index, found in outcomes(one).items():
         padded = outcomes(other)[index]
         assert found.penalty == padded.penalty
-        assert found.lacking == pytest.approx(padded.lacking, rel=1e-3)
+        assert found.error_before == pytest.approx(padded.error_before, rel=1e-3)
         assert found.left == pytest.approx(padded.left, rel=1e-3)
 
 
@@ -391,7 +391,7 @@ def test_the_manifest_tells_what_refitting_came_to(source, tmp_path, tokens):
     done = run(source, tmp_path / "out", refitted(), tokens)
     for layer in done.manifest["layers"]:
         found = outcomes(done)[layer["index"]]
-        assert layer["refitted"]["left"] == found.left
+        assert layer["refitted"]["remaining_error"] == found.remaining_error
         assert layer["refitted"]["tried"] == [list(pair) for pair in found.tried]
     assert json.loads(json.dumps(done.manifest))["fingerprint"]["refit_lambda"] == [0.3, 1, 3]
 

@@ -33,7 +33,7 @@ from ream_stream.evaluation import comparison
 from ream_stream.evaluation.comparison import (
     ALL,
     ORIGINAL,
-    Bench,
+    ComparisonSetup,
     Outcome,
     Trial,
     run_trials,
@@ -58,7 +58,7 @@ def drawn(sequences, length=24, *, seed):
 
 
 def bench(folder):
-    return Bench(
+    return ComparisonSetup(
         source=open_checkpoint(CHECKPOINT),
         tests=joined({"one": drawn(2, seed=1), "two": drawn(3, seed=2)}, description="tests"),
         folder=folder,

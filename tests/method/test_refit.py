@@ -11,7 +11,7 @@ from ream_stream.method import refit
 from ream_stream.method.normal_equations import (
     NormalMatrix,
     NormalSums,
-    Served,
+    RoutedActivations,
     predict,
     project,
 )
@@ -66,7 +66,7 @@ class Problem:
         for expert in range(self.experts):
             token_R, slot_R = torch.where(index_TK == expert)
             if len(token_R):
-                served.append(Served(expert, token_R, inner_TKI[token_R, slot_R]))
+                served.append(RoutedActivations(expert, token_R, inner_TKI[token_R, slot_R]))
         return served
 
     def sums(self, cuts=(), *, blocks=True):
@@ -371,7 +371,7 @@ def test_rows_of_zeros_beyond_the_tokens_change_nothing(dtype):
     problem = Problem(0)
     problem.inner_TKI = problem.inner_TKI.to(dtype)
     padded = [
-        Served(expert, token_R, functional.pad(inner_RI, (0, 0, 0, 5)))
+        RoutedActivations(expert, token_R, functional.pad(inner_RI, (0, 0, 0, 5)))
         for expert, token_R, inner_RI in problem.batch()
     ]
     change_EIH = torch.randn(EXPERTS, INNER, HIDDEN)
@@ -400,8 +400,8 @@ def test_it_stops_when_an_iteration_gains_too_little():
 
 def test_predicting_by_hand():
     batch = [
-        Served(0, torch.tensor([0, 2]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])),
-        Served(1, torch.tensor([0]), torch.tensor([[1.0, 1.0]])),
+        RoutedActivations(0, torch.tensor([0, 2]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])),
+        RoutedActivations(1, torch.tensor([0]), torch.tensor([[1.0, 1.0]])),
     ]
     change_EIH = torch.tensor([[[1.0], [10.0]], [[100.0], [1000.0]]])
     output_TH = predict(batch, change_EIH, 3)

@@ -7,7 +7,7 @@ import torch
 from ream_stream.compression.journal import Journal
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import DamagedError
-from ream_stream.model.batch_store import keeping
+from ream_stream.model.batch_store import open_batch_store
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -35,7 +35,7 @@ def same_bits(one, other):
 def test_what_is_kept_comes_back_bit_for_bit_and_the_last_may_be_smaller(place, dtype):
     tensors = [special(dtype, 24).view(2, 3, 4), special(dtype, 24).view(2, 3, 4).flip(2)]
     tensors.append(special(dtype, 12).view(1, 3, 4))
-    with keeping(place, 3) as kept:
+    with open_batch_store(place, 3) as kept:
         for number, tensor in enumerate(tensors):
             kept.put(number, tensor.clone())
         for _ in range(2):
@@ -45,7 +45,7 @@ def test_what_is_kept_comes_back_bit_for_bit_and_the_last_may_be_smaller(place, 
 
 def test_sums_grow_in_their_place(place):
     parts = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0))
-    with keeping(place, 3) as kept:
+    with open_batch_store(place, 3) as kept:
         for number in range(3):
             kept.put(number, torch.zeros(5 - number, 2))
         for part in parts:
@@ -59,7 +59,7 @@ def test_sums_grow_in_their_place(place):
 
 
 def test_zeros_are_kept_too(place):
-    with keeping(place, 1) as kept:
+    with open_batch_store(place, 1) as kept:
         kept.put(0, torch.zeros(3))
         assert torch.equal(kept.get(0), torch.zeros(3))
 
@@ -68,7 +68,7 @@ def test_the_folder_is_gone_at_the_end_even_of_a_failure(tmp_path):
     path = tmp_path / "scratch-x"
 
     def fail():
-        with keeping(path, 1) as kept:
+        with open_batch_store(path, 1) as kept:
             kept.put(0, torch.ones(2))
             assert path.is_dir()
             raise RuntimeError
@@ -76,7 +76,7 @@ def test_the_folder_is_gone_at_the_end_even_of_a_failure(tmp_path):
     with pytest.raises(RuntimeError):
         fail()
     assert not path.exists()
-    with keeping(path, 1):
+    with open_batch_store(path, 1):
         assert not path.exists(), "nothing was kept"
 
 
@@ -84,14 +84,14 @@ def test_what_a_killed_run_left_is_replaced(tmp_path):
     path = tmp_path / "scratch-x"
     path.mkdir()
     (path / "junk").write_text("x")
-    with keeping(path, 1) as kept:
+    with open_batch_store(path, 1) as kept:
         kept.put(0, torch.ones(2))
         assert not (path / "junk").exists()
 
 
 def test_a_flipped_bit_and_a_lost_chunk_are_damage(tmp_path):
     path = tmp_path / "scratch-x"
-    with keeping(path, 2) as kept:
+    with open_batch_store(path, 2) as kept:
         kept.put(0, torch.arange(8.0))
         kept.put(1, torch.arange(8.0))
         chunk = path / "c" / "0" / "0"
@@ -106,7 +106,7 @@ def test_a_flipped_bit_and_a_lost_chunk_are_damage(tmp_path):
 
 
 def test_a_larger_tensor_or_another_dtype_is_refused(tmp_path):
-    with keeping(tmp_path / "scratch-x", 2) as kept:
+    with open_batch_store(tmp_path / "scratch-x", 2) as kept:
         kept.put(0, torch.ones(4))
         for odd in (torch.ones(5), torch.ones(4).bfloat16()):
             with pytest.raises(ValueError, match=re.escape("at most 4 numbers")):
@@ -127,7 +127,7 @@ def test_strays_of_a_killed_run_are_removed_and_look_alikes_stay(tmp_path):
 
 def test_tensors_are_let_go_at_the_end_even_if_the_store_is_not():
     # a store in a cycle lives until Python looks for cycles, several layers later
-    with keeping(None, 1) as store:
+    with open_batch_store(None, 1) as store:
         store.put(0, torch.ones(2))
     with pytest.raises(KeyError):
         store.get(0)

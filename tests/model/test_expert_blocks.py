@@ -13,7 +13,7 @@ from ream_stream.compression.journal import load
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import OverBudgetError
-from ream_stream.events import Halved, LayerDone, Step
+from ream_stream.events import BatchHalved, LayerDone, Step
 from ream_stream.model.expert_blocks import cut_experts
 from ream_stream.model.experts import ExpertWeights
 from ream_stream.model.streamed_model import StreamedModel
@@ -192,7 +192,7 @@ def test_a_device_short_of_memory_gets_half_as_much_at_once(
     plan = tiny.scheduled(whole.plan, resident_experts=3)
     short_of_memory(monkeypatch, 2, times)
     again = tiny.run_plan(plan, whole.tokens, tmp_path / "output")
-    halved = [event for event in again.events if isinstance(event, Halved)]
+    halved = [event for event in again.events if isinstance(event, BatchHalved)]
     assert [event.layer for event in halved] == [2] * times
     assert (halved[-1].batch_sequences, halved[-1].resident_experts) == (batch, 3 >> times)
     assert_nearly_the_same(again, whole)
@@ -208,7 +208,7 @@ def test_a_run_that_was_short_of_memory_goes_on_with_the_smaller_batch(
     output = tmp_path / "output"
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
-        leave = stop_when(lambda event: isinstance(event, Halved))
+        leave = stop_when(lambda event: isinstance(event, BatchHalved))
         with pytest.raises(StopAt):
             compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, report=leave)
     again = tiny.run_plan(whole.plan, whole.tokens, output)

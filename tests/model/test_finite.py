@@ -156,7 +156,7 @@ def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
     assert [event.excluded for event in told[0]] == [1, 1, 1]
     for with_it, without in zip(*told, strict=True):
         assert with_it.refitted.penalty == without.refitted.penalty
-        for field in ("lacking", "left", "residuals"):
+        for field in ("error_before", "remaining_error", "residuals"):
             found, expected = (getattr(e.refitted, field) for e in (with_it, without))
             assert found == pytest.approx(expected, rel=1e-3), (field, with_it.layer)
     assert any(event.refitted.penalty for event in told[0])

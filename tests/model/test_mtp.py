@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from ream_stream.calibration.tokens import followed, from_tensors
+from ream_stream.calibration.tokens import from_tensors, mask_without_next
 from ream_stream.checkpoint.config_json import find_mtp
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import UnsupportedModelError
@@ -246,7 +246,7 @@ def test_it_is_given_what_the_published_forward_gives_it(source, tmp_path, name,
     tokens = some_tokens(padded=padded)
     want = published(source(name), name, tokens, tmp_path)
     entering_BLH, leaving_BLH = streamed(source(name), tokens)
-    counts_BL = followed(tokens).attention_mask_SL.bool()
+    counts_BL = mask_without_next(tokens).attention_mask_SL.bool()
     assert torch.equal(entering_BLH[counts_BL], want.entering_BLH[counts_BL])
     # experts that the last token is sent to get other rows then: last bits of products differ
     torch.testing.assert_close(
@@ -329,7 +329,7 @@ def test_its_saliency_is_of_the_tokens_that_have_a_next_one(source, pruned, tmp_
     done, tokens = pruned(name), some_tokens(padded=True)
     want = published(source(name), name, tokens, tmp_path)
     module, x_TH, index_TK, weight_TK = want.experts
-    keep_T = followed(tokens).attention_mask_SL.reshape(-1).bool()
+    keep_T = mask_without_next(tokens).attention_mask_SL.reshape(-1).bool()
     assert int(keep_T.sum()) == 4 * 11 - 4 - 3
     record = done.manifest["layers"][-1]
     for expert in range(tiny.EXPERTS):
@@ -401,9 +401,9 @@ def test_it_is_refitted_on_the_tokens_that_have_a_next_one(source, tmp_path, nam
     assert [finding.message for finding in verify(done.output) if not finding.ok] == []
     ours, theirs = done.manifest["layers"][-1], plain.manifest["layers"][-1]
     assert ours["index"] == done.plan.layers[-1].keys.index
-    for key in ("lacking", "left"):
+    for key in ("error_before", "remaining_error"):
         assert ours["refitted"][key] == pytest.approx(theirs["refitted"][key], rel=1e-3)
-    assert 0 < ours["refitted"]["left"] <= 1
+    assert 0 < ours["refitted"]["remaining_error"] <= 1
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])

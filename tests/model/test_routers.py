@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.observer import Observer
 from ream_stream.model.families import family_of
-from ream_stream.model.finite import Excluded
+from ream_stream.model.finite import ExcludedSequences
 from ream_stream.model.streamed_model import Batch, StreamedModel
 
 HUGE = 1e4
@@ -141,7 +141,7 @@ def heard_while_streaming(folder, tokens):
                     EXPERTS,
                     None,
                     tokens,
-                    Excluded(tokens),
+                    ExcludedSequences(tokens),
                     gate_term=True,
                     device=CPU,
                 )

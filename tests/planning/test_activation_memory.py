@@ -7,7 +7,7 @@ from tiny import CPU, TINY, some_tokens
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.observer import Observer
 from ream_stream.model.families import family_of
-from ream_stream.model.finite import Excluded
+from ream_stream.model.finite import ExcludedSequences
 from ream_stream.model.streamed_model import Batch, StreamedModel
 from ream_stream.planning.activation_memory import Footprints, LiveBytes
 
@@ -60,7 +60,7 @@ class Really:
                 count,
                 None,
                 self.tokens,
-                Excluded(self.tokens),
+                ExcludedSequences(self.tokens),
                 gate_term=True,
                 device=CPU,
             )

@@ -179,7 +179,7 @@ def _layers(facts: Mapping[str, Any]) -> dict[str, Any]:
     pairs = list(facts["layers"][0]["domain_correlation"]) if facts["layers"] else []
     refits = any(layer["refit"] for layer in facts["layers"])
     heads = ["layer", "merged", "largest group", "saliency kept", "alignment gain"]
-    heads += [*(["lacking", "left by refit"] if refits else []), *pairs]
+    heads += [*(["error before refit", "left by refit"] if refits else []), *pairs]
     rows = []
     for layer in facts["layers"]:
         groups = layer["groups"]
@@ -238,8 +238,10 @@ def _detail(layer: Mapping[str, Any]) -> dict[str, Any]:
 def _refit(outcome: Mapping[str, Any] | None) -> list[str]:
     if outcome is None:
         return [_UNKNOWN, _UNKNOWN]
-    left = "left as it was" if outcome["penalty"] is None else f"{outcome['left']:.0%}"
-    return [f"{outcome['lacking']:.2%}", left]
+    left = (
+        "left as it was" if outcome["penalty"] is None else f"{outcome['remaining_error']:.0%}"
+    )
+    return [f"{outcome['error_before']:.2%}", left]
 
 
 def _gain(aligned: Sequence[Mapping[str, float]]) -> str:
