@@ -4,6 +4,7 @@ What is listed in `__all__` is imported when it is first used, and torch with it
 """
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,3 +56,18 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+class _Deferred(ModuleType):
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        value = getattr(import_module(self.__name__), name)
+        setattr(self, name, value)
+        return value
+
+
+def deferred(name: str) -> ModuleType:
+    """Return a module that is imported when its first attribute is used.
+
+    What looks at files only, such as ``ream-stream status``, then takes no seconds for torch.
+    """
+    return _Deferred(name)

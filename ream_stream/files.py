@@ -12,6 +12,8 @@ each file in them was synced. A ``.partial`` name therefore never holds
 anything of worth and may be deleted at any time.
 """
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import json
@@ -23,15 +25,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
-
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from .checkpoint.background_hasher import BackgroundHasher
 from .errors import FULL, DamagedError, OverBudgetError
 from .file_access import check_folder, open_regular, regular_size
 from .source_access import open_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"
 LOG_BYTES = 10_000_000
@@ -140,6 +142,8 @@ def write_tensors(
 ) -> Written:
     """Write a small safetensors file."""
     # not save_file: safetensors 0.8 neither syncs nor honors the umask, it leaves mode 0600
+    from safetensors.torch import save
+
     told = {"format": "pt", **(metadata or {})}
     told = {key: t.encode(errors="backslashreplace").decode() for key, t in told.items()}
     return write_bytes(path, save(dict(tensors), metadata=told))

@@ -7,20 +7,26 @@ in turn. What is stored is decoded and encoded by the codec of its scheme.
 Letters in shapes: E experts, H hidden, I inner; R rows and C columns as stored.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
+from ream_stream import deferred
 from ream_stream.method.expert import Expert
 
 from .formats import Codec, Nvfp4, Part, Plain, Stored
-from .header import DTYPES, TensorEntry
+from .header import ITEM_BYTES, TensorEntry
 
-Send = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
+
+Send = Callable[["Tensor"], "Tensor"]
 """Brings a tensor as it is stored to where it is decoded or used."""
 
 
@@ -35,7 +41,7 @@ class Tensors(Protocol):
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor as it is stored."""
 
-    def ahead(self, stack: "ExpertStack", expert: int) -> None:
+    def ahead(self, stack: ExpertStack, expert: int) -> None:
         """Prepare for an expert that is asked for soon."""
 
     def matrix(
@@ -132,7 +138,7 @@ class ExpertMatrix:
             encoded = {suffix: tensor[:, 0] for suffix, tensor in encoded.items()}
         return encoded
 
-    def decoded(self, dtype: str) -> "ExpertMatrix":
+    def decoded(self, dtype: str) -> ExpertMatrix:
         """Return how it is stored as floats: where transformers looks for it."""
         codec, rows, cols = self.stored.codec, self.stored.rows, self.stored.cols
         if isinstance(codec, Plain):
@@ -226,7 +232,7 @@ class ExpertStack:
     def sizes(self) -> list[int]:
         """Return the bytes of each tensor of one expert."""
         return [
-            math.prod(part.shape) * DTYPES[part.dtype].itemsize
+            math.prod(part.shape) * ITEM_BYTES[part.dtype]
             for matrix in self.matrices
             for part in matrix.tensors
         ]
@@ -275,11 +281,11 @@ class ExpertStack:
             return ()
         return [m for m in self.matrices if not m.is_vector and "down" not in m.parts]
 
-    def resized(self, count: int) -> "ExpertStack":
+    def resized(self, count: int) -> ExpertStack:
         """Return the description of another number of such experts."""
         return replace(self, count=count)
 
-    def decoded(self, dtype: str) -> "ExpertStack":
+    def decoded(self, dtype: str) -> ExpertStack:
         """Return the description of such experts as floats."""
         return replace(self, matrices=tuple(m.decoded(dtype) for m in self.matrices))
 

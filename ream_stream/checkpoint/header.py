@@ -5,19 +5,24 @@ Checkpoints come from strangers: all that the header says is checked against the
 size of the file before anything is allocated or mapped.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-
-from ream_stream import files
+from ream_stream import deferred, files
 from ream_stream.errors import DamagedError
 from ream_stream.parsing import parse_json
 from ream_stream.source_access import open_source
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = deferred("torch")
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -31,21 +36,29 @@ MAX_NAME = 1000
 MAX_AXES = 64
 """torch's own limit; the product of a million sizes would take hours."""
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+_DTYPES = {
+    "F64": (8, "float64"),
+    "F32": (4, "float32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
 }
+ITEM_BYTES = {name: size for name, (size, _) in _DTYPES.items()}
+"""Bytes of a number, by dtype in the format's spelling."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of a key of `ITEM_BYTES`."""
+    dtype: torch.dtype = getattr(torch, _DTYPES[name][1])
+    return dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +72,7 @@ class TensorEntry:
     """The file that holds it."""
 
     dtype: str
-    """A key of `DTYPES`, in the format's spelling."""
+    """A key of `ITEM_BYTES`."""
 
     shape: tuple[int, ...]
     """Sizes of its axes."""
@@ -98,13 +111,13 @@ class Stamp:
     """SHA-256 of the header, hex."""
 
     @classmethod
-    def of(cls, path: Path) -> "Stamp":
+    def of(cls, path: Path) -> Stamp:
         """Read the stamp of a file whose header was read before."""
         with open_source(path) as file:
             return cls.of_open(path, file)
 
     @classmethod
-    def of_open(cls, path: Path, file: BinaryIO) -> "Stamp":
+    def of_open(cls, path: Path, file: BinaryIO) -> Stamp:
         """Read the stamp of an open file, from its beginning."""
         with files.reading(path):
             status = os.fstat(file.fileno())
@@ -117,7 +130,7 @@ class Stamp:
             header=digest.hexdigest(),
         )
 
-    def difference(self, now: "Stamp") -> str | None:
+    def difference(self, now: Stamp) -> str | None:
         """Say what is not as it was; None if all is."""
         if now.size != self.size:
             return f"it had {self.size} bytes and has {now.size}"
@@ -185,9 +198,9 @@ def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:  # noqa
             raise ValueError("sizes and offsets must be whole numbers >= 0")  # noqa: TRY301
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{path}: tensor {name!r} is described wrongly: {error}") from error
-    if dtype not in DTYPES:
+    if dtype not in ITEM_BYTES:
         raise DamagedError(f"{path}: tensor {name!r} has unknown dtype {dtype!r}")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if stop - start != nbytes:
         raise DamagedError(
             f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} needs {nbytes} bytes, "

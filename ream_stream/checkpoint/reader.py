@@ -1,5 +1,7 @@
 """A checkpoint folder: config, index and headers checked first, then mapped tensors."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -9,12 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from ream_stream import deferred
 from ream_stream.errors import DamagedError, UsageError
 from ream_stream.files import FileRange
 from ream_stream.parsing import read_object
@@ -28,6 +29,12 @@ from .other_files import commit_of, homes_of, other_files
 from .quantized import find_quantized
 from .read_ahead import ReadAhead
 from .unindexed import find_unindexed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,7 +51,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 class MappedTensors:
     """Tensors of a checkpoint as views of mapped files; see `Checkpoint.open`."""
 
-    def __init__(self, checkpoint: "Checkpoint", stack: ExitStack) -> None:
+    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
         self._checkpoint, self._entries = checkpoint, checkpoint.entries
         self._stack = stack
         self._files: dict[Path, Any] = {}

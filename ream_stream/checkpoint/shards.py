@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ream_stream.files import FileRange, Written, write_stream
 
-from .header import DTYPES, TensorEntry
+from .header import ITEM_BYTES, TensorEntry, torch_dtype
 
 Content = Tensor | TensorEntry | Iterable[Tensor | FileRange]
 """What a tensor is written from: its value, a source tensor, or pieces of both kinds."""
@@ -31,7 +31,7 @@ class PlannedTensor:
     """Its name in the output."""
 
     dtype: str
-    """A key of `DTYPES`."""
+    """A key of `ITEM_BYTES`."""
 
     shape: tuple[int, ...]
     """Sizes of its axes."""
@@ -39,7 +39,7 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,7 @@ def name_shards(groups: Sequence[Sequence[Sequence[PlannedTensor]]]) -> list[lis
         for tensors in shards:
             number += 1
             name = f"model-{number:05d}-of-{count:05d}.safetensors"
-            ordered = sorted(tensors, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name))
+            ordered = sorted(tensors, key=lambda t: (-ITEM_BYTES[t.dtype], t.name))
             named[-1].append(Shard(name=name, tensors=tuple(ordered)))
     return named
 
@@ -165,7 +165,7 @@ def _pieces(
 
 def _bytes(value: Tensor, planned: PlannedTensor) -> memoryview:
     """Return the bytes of a tensor of the planned dtype."""
-    if value.dtype != DTYPES[planned.dtype]:
+    if value.dtype != torch_dtype(planned.dtype):
         raise ValueError(f"{planned.name} is {value.dtype}, planned was {planned}")
     flat = value.detach().cpu().contiguous().reshape(-1)
     data: Any = flat.view(torch.uint8).numpy()

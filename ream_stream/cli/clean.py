@@ -27,14 +27,13 @@ def clean(output: Path, work_dir: Path | None, *, force: bool, as_json: bool) ->
     \b
         ream-stream clean ./Qwen3-23B
     """
-    from ream_stream.compression.finalize import is_complete
     from ream_stream.compression.workspace import workspace_of
     from ream_stream.errors import UsageError
 
     from .console import print_json
 
     workspace = workspace_of(output, work_dir)
-    complete = is_complete(workspace)
+    complete = workspace.is_complete()
     begun = workspace.has_journal()
     there = workspace.data.is_dir() or workspace.home.is_dir()
     if not there or not (complete or begun or workspace.elsewhere()):

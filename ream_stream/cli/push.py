@@ -35,8 +35,8 @@ def push(
         ream-stream push ./Qwen3-23B my-org/Qwen3-23B --private
     """
     from ream_stream.checkpoint import hub
-    from ream_stream.compression.finalize import MANIFEST, published_files
-    from ream_stream.compression.manifest import read_manifest
+    from ream_stream.compression.finalize import published_files
+    from ream_stream.compression.manifest import MANIFEST, read_manifest
     from ream_stream.errors import DamagedError
     from ream_stream.evaluation.verify import verify
     from ream_stream.printable import printable

@@ -48,11 +48,10 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
         There is no run.
     """
     from ream_stream.compression.event_log import newest, read_events
-    from ream_stream.compression.finalize import is_complete
     from ream_stream.errors import UsageError
 
     holder = workspace.holder()
-    complete = is_complete(workspace)
+    complete = workspace.is_complete()
     begun = workspace.has_journal()
     if not begun:
         workspace.check_is_of_one_run()

@@ -20,12 +20,11 @@ from ream_stream.files import Written
 from ream_stream.planning.plan import Plan
 
 from .journal import Journal
-from .manifest import Manifest
+from .manifest import MANIFEST, Manifest
 from .model_card import card
 from .source_record import check_others
 from .workspace import Workspace
 
-MANIFEST = "ream_stream.json"
 _PATH_BYTES = 4096
 """Linux takes no longer path, nor do other systems."""
 
@@ -45,11 +44,6 @@ def output_files(plan: Plan) -> tuple[str, ...]:
         CARD,
         MANIFEST,
     )
-
-
-def is_complete(workspace: Workspace) -> bool:
-    """Tell whether the output is whole: its manifest is the last file written."""
-    return (workspace.output / MANIFEST).is_file()
 
 
 def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) -> None:

@@ -31,7 +31,7 @@ from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
 
 from .config import RunOptions, check_usage, settings_for
-from .finalize import check_names, is_complete, output_files
+from .finalize import check_names, output_files
 from .journal import Journal, check_fingerprint
 from .pipeline import fingerprint
 from .refit_activations import held_back
@@ -182,7 +182,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "device_is_here": devices.is_here(job.device),
         "threads": plan.schedule.threads,
         "begun": job.workspace is not None and job.workspace.has_journal(),
-        "complete": job.workspace is not None and is_complete(job.workspace),
+        "complete": job.workspace is not None and job.workspace.is_complete(),
         "committed_layers": len(job.journal.layers) if job.journal else 0,
         "forecast": None if job.forecast is None else forecast_facts(job.forecast),
     }
@@ -305,7 +305,7 @@ def _with_tokens(job: Job, calibration: Calibration | None) -> Job:
 
 def _with_forecast(job: Job) -> Job:
     """Return the job with the time it takes, which is measured last: it may be refused."""
-    if job.workspace is not None and job.journal is not None and is_complete(job.workspace):
+    if job.workspace is not None and job.journal is not None and job.workspace.is_complete():
         return job
     committed = len(job.journal.layers) if job.journal else 0
     # for a device that is only planned for, the processor stands in

@@ -3,24 +3,18 @@
 `finish` writes the manifest as the last file of a run; it is read here without trust.
 """
 
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ream_stream.errors import DamagedError
 from ream_stream.files import Written, is_inside
-from ream_stream.method.grouping import centroids
 from ream_stream.parsing import read_object
 
+MANIFEST = "ream_stream.json"
 FORMAT = 1
-
-_BY_SALIENCY = frozenset({"ream", "mc-smoe", "none"})
-"""Groupings whose centroids are the most salient experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,55 +102,6 @@ def read_manifest(path: Path) -> Manifest:
         return _manifest(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedError(f"{path} is not a manifest of ream-stream: {error!r}") from error
-
-
-def group_problems(manifest: Manifest, routing_groups: int) -> Iterator[str]:
-    """Yield a sentence for each thing that is wrong with the groups of a layer.
-
-    Parameters
-    ----------
-    manifest
-        Of the output.
-    routing_groups
-        ``n_group`` of group-limited routers, otherwise 1.
-    """
-    for layer in manifest.layers:
-        for problem in _layer_problems(manifest, layer, routing_groups):
-            yield f"layer {layer.index}: {problem}"
-
-
-def _layer_problems(
-    manifest: Manifest, layer: LayerGroups, routing_groups: int
-) -> Iterator[str]:
-    members = [expert for group in layer.groups for expert in group]
-    kept = [group[0] for group in layer.groups if group]
-    everyone = set(range(manifest.before))
-    if len(layer.groups) != manifest.after or len(kept) != len(layer.groups):
-        yield f"{len(kept)} groups with members, the layer has {manifest.after} experts"
-    if len(set(members)) != len(members):
-        yield "an expert is in two groups"
-    if not everyone.issuperset(members):
-        yield f"an expert is not one of the source's 0 to {manifest.before - 1}"
-    if manifest.grouping == "none" and len(members) != len(layer.groups):
-        yield "experts were pruned, yet a group has several members"
-    if manifest.grouping != "none" and set(members) != everyone:
-        yield f"experts {sorted(everyone - set(members))[:8]} are in no group"
-    if kept != sorted(kept):
-        yield "groups are not in the order of their centroids"
-    if len(layer.saliency) != manifest.before or not all(map(math.isfinite, layer.saliency)):
-        yield f"it has no {manifest.before} finite saliencies"
-    elif manifest.grouping in _BY_SALIENCY and set(kept) != set(
-        _most_salient(layer.saliency, manifest.after, routing_groups)
-    ):
-        yield "the first members of the groups are not the most salient experts"
-
-
-def _most_salient(saliency: Sequence[float], keep: int, routing_groups: int) -> list[int]:
-    saliency_E = torch.tensor(saliency, dtype=torch.float64)
-    try:
-        return centroids(saliency_E, keep, routing_groups=routing_groups)
-    except ValueError:  # the counts do not fit, which other findings tell
-        return []
 
 
 def _manifest(value: Mapping[str, Any]) -> Manifest:

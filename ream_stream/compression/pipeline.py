@@ -30,7 +30,7 @@ from ream_stream.model.finite import ExcludedSequences
 from ream_stream.planning.plan import LayerPlan, Plan
 
 from .context import Context
-from .finalize import check_names, is_complete, output_files, write_rest
+from .finalize import check_names, output_files, write_rest
 from .journal import OUTSIDE, Journal, LayerRecord, check_fingerprint
 from .layer import compress_layer
 from .output_tensors import Unchanged
@@ -111,7 +111,7 @@ def compress(
         return_freed_memory()
     seconds: dict[str, float] = {}
     peak_device_bytes = 0
-    complete = is_complete(workspace)
+    complete = workspace.is_complete()
     with gauge() as meter:
         if len(journal.layers) < len(plan.layers):
             plan.fetcher.evict_after(len(journal.layers) - 1)
@@ -173,7 +173,7 @@ def _check_source(
         inside = {name for layer in plan.layers for name in layer.keys.names}
         # of what is outside, all is read once more unless the run is at its end
         then = journal.read.get(OUTSIDE, {})
-        again = touched if is_complete(workspace) else then.keys()
+        again = touched if workspace.is_complete() else then.keys()
         compare(source, plan.kept.entries.keys() - inside, then, again)
     return touched
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.header import torch_dtype
 from ream_stream.events import RefitResult
 from ream_stream.method.normal_equations import (
     WIDENED_ROWS,
@@ -124,7 +124,7 @@ class LayerRefit:
         self._weights = weights = tokens.experts.weights
         # codes are made of what is solved for, in float32
         plain = weights.stack.scheme == "plain"
-        self._solved = DTYPES[weights.stack.dtype] if plain else torch.float32
+        self._solved = torch_dtype(weights.stack.dtype) if plain else torch.float32
         count, inner = len(tokens.changing), weights.stack.inner
         self._columns = self._cut()
         self._sums = NormalSums(

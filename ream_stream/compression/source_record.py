@@ -8,6 +8,8 @@ compared once more. What nobody has read yet may then be new without harm: a run
 source from the beginning would give the same bytes. On the hub a commit says it all.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,16 +17,19 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor
-
-from ream_stream import files
+from ream_stream import deferred, files
 from ream_stream.checkpoint.header import TensorEntry
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import DamagedError, OtherRunError
 from ream_stream.files import FileRange, Written
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 SAMPLE_BLOCKS = 16
 """Of a shard, evenly spaced; other weights differ in all of them."""
@@ -65,7 +70,7 @@ class SourceRecord:
     """Files beside config and weights, by name relative to the folder."""
 
     @classmethod
-    def of(cls, source: Checkpoint) -> "SourceRecord":
+    def of(cls, source: Checkpoint) -> SourceRecord:
         """Return the record of a checkpoint; reads the other files, and a sample of shards."""
         return cls(
             commit=source.commit,
@@ -74,7 +79,7 @@ class SourceRecord:
         )
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "SourceRecord":
+    def from_json(cls, value: Mapping[str, Any]) -> SourceRecord:
         """Return the record that a journal has."""
         return cls(
             commit=value["commit"],

@@ -20,6 +20,7 @@ from ream_stream.file_access import read_own_json, regular_size, resolved
 from ream_stream.file_lock import LOCK, lock, lock_holder
 
 from .journal import Journal, load, save
+from .manifest import MANIFEST
 
 HOME = ".ream-stream"
 """In OUTPUT: lock, identity and, without --work-dir, all else that is no checkpoint."""
@@ -98,6 +99,10 @@ class Workspace:
     def scratch(self, name: str) -> Path:
         """Return a folder that no journal names: what is in it serves one layer only."""
         return self.data / f"scratch-{name}"
+
+    def is_complete(self) -> bool:
+        """Tell whether the output is whole: its manifest is the last file written."""
+        return (self.output / MANIFEST).is_file()
 
     def has_journal(self) -> bool:
         """Tell whether there is a journal, of whatever run."""

@@ -17,15 +17,14 @@ from ream_stream.checkpoint.reader import (
     Checkpoint,
     open_checkpoint,
 )
-from ream_stream.compression.finalize import MANIFEST
-from ream_stream.compression.manifest import Manifest, group_problems, read_manifest
+from ream_stream.compression.manifest import MANIFEST, Manifest, read_manifest
 from ream_stream.errors import DamagedError
 from ream_stream.files import PARTIAL
 from ream_stream.model.families import COUNT_KEYS, Family, family_of, told_counts
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.parsing import read_json, read_object
 
-from .consistency import dtype_problems, format_problems, list_problems
+from .consistency import dtype_problems, format_problems, group_problems, list_problems
 
 
 class Subject:

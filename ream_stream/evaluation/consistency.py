@@ -1,16 +1,24 @@
-"""What config.json and the tensors say of how weights are stored, held against each other.
+"""Contradictions between config.json, the tensors and the manifest.
 
 Functions that yield a sentence for every contradiction, saying what and where.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
 
 from ream_stream.checkpoint.config_json import find_mtp
 from ream_stream.checkpoint.formats import Modules, named_modules
 from ream_stream.checkpoint.formats.codec import FLOATS
 from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.compression.manifest import LayerGroups, Manifest
+from ream_stream.method.grouping import centroids
+
+_BY_SALIENCY = frozenset({"ream", "mc-smoe", "none"})
+"""Groupings whose centroids are the most salient experts."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
@@ -63,3 +71,52 @@ def dtype_problems(checkpoint: Checkpoint) -> Iterator[str]:
         for name in names:
             if (dtype := checkpoint.entries[name].dtype) != usual:
                 yield f"{name} is {dtype}, in most layers it is {usual}"
+
+
+def group_problems(manifest: Manifest, routing_groups: int) -> Iterator[str]:
+    """Yield a sentence for each thing that is wrong with the groups of a layer.
+
+    Parameters
+    ----------
+    manifest
+        Of the output.
+    routing_groups
+        ``n_group`` of group-limited routers, otherwise 1.
+    """
+    for layer in manifest.layers:
+        for problem in _layer_problems(manifest, layer, routing_groups):
+            yield f"layer {layer.index}: {problem}"
+
+
+def _layer_problems(
+    manifest: Manifest, layer: LayerGroups, routing_groups: int
+) -> Iterator[str]:
+    members = [expert for group in layer.groups for expert in group]
+    kept = [group[0] for group in layer.groups if group]
+    everyone = set(range(manifest.before))
+    if len(layer.groups) != manifest.after or len(kept) != len(layer.groups):
+        yield f"{len(kept)} groups with members, the layer has {manifest.after} experts"
+    if len(set(members)) != len(members):
+        yield "an expert is in two groups"
+    if not everyone.issuperset(members):
+        yield f"an expert is not one of the source's 0 to {manifest.before - 1}"
+    if manifest.grouping == "none" and len(members) != len(layer.groups):
+        yield "experts were pruned, yet a group has several members"
+    if manifest.grouping != "none" and set(members) != everyone:
+        yield f"experts {sorted(everyone - set(members))[:8]} are in no group"
+    if kept != sorted(kept):
+        yield "groups are not in the order of their centroids"
+    if len(layer.saliency) != manifest.before or not all(map(math.isfinite, layer.saliency)):
+        yield f"it has no {manifest.before} finite saliencies"
+    elif manifest.grouping in _BY_SALIENCY and set(kept) != set(
+        _most_salient(layer.saliency, manifest.after, routing_groups)
+    ):
+        yield "the first members of the groups are not the most salient experts"
+
+
+def _most_salient(saliency: Sequence[float], keep: int, routing_groups: int) -> list[int]:
+    saliency_E = torch.tensor(saliency, dtype=torch.float64)
+    try:
+        return centroids(saliency_E, keep, routing_groups=routing_groups)
+    except ValueError:  # the counts do not fit, which other findings tell
+        return []

@@ -9,8 +9,7 @@ from typing import Any
 from ream_stream.checkpoint.config_json import find_mtp, text_config
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.compression.finalize import MANIFEST
-from ream_stream.compression.manifest import read_manifest
+from ream_stream.compression.manifest import MANIFEST, read_manifest
 from ream_stream.errors import UnsupportedModelError
 from ream_stream.model.families import family_of
 

@@ -3,10 +3,13 @@
 Letters in shapes: H hidden, I inner width (neurons) of the expert.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Expert(NamedTuple):

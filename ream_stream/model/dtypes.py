@@ -4,7 +4,7 @@ import torch
 
 from ream_stream import device as devices
 from ream_stream.checkpoint.formats.codec import FLOATS
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.header import torch_dtype
 from ream_stream.checkpoint.reader import Checkpoint
 
 
@@ -14,7 +14,7 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     for entry in checkpoint.entries.values():
         if entry.dtype in FLOATS:
             total[entry.dtype] = total.get(entry.dtype, 0) + entry.nbytes
-    return DTYPES[max(total, key=lambda name: total[name], default="BF16")]
+    return torch_dtype(max(total, key=lambda name: total[name], default="BF16"))
 
 
 def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -3,17 +3,23 @@
 A new family is one entry here and one tiny checkpoint in the tests.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from ream_stream import deferred
 from ream_stream.checkpoint.config_json import text_config
 from ream_stream.errors import UnsupportedModelError
 
-Scores = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
+
+Scores = Callable[["Tensor"], "Tensor"]
 
 
 def _softmax(logits_TE: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import masking_utils
 
 from ream_stream.checkpoint.expert_stack import ExpertStack, Send, stay
 from ream_stream.checkpoint.formats import Plain, Stored
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.header import torch_dtype
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import ReamStreamError, UnsupportedModelError
 from ream_stream.model.attention_cache import main_output
@@ -177,7 +177,7 @@ class _NoData:
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
 
     def ahead(self, stack: ExpertStack, expert: int) -> None:
         """There is nothing to read."""
@@ -187,7 +187,7 @@ class _NoData:
     ) -> Tensor:
         plain = isinstance(stored.codec, Plain)
         stack = () if index is not None or stored.count is None else (stored.count,)
-        stored_dtype = DTYPES[stored.codec.parts(stored.rows, stored.cols)[0].dtype]
+        stored_dtype = torch_dtype(stored.codec.parts(stored.rows, stored.cols)[0].dtype)
         return torch.empty(
             (*stack, stored.rows, stored.cols), dtype=stored_dtype if plain else dtype
         )

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.header import ITEM_BYTES, torch_dtype
 from ream_stream.device import TransferLanes
 from ream_stream.host_memory import anonymous_bytes
 from ream_stream.method.alignment import ALIGNMENTS, aligning_bytes
@@ -182,7 +182,7 @@ class MemoryModel:
                 for name in layer.dense_names()
                 if not only_copied
                 or name in layer.quantized
-                or DTYPES[entries[name].dtype] != model.dtype
+                or torch_dtype(entries[name].dtype) != model.dtype
             )
 
         return max(map(numbers, model.layers)) * self._itemsize
@@ -218,7 +218,7 @@ class MemoryModel:
             run = rows * (4 * inner + hidden) * itemsize
             align = run + aligning_bytes(rows, hidden, inner, self.workload.threads)
         # what is quantized is decoded to float32
-        stored = DTYPES[stack.dtype].itemsize if stack.scheme == "plain" else 4
+        stored = ITEM_BYTES[stack.dtype] if stack.scheme == "plain" else 4
         return {
             "compare": compare + MeanActivations.WIDENED_BYTES,
             "align": align,

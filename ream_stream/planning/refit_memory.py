@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ream_stream.checkpoint.expert_stack import ExpertStack
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.header import ITEM_BYTES
 from ream_stream.method.normal_equations import NormalMatrix, NormalSums
 from ream_stream.method.preconditioning import Cholesky
 from ream_stream.model.experts import MAX_ROWS
@@ -83,7 +83,7 @@ class RefitMemory:
         """Return what is kept of `tokens` calibration tokens, and the results."""
         hidden, inner = self.stack.hidden, self.stack.inner
         # codes are made of float32
-        stored = DTYPES[self.stack.dtype].itemsize if self.stack.scheme == "plain" else 4
+        stored = ITEM_BYTES[self.stack.dtype] if self.stack.scheme == "plain" else 4
         numbers = self.settings.experts * hidden * inner
         # targets, then their residuals in the same store
         return tokens * hidden * self.itemsize + numbers * stored

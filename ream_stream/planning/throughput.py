@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ream_stream.checkpoint.expert_stack import ExpertMatrix, ExpertStack, Send, stay
 from ream_stream.checkpoint.formats import Plain, Stored
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.header import ITEM_BYTES, torch_dtype
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.host_memory import available_bytes, trim
 from ream_stream.model.experts import ExpertWeights, Form, StreamedExperts, slots_by_expert
@@ -134,7 +134,7 @@ def measure(plan: Plan, device: torch.device, limit: float) -> Throughput:
     cost = torch.rand(side, side, generator=generator(0, 0, "rates")).numpy()
     growth = (stack.inner / side) ** _MATCHING_EXPONENT
     matching = _rate(lambda: linear_sum_assignment(cost), 1.0, limit / 2)
-    stored = torch.ones(1 << 20).to(DTYPES[stack.dtype])
+    stored = torch.ones(1 << 20).to(torch_dtype(stack.dtype))
     added = torch.zeros(1 << 20)
     data = bytes(1 << 20)
     decode, encode = _coding(plan, device, limit / 2)
@@ -176,7 +176,7 @@ class _Filled:
     def _fill(matrix: ExpertMatrix) -> Tensor:
         stored = matrix.stored
         plain = isinstance(stored.codec, Plain)
-        dtype = DTYPES[matrix.tensors[0].dtype] if plain else torch.bfloat16
+        dtype = torch_dtype(matrix.tensors[0].dtype) if plain else torch.bfloat16
         return torch.full((stored.rows, stored.cols), 0.01, dtype=dtype)
 
     def ahead(self, stack: ExpertStack, expert: int) -> None:
@@ -195,7 +195,7 @@ def _products(
 ) -> tuple[float, float]:
     """Return the rates of experts as they are run, and of a product with many rows."""
     numbers = 3 * stack.hidden * stack.inner
-    held = numbers * DTYPES[stack.dtype].itemsize
+    held = numbers * ITEM_BYTES[stack.dtype]
     count = min(plan.num_experts, max(_FEWEST_EXPERTS, _SAMPLED_BYTES // held))
     tensors: Any = _Filled(stack, count)
     original: Any = SimpleNamespace(act_fn=functional.silu)

@@ -22,7 +22,7 @@ from ream_stream.checkpoint.formats import (
     named_modules,
     without_gone,
 )
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream.checkpoint.header import torch_dtype
 from ream_stream.checkpoint.quantized import is_cache_scale
 from ream_stream.errors import DamagedError, UnsupportedModelError
 
@@ -75,9 +75,9 @@ def random_parts(codec, rows, cols, seed=0, nan=False):
     parts = {}
     for number, part in enumerate(codec.parts(rows, cols)):
         if part.suffix == ".weight_shape":
-            parts[part.suffix] = torch.tensor([rows, cols], dtype=DTYPES[part.dtype])
+            parts[part.suffix] = torch.tensor([rows, cols], dtype=torch_dtype(part.dtype))
         elif number == 0:
-            dtype = DTYPES[part.dtype]
+            dtype = torch_dtype(part.dtype)
             size = (*part.shape[:-1], part.shape[-1] * dtype.itemsize)
             byte = torch.randint(0, 256, size, dtype=torch.uint8, generator=draw)
             if part.dtype == "F8_E4M3" and not nan:
@@ -93,7 +93,7 @@ def random_parts(codec, rows, cols, seed=0, nan=False):
                 value = value * 400
             elif part.suffix == ".weight_global_scale":
                 value = 1 / value
-            parts[part.suffix] = value.to(DTYPES[part.dtype])
+            parts[part.suffix] = value.to(torch_dtype(part.dtype))
     return parts
 
 
@@ -277,7 +277,7 @@ def test_encoding_is_of_the_planned_dtypes_and_shapes(codec):
     assert [part.suffix for part in planned] == list(encoded)
     for part in planned:
         assert encoded[part.suffix].shape == part.shape
-        assert encoded[part.suffix].dtype == DTYPES[part.dtype]
+        assert encoded[part.suffix].dtype == torch_dtype(part.dtype)
     shapes = {suffix: tuple(tensor.shape) for suffix, tensor in encoded.items()}
     assert codec.size(shapes) == (96, 96)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from ream_stream.checkpoint.header import DTYPES, read_header
+from ream_stream.checkpoint.header import ITEM_BYTES, read_header, torch_dtype
 from ream_stream.checkpoint.shards import PlannedTensor, Shard, cut, name_shards, write_shard
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -18,7 +18,7 @@ PLANNED = st.lists(
     st.builds(
         PlannedTensor,
         name=st.text('abcxyz.0129\u00e9"', min_size=1, max_size=8),
-        dtype=st.sampled_from(sorted(DTYPES)),
+        dtype=st.sampled_from(sorted(ITEM_BYTES)),
         shape=SHAPES,
     ),
     min_size=1,
@@ -38,7 +38,7 @@ def filled(tensors):
     for tensor in tensors:
         data = torch.arange(position, position + tensor.nbytes) % 251
         position += tensor.nbytes
-        kind = DTYPES[tensor.dtype]
+        kind = torch_dtype(tensor.dtype)
         data = (data % 2 if tensor.dtype == "BOOL" else data).to(torch.uint8)
         values[tensor.name] = data.view(kind).reshape(tensor.shape)
     return values
@@ -88,7 +88,7 @@ def test_every_tensor_is_aligned_to_its_elements(folder, tensors):
     write_shard(folder, shard, filled(tensors).__getitem__)
     assert len(shard.header()) % 8 == 0
     for entry in read_header(folder / shard.name).values():
-        assert entry.start % DTYPES[entry.dtype].itemsize == 0
+        assert entry.start % ITEM_BYTES[entry.dtype] == 0
 
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 60))

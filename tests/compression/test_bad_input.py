@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import run, settings, some_tokens
 
-from ream_stream.checkpoint.header import DTYPES, MAX_HEADER_BYTES, read_header
+from ream_stream.checkpoint.header import ITEM_BYTES, MAX_HEADER_BYTES, read_header
 from ream_stream.checkpoint.reader import INDEX, SINGLE, open_checkpoint
 from ream_stream.errors import (
     DamagedError,
@@ -318,7 +318,7 @@ def read_or_refuse(path):
     # what is accepted can be mapped: every tensor is inside the file, none overlap
     assert sum(e.nbytes for e in entries.values()) <= path.stat().st_size
     for tensor in entries.values():
-        assert tensor.nbytes == tensor.num_elements * DTYPES[tensor.dtype].itemsize
+        assert tensor.nbytes == tensor.num_elements * ITEM_BYTES[tensor.dtype]
 
 
 @given(data=st.binary(max_size=300))

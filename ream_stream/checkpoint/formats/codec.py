@@ -3,14 +3,20 @@
 Letters in shapes: R rows, C columns, G groups of columns in a row, N columns of a group.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-import torch
-from torch import Tensor
+from ream_stream import deferred
+from ream_stream.checkpoint.header import torch_dtype
 
-from ream_stream.checkpoint.header import DTYPES
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -104,7 +110,7 @@ class Plain:
         kept: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """See `Codec.encode`; there are no scales to keep."""
-        return {self.suffix: matrix_RC.to(DTYPES[self.dtype])}
+        return {self.suffix: matrix_RC.to(torch_dtype(self.dtype))}
 
 
 def require_finite(largest: Tensor) -> None:

@@ -4,13 +4,21 @@ The first code of a byte is its lower half, in all formats here. A word of eight
 codes is four such bytes on a little-endian machine, which safetensors prescribes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ream_stream import deferred
 
 from .lookup_tables import decode_pairs, pair_table, panels
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of FP4 e2m1 by code; the fourth bit is the sign."""

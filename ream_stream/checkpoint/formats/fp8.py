@@ -7,22 +7,27 @@ right edge are cut. The size must not be inferred from shapes: 192 rows with 2 r
 scales are blocks of 128 and 64, not of 96. Despite its name ``weight_scale_inv`` multiplies.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream import deferred
+from ream_stream.checkpoint.header import torch_dtype
 
 from .codec import Part, require_finite
 from .lookup_tables import decode_pairs, pair_table, panels
 
-E4M3 = torch.float8_e4m3fn
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
+
 E4M3_MAX = 448.0
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_SMALLEST_NORMAL = 2.0**-126  # of float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +84,10 @@ class Fp8Block:
         scale = (kept or {}).get(self.scale_suffix)
         given = scale is not None
         if scale is None:
-            scale = torch.empty(grid, dtype=DTYPES[self.scale_dtype], device=matrix_RC.device)
-        code_RC = torch.empty(rows, cols, dtype=E4M3, device=matrix_RC.device)
+            scale = torch.empty(
+                grid, dtype=torch_dtype(self.scale_dtype), device=matrix_RC.device
+            )
+        code_RC = torch.empty(rows, cols, dtype=torch.float8_e4m3fn, device=matrix_RC.device)
         for block in range(grid[0]):
             band = slice(block * self.block[0], (block + 1) * self.block[0])
             panel_PC = matrix_RC[band].to(torch.float32)
@@ -151,9 +158,9 @@ class Fp8Scaled:
             )
             largest = largest_R if self.per_row else largest_R.amax()
             part = self.parts(rows, cols)[1]
-            scale = _scale(largest).to(DTYPES[part.dtype]).reshape(part.shape)
+            scale = _scale(largest).to(torch_dtype(part.dtype)).reshape(part.shape)
         scale_R1 = _of_rows(scale, rows)
-        code_RC = torch.empty(rows, cols, dtype=E4M3, device=matrix_RC.device)
+        code_RC = torch.empty(rows, cols, dtype=torch.float8_e4m3fn, device=matrix_RC.device)
         for start, stop in panels(rows, cols):
             code_RC[start:stop] = _round(matrix_RC[start:stop].float(), scale_R1[start:stop])
         return {".weight": code_RC, ".weight_scale": scale}
@@ -161,7 +168,7 @@ class Fp8Scaled:
 
 def e4m3_scale(value: Tensor) -> Tensor:
     """Round positive values to e4m3, within its smallest and its largest number."""
-    return value.clamp(2.0**-9, E4M3_MAX).to(E4M3)
+    return value.clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def _decode(
@@ -177,7 +184,7 @@ def _decode(
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    value = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32)
+    value = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
     return pair_table(value.repeat(256), value.repeat_interleave(256)).to(device)
 
 
@@ -199,4 +206,4 @@ def _round(panel_PC: Tensor, scale: Tensor) -> Tensor:
     """Round to codes; what is over the largest code becomes the largest."""
     # a scale that was stored as 0 decoded to zeros, which any divisor gives back
     divisor = torch.where(scale == 0, 1.0, scale)
-    return (panel_PC / divisor).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    return (panel_PC / divisor).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -5,17 +5,23 @@ bits; ``weight_shape`` holds rows and columns. Kimi-K2-Thinking stores its exper
 so, in groups of 32, and uses the codes -7 to 7 only.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream import deferred
+from ream_stream.checkpoint.header import torch_dtype
 
 from .codec import Part, require_finite
 from .four_bit import decode_groups, encode_groups, largest, least_error, pick
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 _VALUES = tuple(float(code - 8) for code in range(16))
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
@@ -70,7 +76,10 @@ class Int4:
         rows, cols = matrix_RC.shape
         given = (kept or {}).get(_SCALE)
         scale_RG = torch.empty(
-            rows, cols // self.group, dtype=DTYPES[self.scale_dtype], device=matrix_RC.device
+            rows,
+            cols // self.group,
+            dtype=torch_dtype(self.scale_dtype),
+            device=matrix_RC.device,
         )
 
         def choose(group_PGN: Tensor, start: int, stop: int) -> Tensor:
@@ -81,7 +90,7 @@ class Int4:
 
         byte_RB = encode_groups(matrix_RC, self.group, choose, _code)
         byte_RB = torch.nn.functional.pad(byte_RB, (0, -(cols // 2) % 4))
-        shape = torch.tensor([rows, cols], dtype=DTYPES[self.shape_dtype])
+        shape = torch.tensor([rows, cols], dtype=torch_dtype(self.shape_dtype))
         return {
             _PACKED: byte_RB.view(torch.int32),
             _SCALE: scale_RG,
@@ -91,7 +100,7 @@ class Int4:
     def _choose(self, group_PGN: Tensor) -> Tensor:
         largest_PG = largest(group_PGN)
         require_finite(largest_PG)
-        dtype = DTYPES[self.scale_dtype]
+        dtype = torch_dtype(self.scale_dtype)
         smallest = torch.finfo(dtype).tiny
         candidates = [
             torch.where(largest_PG > 0, (largest_PG / divisor).clamp_min(smallest), 1.0)

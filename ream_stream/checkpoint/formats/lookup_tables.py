@@ -8,10 +8,18 @@ of an EPYC with AVX-512, torch 2.13). Panels keep the scratch in the cache and
 the memory bounded: under 1 MiB, or 7 bytes times the columns of one row if that is more.
 """
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ream_stream import deferred
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 PANEL_ELEMENTS = 1 << 17
 """Elements of the matrix that are decoded or encoded at once."""

@@ -6,14 +6,14 @@ The scale is a byte, an exponent with bias 127; 255 means NaN. gpt-oss stores
 columns / 2) and ``scale``, as int8 and float8. Same bytes, other shapes and dtypes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from ream_stream.checkpoint.header import DTYPES
+from ream_stream import deferred
+from ream_stream.checkpoint.header import torch_dtype
 
 from .codec import Part, require_finite
 from .four_bit import (
@@ -25,6 +25,12 @@ from .four_bit import (
     largest,
     least_error,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 _GROUP = 32
 _VALUES = (*E2M1, *(-value for value in E2M1))
@@ -100,8 +106,8 @@ class Mxfp4:
         byte_RB = encode_groups(matrix_RC, _GROUP, choose, e2m1_code)
         shape = self.parts(rows, cols)[0].shape
         return {
-            self.code_suffix: byte_RB.view(shape).view(DTYPES[self.code_dtype]),
-            self.scale_suffix: exponent_RG.view(DTYPES[self.scale_dtype]),
+            self.code_suffix: byte_RB.view(shape).view(torch_dtype(self.code_dtype)),
+            self.scale_suffix: exponent_RG.view(torch_dtype(self.scale_dtype)),
         }
 
 

@@ -5,12 +5,13 @@ compressed-tensors divides by ``weight_global_scale`` (448 * 6 / largest),
 modelopt multiplies by ``weight_scale_2`` (largest / (448 * 6)).
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from ream_stream import deferred
 
 from .codec import Part, require_finite
 from .four_bit import (
@@ -24,6 +25,12 @@ from .four_bit import (
     pick,
 )
 from .fp8 import E4M3_MAX, e4m3_scale
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 _GROUP = 16
 _VALUES = (*E2M1, *(-value for value in E2M1))

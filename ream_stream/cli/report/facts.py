@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ream_stream import __version__
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.event_log import read_events
-from ream_stream.compression.finalize import MANIFEST
-from ream_stream.compression.manifest import LayerGroups, Manifest, read_manifest
+from ream_stream.compression.manifest import MANIFEST, LayerGroups, Manifest, read_manifest
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.pareto import correlation
