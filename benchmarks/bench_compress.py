@@ -71,7 +71,7 @@ def measure(
     from ream_stream.checkpoint.reader import open_checkpoint
     from ream_stream.compression.pipeline import compress
     from ream_stream.compression.workspace import Workspace
-    from ream_stream.device import compute_dtype
+    from ream_stream.model.device import compute_dtype
     from ream_stream.planning.planner import make_plan
     from ream_stream.settings import Method, Settings
 

@@ -23,6 +23,7 @@ import torch
 from make_large import Shape, write_checkpoint
 
 from ream_stream import files
+from ream_stream.file_access import free_bytes
 from ream_stream.units import format_size
 
 INTERVAL = 0.02
@@ -126,7 +127,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, output = Path(folder, "source"), Path(folder, "output")
         experts = options.layers * options.experts * 3 * options.hidden * options.inner * 2
-        needed, free = 2.2 * experts, files.free_bytes(source)
+        needed, free = 2.2 * experts, free_bytes(source)
         if needed > free:
             raise SystemExit(f"needs {format_size(needed)}, {format_size(free)} are free")
         start = time.monotonic()

@@ -53,7 +53,7 @@ from ream_stream.evaluation.comparison import ComparisonSetup
 from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.metrics import Evaluation
 from ream_stream.evaluation.variants import named
-from ream_stream.parsing import read_json
+from ream_stream.file_access import read_json
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Method, Settings

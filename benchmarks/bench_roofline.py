@@ -33,9 +33,9 @@ from ream_stream.calibration.tokens import Tokens, from_tensors
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import Workspace
-from ream_stream.device import compute_dtype
 from ream_stream.events import Finished
 from ream_stream.host_memory import anonymous_bytes, bound_kernel_caches
+from ream_stream.model.device import compute_dtype
 from ream_stream.model.experts import MAX_ROWS
 from ream_stream.planning.cost import cost_of
 from ream_stream.planning.plan import Plan

@@ -18,53 +18,32 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, Self
 
-from .checkpoint.background_hasher import BackgroundHasher
 from .errors import FULL, DamagedError, OverBudgetError
-from .file_access import check_folder, open_regular, regular_size
-from .source_access import open_source
+from .file_access import FileRange, Origin, check_folder, open_regular, pieces, regular_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial"
+FLUSH_BYTES = 64 << 20
+"""Copied before the disk is asked to begin: small files are synced once, at their end."""
 LOG_BYTES = 10_000_000
 """Of a log that is put aside when a run opens it; a run of a day writes a tenth of it."""
-
-_COPY_BYTES = 1 << 22
 
 _NOT_COPIED = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 )
 """What kernels say of files that they do not copy: other disks, FUSE, old ones."""
-
-Origin = tuple[int, int]
-"""An open file, and the offset of a piece in it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileRange:
-    """Bytes of an existing file, to be copied without passing through memory."""
-
-    path: Path
-    """The file they are in."""
-
-    start: int
-    """Offset of the first byte."""
-
-    stop: int
-    """Offset after the last byte."""
-
-    within: tuple[Path, ...] = ()
-    """Folders that a link may lead into; empty if it may lead anywhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +58,75 @@ class Written:
 
     sha256: str
     """Digest of the whole file, hex."""
+
+
+class BackgroundHasher:
+    """The digest of a file that is being written; one block a file.
+
+    Parameters
+    ----------
+    file
+        It is open for the length of the block.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+        # threads are started when there is work for them
+        self._threads = ThreadPoolExecutor(2, "write")
+        self._hashing: Future[None] | None = None
+        self._flushing: Future[None] | None = None
+        self._copied = 0
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Wait for what is going on; in a failure of its own the file is not whole."""
+        self._threads.shutdown()
+        if error is None and self._flushing is not None:
+            self._flushing.result()
+
+    def hash(self, piece: bytes | memoryview, *, lasting: bool) -> None:
+        """Add a piece to the digest; at once, unless its bytes are `lasting`."""
+        self._wait()
+        if lasting:
+            self._hashing = self._threads.submit(self._digest.update, piece)
+        else:
+            self._digest.update(piece)
+
+    def flush(self, size: int) -> None:
+        """Let the disk begin with what was copied, `size` bytes more, if that is much.
+
+        Nothing relies on it: the file is synced at its end. But an error is told once only,
+        so it must not be lost.
+
+        Raises
+        ------
+        OSError
+            The disk failed.
+        """
+        self._copied += size
+        if self._copied >= FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            if self._flushing is not None:
+                self._flushing.result()
+            self._flushing = self._threads.submit(os.fsync, self._file.fileno())
+            self._copied = 0
+
+    def hexdigest(self) -> str:
+        """Return the digest of all pieces."""
+        self._wait()
+        return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
 
 
 def write_stream(
@@ -111,7 +159,7 @@ def write_stream(
     size = 0
     with _partial(path, partial) as file, BackgroundHasher(file) as beside:
         for part in parts:
-            for piece, origin in _pieces(part):
+            for piece, origin in pieces(part):
                 # what comes from a file was read for the digest alone
                 beside.hash(piece, lasting=origin is not None)
                 _fill(file, piece, origin)
@@ -152,22 +200,6 @@ def write_tensors(
 def copy_file(source: Path, target: Path) -> Written:
     """Copy a file's bytes; permissions are those of a new file."""
     return write_stream(target, [FileRange(path=source, start=0, stop=source.stat().st_size)])
-
-
-def digest(ranges: Iterable[FileRange]) -> str:
-    """Return the SHA-256 of bytes of files, one range after another, hex."""
-    found = hashlib.sha256()
-    for each in ranges:
-        for piece, _ in _pieces(each):
-            found.update(piece)
-    return found.hexdigest()
-
-
-def is_inside(name: str) -> bool:
-    """Tell whether a relative name, written the one usual way, stays in its folder."""
-    path = PurePosixPath(name)
-    usual = path.as_posix() == name and not path.is_absolute()
-    return usual and bool(path.parts) and ".." not in path.parts
 
 
 def make_directory(path: Path) -> None:
@@ -230,16 +262,6 @@ def remove_empty(path: Path) -> None:
         _remove_empty(path)
 
 
-def free_bytes(path: Path) -> int:
-    """Return what the file system of the nearest existing folder has free."""
-    return shutil.disk_usage(existing(path)).free
-
-
-def same_disk(one: Path, other: Path) -> bool:
-    """Tell whether what is written to either takes space from both."""
-    return existing(one).stat().st_dev == existing(other).stat().st_dev
-
-
 @contextmanager
 def open_log(path: Path, older: Path) -> Iterator[FileIO]:
     """Open a log for `append`, for the length of the block.
@@ -292,31 +314,6 @@ def space_for(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Let errors of the disk met in the block name a file: that of a read names none."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def why_not_writable(path: Path) -> str | None:
-    """Tell why nothing can be written where a folder is or would be; None if it can."""
-    folder = existing(path)
-    if os.statvfs(folder).f_flag & os.ST_RDONLY:
-        return "its file system is read-only"
-    return None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
-
-
-def existing(path: Path) -> Path:
-    """Return the nearest folder that is there."""
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-@contextmanager
 def _partial(path: Path, partial: Path | None) -> Iterator[FileIO]:
     """Open ``NAME.partial`` for the block, then sync and publish it under its name."""
     partial = partial or path.with_name(path.name + PARTIAL)
@@ -328,33 +325,6 @@ def _partial(path: Path, partial: Path | None) -> Iterator[FileIO]:
             yield file
             _sync(file.fileno())
         _publish(partial, path)
-
-
-def _pieces(
-    part: bytes | memoryview | FileRange,
-) -> Iterator[tuple[bytes | memoryview, Origin | None]]:
-    """Cut a part so that copying never holds more than a few megabytes.
-
-    Of a file's bytes the origin is told too: they are read for their digest, and copied by
-    the kernel.
-    """
-    if not isinstance(part, FileRange):
-        view = memoryview(part).cast("B")
-        for start in range(0, len(view), _COPY_BYTES):
-            yield view[start : start + _COPY_BYTES], None
-        return
-    with open_source(part.path, part.within, buffering=0) as file:
-        file.seek(part.start)
-        left = part.stop - part.start
-        while left:
-            with reading(part.path):
-                piece = file.read(min(left, _COPY_BYTES))
-            if not piece:
-                raise DamagedError(
-                    f"{part.path} ends before byte {part.stop}: it was cut while it was read"
-                )
-            yield piece, (file.fileno(), part.stop - left)
-            left -= len(piece)
 
 
 def _publish(partial: Path, path: Path) -> None:

@@ -10,10 +10,9 @@ from crash import run_in_child
 from safetensors.torch import load_file
 
 from ream_stream import files
-from ream_stream.checkpoint import background_hasher
+from ream_stream.compression.file_lock import lock, lock_holder
 from ream_stream.errors import DamagedError, OtherRunError, OverBudgetError
-from ream_stream.file_lock import lock, lock_holder
-from ream_stream.files import FileRange
+from ream_stream.file_access import FileRange, free_bytes, same_disk
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def test_the_kernel_copies_from_file_to_file_where_it_can(tmp_path, monkeypatch)
 def test_the_disk_begins_with_a_large_copy_before_its_end(tmp_path, monkeypatch):
     source, synced, fsync = tmp_path / "source", [], os.fsync
     source.write_bytes(bytes(10_000_000))
-    monkeypatch.setattr(background_hasher, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(files, "FLUSH_BYTES", 1)
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), fsync(fd))[1])
     written = files.copy_file(source, tmp_path / "copy")
     # before the last one there were others
@@ -107,7 +106,7 @@ def test_a_disk_that_fails_before_the_end_of_a_copy_is_an_error(tmp_path, monkey
             raise OSError(errno.EIO, "Input/output error")
         fsync(descriptor)
 
-    monkeypatch.setattr(background_hasher, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(files, "FLUSH_BYTES", 1)
     monkeypatch.setattr(os, "fsync", fails_once)
     with pytest.raises(OSError, match="Input/output"):
         files.copy_file(source, tmp_path / "copy")
@@ -216,7 +215,7 @@ def test_a_folder_is_removed_with_all_in_it_and_a_link_without_what_it_points_to
 
 
 def test_free_space_is_that_of_the_nearest_folder_there_is(tmp_path):
-    assert files.free_bytes(tmp_path / "not" / "there") > 0
+    assert free_bytes(tmp_path / "not" / "there") > 0
 
 
 def test_a_lock_tells_its_holder_to_those_who_do_not_want_it(tmp_path):
@@ -225,7 +224,7 @@ def test_a_lock_tells_its_holder_to_those_who_do_not_want_it(tmp_path):
     with lock(path):
         assert lock_holder(path).startswith(f"process {os.getpid()} on ")
     assert lock_holder(path) is None
-    assert files.same_disk(tmp_path / "not" / "there", tmp_path)
+    assert same_disk(tmp_path / "not" / "there", tmp_path)
 
 
 def test_a_second_process_is_refused_and_told_which_one_holds_the_lock(tmp_path):

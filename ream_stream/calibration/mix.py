@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ream_stream.errors import UsageError
-from ream_stream.parsing import MAX_YAML_CHARACTERS, parse_yaml
+from ream_stream.untrusted import MAX_YAML_CHARACTERS, parse_yaml
 
 HUB = "hf:"
 """What a source on the hub begins with: ``hf:OWNER/NAME/PATTERN``."""

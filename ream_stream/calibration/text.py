@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 
 from ream_stream.errors import UsageError
-from ream_stream.rng import generator
+from ream_stream.method.rng import generator
 
 from .chats import Chat, ChatError, chat_of
 from .readers import READ, RECORD_BYTES, listed

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ream_stream import files
 from ream_stream.errors import UsageError
 from ream_stream.file_access import regular_size
-from ream_stream.parsing import parse_json
+from ream_stream.untrusted import parse_json
 
 from .chat_templates import ChatRenderer
 from .config import CalibrationOptions

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ream_stream.errors import UsageError
-from ream_stream.parsing import parse_json
+from ream_stream.untrusted import parse_json
 
 ONE_DOMAIN = "all"
 """Name of the domain of sequences that were not told apart."""

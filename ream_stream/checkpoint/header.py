@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ream_stream import deferred, files
+from ream_stream import deferred
 from ream_stream.errors import DamagedError
-from ream_stream.parsing import parse_json
-from ream_stream.source_access import open_source
+from ream_stream.file_access import open_source, reading
+from ream_stream.untrusted import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ class Stamp:
     @classmethod
     def of_open(cls, path: Path, file: BinaryIO) -> Stamp:
         """Read the stamp of an open file, from its beginning."""
-        with files.reading(path):
+        with reading(path):
             status = os.fstat(file.fileno())
             length = int.from_bytes(file.read(8), "little")
             digest = hashlib.sha256(file.read(min(length, MAX_HEADER_BYTES)))
@@ -154,7 +154,7 @@ def read_header(path: Path, *, with_data: bool = True) -> dict[str, TensorEntry]
     DamagedError
         The header is not plausible, or the file is shorter or longer than it says.
     """
-    with open_source(path) as file, files.reading(path):
+    with open_source(path) as file, reading(path):
         file_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         header_bytes = int.from_bytes(prefix, "little")

@@ -43,9 +43,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported la
 
 from ream_stream import files as durable
 from ream_stream.errors import DamagedError, OverBudgetError, ReamStreamError, UsageError
-from ream_stream.files import FileRange
-from ream_stream.parsing import read_object
-from ream_stream.source_access import open_source
+from ream_stream.file_access import FileRange, digest, free_bytes, open_source, read_object
 from ream_stream.units import format_size
 
 from .config_json import lacks_mtp
@@ -199,7 +197,7 @@ def _fetch_all(remote: Remote, names: Sequence[str], local: Path | None = None) 
     cache = home / repo_folder_name(repo_id=remote.repo, repo_type="model")
     folder = local or cache / "snapshots" / remote.commit
     size = sum(remote.files[name].size for name in names if not (folder / name).exists())
-    free = durable.free_bytes(home)
+    free = free_bytes(home)
     if size > free:
         raise OverBudgetError(
             f"{remote.repo} has {format_size(size)} to fetch, {format_size(free)} are free on "
@@ -369,7 +367,7 @@ def _is_whole(remote: Remote, name: str, path: Path) -> bool:
     if not path.is_file() or path.stat().st_size != told.size:
         return False
     whole = FileRange(path=path, start=0, stop=told.size)
-    return told.sha256 in {None, durable.digest([whole] if told.sha256 else [])}
+    return told.sha256 in {None, digest([whole] if told.sha256 else [])}
 
 
 def _retried(what: str, act: Callable[[], R]) -> R:

@@ -18,7 +18,7 @@ from huggingface_hub import set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
 from ream_stream.errors import DamagedError
-from ream_stream.files import is_inside
+from ream_stream.file_access import is_inside
 
 from .other_files import COMMIT
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ream_stream.errors import DamagedError, UsageError
-from ream_stream.source_access import open_source
+from ream_stream.file_access import open_source
 
 MAX_OTHERS = 10_000
 

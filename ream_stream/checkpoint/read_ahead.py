@@ -11,8 +11,7 @@ from queue import Full, Queue
 from threading import Thread
 
 from ream_stream.errors import DamagedError
-from ream_stream.files import FileRange
-from ream_stream.source_access import open_source
+from ream_stream.file_access import FileRange, open_source
 
 _PIECE = 1 << 20
 """Kernels read no more for one hint than a device takes at once."""

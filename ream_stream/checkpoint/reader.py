@@ -17,9 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ream_stream import deferred
 from ream_stream.errors import DamagedError, UsageError
-from ream_stream.files import FileRange
-from ream_stream.parsing import read_object
-from ream_stream.source_access import open_source
+from ream_stream.file_access import FileRange, open_source, read_object
 
 from .expert_layouts import find_experts
 from .expert_stack import ExpertStack, Send, one_of, stay

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ream_stream.files import FileRange, Written, write_stream
+from ream_stream.file_access import FileRange
+from ream_stream.files import Written, write_stream
 
 from .header import ITEM_BYTES, TensorEntry, torch_dtype
 

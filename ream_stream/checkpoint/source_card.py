@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ream_stream.parsing import MAX_YAML_CHARACTERS, parse_yaml
-from ream_stream.source_access import open_source
+from ream_stream.file_access import open_source
+from ream_stream.untrusted import MAX_YAML_CHARACTERS, parse_yaml
 
 CARD = "README.md"
 

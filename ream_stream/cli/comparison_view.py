@@ -18,7 +18,6 @@ from ream_stream.calibration.token_cache import calibration_of, read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
 from ream_stream.compression.job import num_experts
-from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.comparison import (
     ALL,
@@ -35,6 +34,7 @@ from ream_stream.evaluation.pareto import correlation, front, hypervolume, refer
 from ream_stream.evaluation.variants import named, settings_of
 from ream_stream.events import Event, LayerDone, Started
 from ream_stream.file_access import resolved
+from ream_stream.model.device import choose_device
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import check_values

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ream_stream.printable import MOST_CHARACTERS, printable
 from ream_stream.units import format_seconds
+from ream_stream.untrusted import MOST_CHARACTERS, printable
 
 from .terminal import beneath
 

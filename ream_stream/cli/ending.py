@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import click
 
 from ream_stream.errors import ReamStreamError, of_system
-from ream_stream.printable import MOST_CHARACTERS, printable
+from ream_stream.untrusted import MOST_CHARACTERS, printable
 
 INTERRUPTED = 130
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ream_stream.printable import shell_words
+from ream_stream.untrusted import shell_words
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -39,8 +39,8 @@ def push(
     from ream_stream.compression.manifest import MANIFEST, read_manifest
     from ream_stream.errors import DamagedError
     from ream_stream.evaluation.verify import verify
-    from ream_stream.printable import printable
     from ream_stream.units import format_size
+    from ream_stream.untrusted import printable
 
     from .console import print_json
 

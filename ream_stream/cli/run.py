@@ -8,8 +8,8 @@ from rich.console import Console
 
 from ream_stream.compression.run import CompressionResult
 from ream_stream.events import Event, Fetching, Planned, Report, no_report
-from ream_stream.printable import shell_words
 from ream_stream.units import format_seconds, format_size
+from ream_stream.untrusted import shell_words
 
 from .console import facts, phases
 from .plan_view import plan_table

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from ream_stream.printable import printable
+from ream_stream.untrusted import printable
 
 _MOVES = re.compile(r"(?:\n|\x1b\[A)+")
 """What tqdm writes alone, to go from bar to bar; a bar begins with a carriage return."""

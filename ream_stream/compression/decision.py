@@ -13,6 +13,7 @@ from ream_stream.errors import ReamStreamError
 from ream_stream.method.alignment import ALIGNMENTS, Matched, Neurons, Pair, align_all
 from ream_stream.method.grouping import GROUPINGS, Evidence
 from ream_stream.method.merging import MERGES
+from ream_stream.method.rng import generator
 from ream_stream.method.saliency import SALIENCIES, merge_weights
 from ream_stream.method.similarity import (
     RANDOM,
@@ -22,7 +23,6 @@ from ream_stream.method.similarity import (
     random_distance,
 )
 from ream_stream.model.experts import StreamedExperts
-from ream_stream.rng import generator
 from ream_stream.settings import Method, Settings
 
 from .observer import Observer, TokenSample

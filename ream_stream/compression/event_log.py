@@ -23,7 +23,7 @@ from ream_stream.events import (
 )
 from ream_stream.file_access import last_lines
 from ream_stream.host_memory import anonymous_bytes
-from ream_stream.parsing import parse_json
+from ream_stream.untrusted import parse_json
 
 BEAT_SECONDS = 30.0
 """A log is silent no longer than this, unless a single batch takes longer."""

@@ -16,6 +16,7 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import INDEX, QUANTIZATION_FILE
 from ream_stream.checkpoint.source_card import CARD
 from ream_stream.errors import OtherRunError, UsageError
+from ream_stream.file_access import existing
 from ream_stream.files import Written
 from ream_stream.planning.plan import Plan
 
@@ -108,7 +109,7 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
         A folder is where a file is to be, or a file where a folder is.
     """
     known = set(names)
-    most = os.pathconf(files.existing(folder), "PC_NAME_MAX")
+    most = os.pathconf(existing(folder), "PC_NAME_MAX")
     for name in sorted(known):
         path, parents = folder / name, [parent.as_posix() for parent in Path(name).parents]
         taken = [other for other in (*parents, name + files.PARTIAL) if other in known]

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from ream_stream import device as devices
 from ream_stream.calibration.packing import Calibration, read_tokens
 from ream_stream.calibration.token_cache import Request, calibration_of, changed, stored
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, check_path, open_checkpoint, vocab_size_of
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
-from ream_stream.files import free_bytes, why_not_writable
+from ream_stream.file_access import free_bytes, why_not_writable
 from ream_stream.host_memory import trim
+from ream_stream.model import device as devices
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import family_of
 from ream_stream.planning.cost import Cost

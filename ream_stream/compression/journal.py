@@ -31,7 +31,7 @@ from typing import Any
 from ream_stream import files as durable
 from ream_stream.errors import DamagedError, OtherRunError
 from ream_stream.events import RefitResult
-from ream_stream.file_access import read_own_json
+from ream_stream.file_access import is_inside, read_own_json
 from ream_stream.files import Written
 from ream_stream.planning.schedule import Begun, Schedule, Solver
 
@@ -136,7 +136,7 @@ def load(path: Path) -> Journal:
             raise OtherRunError(f"{path} is of format {value['format']!r}, not {FORMAT}")
         if value["sha256"] != digest(value):
             raise ValueError("its content does not have its checksum")  # noqa: TRY301
-        if not all(map(durable.is_inside, value["files"])):
+        if not all(map(is_inside, value["files"])):
             raise ValueError("it names files outside the folder")  # noqa: TRY301
         return Journal(
             run=value["run"],

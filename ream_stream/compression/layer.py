@@ -18,7 +18,8 @@ from ream_stream.checkpoint.reader import MappedTensors
 from ream_stream.checkpoint.shards import Content, write_shard
 from ream_stream.errors import NumbersError
 from ream_stream.events import Phase, RefitResult, Report, Step
-from ream_stream.files import FileRange, Written
+from ream_stream.file_access import FileRange
+from ream_stream.files import Written
 from ream_stream.method.alignment import Matched
 from ream_stream.model.attention_cache import AttentionCache
 from ream_stream.model.batches import with_states

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ream_stream.errors import DamagedError
-from ream_stream.files import Written, is_inside
-from ream_stream.parsing import read_object
+from ream_stream.file_access import is_inside, read_object
+from ream_stream.files import Written
 
 MANIFEST = "ream_stream.json"
 FORMAT = 1

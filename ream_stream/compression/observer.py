@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.errors import NumbersError
+from ream_stream.method.rng import generator
 from ream_stream.method.saliency import RoutedSums
 from ream_stream.method.similarity import LogitGram, MeanActivations
 from ream_stream.model.experts import Routed, StreamedExperts
@@ -22,7 +23,6 @@ from ream_stream.model.families import Family
 from ream_stream.model.finite import ExcludedSequences, is_finite
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.memory import SAMPLE_ROWS
-from ream_stream.rng import generator
 
 
 class TokenSample:

@@ -15,7 +15,7 @@ from ream_stream.checkpoint.header import TensorEntry
 from ream_stream.checkpoint.quantized import tensors_of
 from ream_stream.checkpoint.shards import Content
 from ream_stream.errors import NumbersError
-from ream_stream.files import FileRange
+from ream_stream.file_access import FileRange
 from ream_stream.method.expert import reorder_part
 from ream_stream.method.hash_routing import renumbered
 from ream_stream.method.merging import weighted_sum

@@ -14,7 +14,6 @@ import torch
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.shards import write_shard
-from ream_stream.device import peak_bytes, release, restart_peak
 from ream_stream.errors import NumbersError, OverBudgetError
 from ream_stream.events import (
     BatchHalved,
@@ -26,6 +25,7 @@ from ream_stream.events import (
     no_report,
 )
 from ream_stream.host_memory import Gauge, gauge, return_freed_memory
+from ream_stream.model.device import peak_bytes, release, restart_peak
 from ream_stream.model.finite import ExcludedSequences
 from ream_stream.planning.plan import LayerPlan, Plan
 

@@ -20,12 +20,12 @@ from torch.nn import functional
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.errors import UsageError
 from ream_stream.method.normal_equations import RoutedActivations
+from ream_stream.method.rng import generator
 from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.experts import MAX_ROWS, Loaded, StreamedExperts
 from ream_stream.model.finite import ExcludedSequences
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.refit_memory import HELD_BACK_SHARE
-from ream_stream.rng import generator
 
 
 def held_back(tokens: Tokens, seed: int) -> Tensor:

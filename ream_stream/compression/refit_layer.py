@@ -21,7 +21,7 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.expert_stack import Slot, one_of
 from ream_stream.checkpoint.shards import Content
 from ream_stream.errors import ReamStreamError
-from ream_stream.files import FileRange
+from ream_stream.file_access import FileRange
 from ream_stream.model.attention_cache import AttentionCache
 from ream_stream.model.batch_store import BatchStore, open_batch_store
 from ream_stream.model.batches import Batches, with_states

@@ -19,11 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ream_stream import deferred, files
+from ream_stream import deferred
 from ream_stream.checkpoint.header import TensorEntry
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import DamagedError, OtherRunError
-from ream_stream.files import FileRange, Written
+from ream_stream.file_access import FileRange, digest
+from ream_stream.files import Written
 
 if TYPE_CHECKING:
     import torch
@@ -217,7 +218,7 @@ def compare(
     ordered = (source.entries[name] for name in in_order(source.entries, names))
     for path, entries in groupby(ordered, key=lambda entry: entry.path):
         ranges = [FileRange(path=path, start=each.start, stop=each.stop) for each in entries]
-        if path.name in shards and files.digest(ranges) != then.get(path.name):
+        if path.name in shards and digest(ranges) != then.get(path.name):
             raise _changed(path)
 
 
@@ -247,9 +248,9 @@ def _sample(path: Path) -> str:
     length = min(size, BLOCK_BYTES)
     # the last block ends with the file
     starts = [(size - length) * n // (SAMPLE_BLOCKS - 1) for n in range(SAMPLE_BLOCKS)]
-    return files.digest(FileRange(path=path, start=at, stop=at + length) for at in starts)
+    return digest(FileRange(path=path, start=at, stop=at + length) for at in starts)
 
 
 def _other(source: Checkpoint, name: str) -> Written:
     size = source.others[name]
-    return Written(name=name, size=size, sha256=files.digest([source.other(name)]))
+    return Written(name=name, size=size, sha256=digest([source.other(name)]))

@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ream_stream import files
+from ream_stream.compression.file_lock import LOCK, lock, lock_holder
 from ream_stream.errors import DamagedError, OtherRunError, UsageError
 from ream_stream.file_access import read_own_json, regular_size, resolved
-from ream_stream.file_lock import LOCK, lock, lock_holder
 
 from .journal import Journal, load, save
 from .manifest import MANIFEST

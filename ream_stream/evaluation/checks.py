@@ -19,10 +19,10 @@ from ream_stream.checkpoint.reader import (
 )
 from ream_stream.compression.manifest import MANIFEST, Manifest, read_manifest
 from ream_stream.errors import DamagedError
+from ream_stream.file_access import read_json, read_object
 from ream_stream.files import PARTIAL
 from ream_stream.model.families import COUNT_KEYS, Family, family_of, told_counts
 from ream_stream.model.streamed_model import StreamedModel
-from ream_stream.parsing import read_json, read_object
 
 from .consistency import dtype_problems, format_problems, group_problems, list_problems
 

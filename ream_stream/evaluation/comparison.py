@@ -19,12 +19,12 @@ import torch
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
+from ream_stream.compression.file_lock import claimed
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import HOME, Workspace
 from ream_stream.errors import DamagedError
 from ream_stream.events import Finished, Report, no_report
 from ream_stream.file_access import read_own_json, regular_size
-from ream_stream.file_lock import claimed
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Settings

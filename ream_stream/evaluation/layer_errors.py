@@ -22,9 +22,9 @@ from torch import Tensor
 from ream_stream import files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.compression.file_lock import claimed
 from ream_stream.errors import DamagedError, UsageError
 from ream_stream.events import Report, Step, no_report
-from ream_stream.file_lock import claimed
 from ream_stream.model.batches import Batches
 from ream_stream.model.families import family_of
 from ream_stream.model.meta_model import get_tensor

@@ -10,11 +10,11 @@ from transformers.core_model_loading import WeightConverter
 from ream_stream.checkpoint.config_json import find_mtp
 from ream_stream.checkpoint.quantized import is_cache_scale, tensors_of
 from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.method.rng import generator
 from ream_stream.model.finite import is_finite
 from ream_stream.model.meta_model import get_tensor, places
 from ream_stream.model.streamed_model import Batch, StreamedModel
 from ream_stream.model.tensor_map import shape_of
-from ream_stream.rng import generator
 
 from .checks import Check, Subject
 

@@ -14,10 +14,10 @@ from ream_stream.calibration.packing import load_tokenizer
 from ream_stream.calibration.token_cache import read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
-from ream_stream.device import choose_device
 from ream_stream.errors import UsageError
 from ream_stream.events import Evaluating, Report, no_report
 from ream_stream.file_access import resolved
+from ream_stream.model.device import choose_device
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import check_values

@@ -2,10 +2,10 @@
 
 import torch
 
-from ream_stream import device as devices
 from ream_stream.checkpoint.formats.codec import FLOATS
 from ream_stream.checkpoint.header import torch_dtype
 from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.model import device as devices
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ream_stream.checkpoint.expert_stack import ExpertStack, Send, Tensors, stay
-from ream_stream.device import TransferLanes
+from ream_stream.model.device import TransferLanes
 
 from .llama4 import EXPERTS
 

@@ -19,7 +19,7 @@ from zarr.storage import LocalStore
 
 from ream_stream import files
 from ream_stream.errors import DamagedError
-from ream_stream.file_access import check_folder, read_own_json, regular_size
+from ream_stream.file_access import check_folder, read_own_json, reading, regular_size
 
 _BITS: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.bfloat16: (torch.uint16, np.uint16),
@@ -164,7 +164,7 @@ class HiddenStates:
         start = index * self._batch
         self._check_is_there(start, min(start + self._batch, self._array.shape[0]))
         try:
-            with files.reading(self._path):
+            with reading(self._path):
                 bits = np.asarray(self._array[start : start + self._batch])
         except (ValueError, TypeError, RuntimeError) as error:
             raise DamagedError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ream_stream.checkpoint.reader import INDEX
 from ream_stream.errors import OverBudgetError
-from ream_stream.files import free_bytes, same_disk
+from ream_stream.file_access import free_bytes, same_disk
 from ream_stream.units import format_size
 
 from .plan import Layout, Plan

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ream_stream.checkpoint.header import ITEM_BYTES, torch_dtype
-from ream_stream.device import TransferLanes
 from ream_stream.host_memory import anonymous_bytes
 from ream_stream.method.alignment import ALIGNMENTS, aligning_bytes
 from ream_stream.method.merging import merging_bytes
 from ream_stream.method.similarity import MeanActivations
+from ream_stream.model.device import TransferLanes
 from ream_stream.model.tensor_map import LayerTensors
 from ream_stream.settings import Settings
 

@@ -22,8 +22,8 @@ from ream_stream.checkpoint.formats import Plain, Stored
 from ream_stream.checkpoint.header import ITEM_BYTES, torch_dtype
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.host_memory import available_bytes, trim
+from ream_stream.method.rng import generator
 from ream_stream.model.experts import ExpertWeights, Form, StreamedExperts, slots_by_expert
-from ream_stream.rng import generator
 
 from .cost import Cost, cost_of, total
 from .plan import Plan

@@ -15,10 +15,10 @@ from ream_stream.__main__ import main
 from ream_stream.cli.status import gather
 from ream_stream.compression import event_log
 from ream_stream.compression.event_log import Log
+from ream_stream.compression.file_lock import lock
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import LayerDone, Started, Step
-from ream_stream.file_lock import lock
 
 
 @pytest.fixture(scope="module")

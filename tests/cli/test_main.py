@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import ream_stream.__main__ as entry
 from ream_stream import __version__, errors
 from ream_stream.cli.console import console, facts
-from ream_stream.printable import shell_words
+from ream_stream.untrusted import shell_words
 
 
 def raising(error):

@@ -34,9 +34,9 @@ from ream_stream import files
 from ream_stream.__main__ import main
 from ream_stream.cli import console
 from ream_stream.compression import event_log
+from ream_stream.compression.file_lock import lock
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import LayerDone
-from ream_stream.file_lock import lock
 from ream_stream.planning.planner import make_plan
 
 # a verb has the name of the module

@@ -11,9 +11,9 @@ import pytest
 from crash import digests, run_in_child
 from test_workspace import words_of
 
-from ream_stream import file_lock, files
+from ream_stream import files
 from ream_stream.__main__ import main
-from ream_stream.compression import event_log
+from ream_stream.compression import event_log, file_lock
 from ream_stream.errors import OverBudgetError
 from ream_stream.events import LayerDone, Started
 

@@ -28,6 +28,7 @@ from ream_stream.cli.comparison_view import (
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.report.figures import bars, heat_map, lines, pareto_picture, standalone
 from ream_stream.compression import pipeline
+from ream_stream.compression.file_lock import MARK
 from ream_stream.errors import InterruptedRunError, UsageError
 from ream_stream.evaluation import comparison
 from ream_stream.evaluation.comparison import (
@@ -44,7 +45,6 @@ from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
 from ream_stream.evaluation.variants import SETS, VARIANTS, named, settings_of
 from ream_stream.events import Finished, LayerDone, Step
-from ream_stream.file_lock import MARK
 from ream_stream.planning import allocation
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets

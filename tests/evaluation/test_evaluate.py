@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ream_stream.calibration.tokens import from_tensors, joined
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.compression.file_lock import MARK
 from ream_stream.errors import (
     InterruptedRunError,
     OtherRunError,
@@ -27,7 +28,6 @@ from ream_stream.evaluation.layer_errors import layer_errors
 from ream_stream.evaluation.memory import plan_evaluation
 from ream_stream.evaluation.metrics import effective_rank
 from ream_stream.events import Step
-from ream_stream.file_lock import MARK
 from ream_stream.host_memory import gauge
 from ream_stream.model.streamed_model import StreamedModel
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from ream_stream import files
 from ream_stream.checkpoint import read_ahead
 from ream_stream.checkpoint.expert_layouts import find_experts
 from ream_stream.checkpoint.header import read_header
 from ream_stream.checkpoint.reader import Checkpoint
+from ream_stream.file_access import FileRange
 from ream_stream.model.experts import ExpertWeights, StreamedExperts, slots_by_expert
 
 CPU = torch.device("cpu")
@@ -242,7 +242,7 @@ def test_a_large_expert_is_asked_for_in_pieces(tmp_path, monkeypatch):
     path.write_bytes(bytes(10))
     monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *rest: asked.append(rest[:2]))
     reader = read_ahead.ReadAhead()
-    reader.ask([files.FileRange(path=path, start=5, stop=5 + (9 << 19) + 1)])
+    reader.ask([FileRange(path=path, start=5, stop=5 + (9 << 19) + 1)])
     reader.close()
     assert asked == [(5 + (n << 20), 1 << 20) for n in range(4)] + [
         (5 + (4 << 20), (1 << 19) + 1)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
 from hub_server import REPO, serving
 
-from ream_stream import file_access, files, parsing
+from ream_stream import file_access, files, untrusted
 from ream_stream.calibration import chats, datasets, mix, readers, text
 from ream_stream.calibration.chat_templates import ChatRenderer
 from ream_stream.calibration.chats import Chat, ChatError
@@ -80,7 +80,7 @@ _INSTRUMENTED = (
         source_card,
         event_log,
     ),
-    *(file_access, journal, parsing, hidden_states),
+    *(file_access, journal, untrusted, hidden_states),
 )
 
 

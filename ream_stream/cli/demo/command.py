@@ -16,13 +16,13 @@ from ream_stream.cli.report.facts import gather
 from ream_stream.cli.report.page import page
 from ream_stream.cli.run import following
 from ream_stream.cli.signals import stop_requests, stopping
+from ream_stream.compression.file_lock import claimed
 from ream_stream.compression.workspace import workspace_of
 from ream_stream.errors import DamagedError
 from ream_stream.evaluation import api
 from ream_stream.evaluation.metrics import Evaluation, finite
 from ream_stream.evaluation.verify import verify
 from ream_stream.file_access import resolved
-from ream_stream.file_lock import claimed
 from ream_stream.units import format_seconds, format_size
 
 from . import CHECKPOINT

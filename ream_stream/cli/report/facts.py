@@ -15,8 +15,7 @@ from ream_stream.compression.manifest import MANIFEST, LayerGroups, Manifest, re
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.pareto import correlation
-from ream_stream.file_access import regular_size
-from ream_stream.parsing import read_object
+from ream_stream.file_access import read_object, regular_size
 
 _KINDS = ("comparison", "sweep")
 

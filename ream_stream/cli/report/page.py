@@ -7,8 +7,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ream_stream.printable import printable
 from ream_stream.units import format_seconds, format_size
+from ream_stream.untrusted import printable
 
 from .figures import STYLE, bars, heat_map, lines, pareto_picture
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UsageError
+from ream_stream.errors import UsageError
 
 
 def choose_device(name: str) -> torch.device:

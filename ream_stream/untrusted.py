@@ -1,21 +1,18 @@
-"""JSON and YAML of strangers, bounded: what they raise is of one kind, and in bounded time.
+"""Text of strangers: JSON and YAML read within bounds, and text shown without control codes.
 
 A file of ours may be damaged and a stranger's made to harm: deep nesting, names that occur
-twice, numbers that are none, text that is none.
+twice, numbers that are none. Text may hold codes that a terminal obeys, or characters that
+change what a line seems to say: they are shown as the escapes that Python, JSON and bash know.
 """
 
 import json
 import math
-import os
 import re
-from pathlib import Path
+import shlex
 from typing import Any
 
-from .errors import DamagedError
-from .source_access import open_source
-
-MAX_JSON_BYTES = 200_000_000
-"""That of an index of a million tensors."""
+MOST_CHARACTERS = 10_000
+"""Of what is shown as one piece."""
 
 MAX_DEPTH = 64
 
@@ -88,38 +85,29 @@ def parse_yaml(text: str) -> Any:  # noqa: ANN401 - YAML is of any type
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def read_json(
-    path: Path, most: int = MAX_JSON_BYTES, *, finite: bool = True, text: bool = True
-) -> Any:  # noqa: ANN401
-    """Read a JSON file; see `parse_json`.
+def printable(text: str, *, keep: str = "", most: int | None = None) -> str:
+    r"""Return text without control, format, bidirectional or lone surrogate characters.
 
-    Raises
-    ------
-    DamagedError
-        It is not JSON, or no regular file of at most `most` bytes.
+    Parameters
+    ----------
+    text
+        Anything; bytes of a file name that are not UTF-8 are shown as ``\xNN``.
+    keep
+        Characters that are left as they are.
+    most
+        Characters of a piece at most; what is longer is cut in its middle.
     """
-    try:
-        with open_source(path) as file:
-            if os.fstat(file.fileno()).st_size > most:
-                raise DamagedError(f"{path} is not a file of at most {most} bytes")
-            return parse_json(file.read(), finite=finite, text=text)
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path} is missing") from error
-    except ValueError as error:
-        raise DamagedError(f"{path} is not valid JSON: {error}") from error
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    if most is not None and len(text) > most:
+        half, cut = most // 2, len(text) - most
+        text = f"{text[:half]}[... {cut} characters ...]{text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or c.isprintable() else _escaped(c) for c in text)
 
 
-def read_object(
-    path: Path, most: int = MAX_JSON_BYTES, *, finite: bool = True
-) -> dict[str, Any]:
-    """Read a JSON object; see `read_json`."""
-    value = read_json(path, most, finite=finite)
-    if not isinstance(value, dict):
-        raise DamagedError(f"{path} is not a JSON object")
-    return value
+def shell_words(words: list[str]) -> str:
+    """Return words as one types them in bash; those that cannot be shown as ``$'...'``."""
+    return " ".join(map(_quoted, words))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,3 +140,19 @@ def _check_depth(value: object) -> None:
         if not level:
             return
     raise ValueError("it is nested too deeply")
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{printable(escaped)}'"
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python tells a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    if 0x7F < code <= 0xFF:  # \xNN would be a byte, to bash too
+        return f"\\u{code:04x}"
+    return character.encode("unicode_escape").decode()

@@ -5,8 +5,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ream_stream.device import TransferLanes, choose_device, compute_dtype, has_bf16_products
 from ream_stream.errors import UsageError
+from ream_stream.model.device import (
+    TransferLanes,
+    choose_device,
+    compute_dtype,
+    has_bf16_products,
+)
 
 CPU = torch.device("cpu")
 

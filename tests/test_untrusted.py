@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ream_stream.errors import DamagedError
-from ream_stream.parsing import parse_json, parse_yaml, read_json
+from ream_stream.file_access import read_json
+from ream_stream.untrusted import parse_json, parse_yaml
 
 REFUSED = {
     "no JSON": "{",
