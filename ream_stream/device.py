@@ -80,7 +80,7 @@ class TransferLanes:
 
     COUNT = 2
     ALIGNMENT = 256
-    """Of a tensor in page-locked memory: enough for any dtype and for whole cache lines."""
+    """Alignment of a tensor in page-locked memory: enough for any dtype and for cache lines."""
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         # torch.cpu has the same names, and does everything at once

@@ -7,7 +7,7 @@ wrong, where, and what to do. A status that is not listed here means failure.
 import errno
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What the system says when a disk, a quota or the size that a file may have is used up."""
+"""Error numbers for a full disk, an exceeded quota or a file at its size limit."""
 
 
 class ReamStreamError(Exception):
@@ -79,7 +79,7 @@ _SHORT_OF_MEMORY = (
     "cannot allocate memory",
     "can't start new thread",
 )
-"""What libraries say, with a type of their own, where memory or address space ran out."""
+"""Messages of libraries' own exceptions for exhausted memory or address space."""
 
 
 def sentence(error: OSError) -> str:

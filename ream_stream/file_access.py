@@ -15,7 +15,7 @@ from .errors import DamagedError, OtherRunError
 from .parsing import parse_json
 
 MAX_BYTES = 1 << 28
-"""Of a file that is read whole: a journal of 100 layers, 512 experts, 10 domains has 12 MB."""
+"""Largest file read whole; a journal of 100 layers, 512 experts, 10 domains has 12 MB."""
 
 _TAIL_BYTES = 1 << 24
 _KINDS = (

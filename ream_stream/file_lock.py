@@ -17,7 +17,7 @@ _HOLDER = re.compile(rb"process \d{1,20} on [\w.-]{1,255}")
 _TAKEN = {errno.EWOULDBLOCK, errno.EACCES}
 
 MARK, LOCK = ".ream-stream", "lock"
-"""Files in a folder of a user's choice in which, because of the first, everything is ours."""
+"""Names of the marker and lock files; with the marker, everything in a folder is ours."""
 
 
 @contextmanager

@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 LOG_BYTES = 10_000_000
-"""Of a log that is put aside when a run opens it; a run of a day writes a tenth of it."""
+"""Size above which a run rotates its log; a run of a day writes a tenth of it."""
 
 _COPY_BYTES = 1 << 22
 
 _NOT_COPIED = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 )
-"""What kernels say of files that they do not copy: other disks, FUSE, old ones."""
+"""Error numbers of kernels that cannot copy between these files: other disks, FUSE, old."""
 
 Origin = tuple[int, int]
-"""An open file, and the offset of a piece in it."""
+"""Open file descriptor and the offset of a piece in that file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,16 +55,16 @@ class FileRange:
     """Bytes of an existing file, to be copied without passing through memory."""
 
     path: Path
-    """The file they are in."""
+    """Path of the file that holds the bytes."""
 
     start: int
-    """Offset of the first byte."""
+    """Offset of the range's first byte."""
 
     stop: int
-    """Offset after the last byte."""
+    """Offset after the range's last byte."""
 
     within: tuple[Path, ...] = ()
-    """Folders that a link may lead into; empty if it may lead anywhere."""
+    """Folders that a link may lead into; empty for any folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,10 +75,10 @@ class Written:
     """File name, without its folder."""
 
     size: int
-    """Bytes."""
+    """Size of the file in bytes."""
 
     sha256: str
-    """Digest of the whole file, hex."""
+    """SHA-256 of the whole file, hex."""
 
 
 def write_stream(

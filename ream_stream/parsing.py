@@ -15,12 +15,12 @@ from .errors import DamagedError
 from .source_access import open_source
 
 MAX_JSON_BYTES = 200_000_000
-"""That of an index of a million tensors."""
+"""Largest JSON file: the size of an index of a million tensors."""
 
 MAX_DEPTH = 64
 
 MAX_YAML_CHARACTERS = 100_000
-"""Reading so many takes a second."""
+"""Longest YAML text; it takes a second to parse."""
 
 _HALF_OF_A_PAIR = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 

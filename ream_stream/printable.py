@@ -7,7 +7,7 @@ seems to say. They are shown as the escapes that Python, JSON and bash know.
 import shlex
 
 MOST_CHARACTERS = 10_000
-"""Of what is shown as one piece."""
+"""Most characters that are shown as one piece."""
 
 
 def printable(text: str, *, keep: str = "", most: int | None = None) -> str:

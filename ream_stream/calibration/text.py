@@ -30,7 +30,7 @@ _PIECE_BYTES = 1 << 16
 
 
 Render = Callable[[Chat], str]
-"""Makes text of a chat; raises ChatError with the reason if it cannot."""
+"""Renders a chat as text; raises ChatError with the reason if it cannot."""
 
 
 class Documents(Protocol):

@@ -32,7 +32,7 @@ class Request:
     """What texts are made into tokens by."""
 
     texts: list[list[str | float | None]]
-    """Name, SHA-256 of the content, weight and field of each part; one alone has no name."""
+    """Name, SHA-256, weight and field of each part; a single part has no name."""
 
     text_field: str
     min_characters: int

@@ -23,7 +23,7 @@ from ream_stream.errors import UsageError
 from ream_stream.parsing import parse_json
 
 ONE_DOMAIN = "all"
-"""Name of the domain of sequences that were not told apart."""
+"""Name of the only domain of sequences without domain labels."""
 
 _NAMES = frozenset({"input_ids", "attention_mask", "domain"})
 
@@ -33,22 +33,22 @@ class Tokens:
     """Sequences of equal length; made by `from_tensors`, `from_file` or `packing.pack`."""
 
     input_ids_SL: Tensor
-    """int64."""
+    """Token ids, int64."""
 
     attention_mask_SL: Tensor | None
-    """int64, 0 where a token is padding; None where none is."""
+    """Attention mask, int64, 0 for padding; None if no token is padding."""
 
     domain_S: Tensor
-    """int64, index in `domains` of each sequence."""
+    """Domain of each sequence as an index in `domains`, int64."""
 
     domains: tuple[str, ...]
-    """Names of the kinds of text that are told apart; each has a sequence."""
+    """Names of the domains; each has at least one sequence."""
 
     digest: str
-    """SHA-256, hex, of the shape, the ids, the mask and, if there are several, the domains."""
+    """SHA-256 of the shape, the ids, the mask and, if there are several, the domains; hex."""
 
     description: str
-    """Where they are from, for people."""
+    """Origin of the tokens, for people."""
 
     @property
     def num_sequences(self) -> int:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 FLUSH_BYTES = 64 << 20
-"""Copied before the disk is asked to begin: small files are synced once, at their end."""
+"""Bytes copied between two flushes; a smaller file is synced once, at its end."""
 
 
 class BackgroundHasher:

@@ -13,7 +13,7 @@ _CODES = {
     ".weight_packed": ("I32", "U8"),
     "_blocks": ("U8",),
 }
-"""Suffixes of what holds the codes of a matrix, with their dtypes."""
+"""Suffixes and dtypes of the tensors that hold the codes of a matrix."""
 
 _CACHE_SCALE = re.compile(
     r"\.(?:[qkv]_(?:scale|zero_point)|kv_scale|prob(?:_output)?_scale|[qkv]_proj\.output_scale)$"

@@ -15,10 +15,10 @@ from ream_stream.files import FileRange
 from ream_stream.source_access import open_source
 
 _PIECE = 1 << 20
-"""Kernels read no more for one hint than a device takes at once."""
+"""Bytes of one read-ahead hint; kernels read at most one device request for a hint."""
 
 LEAST_BYTES = 4 << 20
-"""Less is read before a thread has woken up."""
+"""Smallest read that is given to the thread; a smaller one ends before the thread wakes."""
 
 
 class ReadAhead:

@@ -11,7 +11,7 @@ from ream_stream.source_access import open_source
 CARD = "README.md"
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""What a source's card says that holds for the output too."""
+"""Keys of the source's model card that the output's card takes over."""
 
 _FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 

@@ -28,7 +28,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "hc-smoe": {"grouping": "hc-smoe", "saliency": "frequency"},
     "energy": {"grouping": "none", "saliency": "energy", "refit": "down"},
 }
-"""What ``--method`` stands for; an option given beside it counts more."""
+"""Options that each ``--method`` sets; an explicit option takes precedence."""
 
 _MANY_EXPERTS = 512
 
@@ -58,13 +58,13 @@ class RunOptions(CalibrationOptions, MachineOptions):
     """What a run is asked for, beside what `Method` and `Settings` have."""
 
     source: Path
-    """Checkpoint folder; of a streamed one that of its headers."""
+    """Checkpoint folder; with streaming the folder of its headers."""
 
     output: Path | None = None
-    """Where the compressed checkpoint goes; None if it is only planned."""
+    """Folder of the compressed checkpoint; None if the run is only planned."""
 
     remote: "Remote | None" = None
-    """Where shards are streamed from."""
+    """Repository on the hub that shards are streamed from; None without streaming."""
 
     experts: int | None = option("Experts", "Experts to keep in each MoE layer.", least=1)
     keep: Fraction | float | None = option(
@@ -117,7 +117,7 @@ class RunOptions(CalibrationOptions, MachineOptions):
         otherwise="OUTPUT/.ream-stream",
     )
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `Method` and `Settings` that differ from what they would be, by name."""
+    """Fields of `Method` and `Settings` by name that override the options' values."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:  # noqa: ANN401

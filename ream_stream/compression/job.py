@@ -43,25 +43,25 @@ class Job:
     """A run that may begin."""
 
     plan: Plan
-    """What it does."""
+    """Plan of the run."""
 
     workspace: Workspace | None
-    """Where it writes; None if no output was named."""
+    """Folders that the run writes to; None if no output was named."""
 
     journal: Journal | None
-    """Of the run that is gone on with, if there is one."""
+    """Journal of the run to resume; None for a new run."""
 
     tokens: Tokens | None
-    """The calibration set; None if none was named."""
+    """Calibration set; None if none was named."""
 
     request: Request | None
-    """What text the tokens were made from; None for a token file."""
+    """Text that the tokens were made from; None for a token file."""
 
     device: torch.device
-    """Where layers are run."""
+    """Device that layers run on."""
 
     forecast: Forecast | None = None
-    """What is left to do and about how long it takes; None if nothing is left."""
+    """Remaining work and its estimated duration; None if nothing remains."""
 
     @property
     def layer_bytes(self) -> tuple[int, ...]:

@@ -48,13 +48,13 @@ class LayerResult:
     """File of the layer's sums in the work folder; None for a dense layer."""
 
     decision: Decision | None = None
-    """Which experts became which; None for a dense layer."""
+    """Groups of source experts and their weights; None for a dense layer."""
 
     refitted: RefitResult | None = None
-    """What refitting came to; None if nothing was refitted."""
+    """Result of the refit; None if nothing was refitted."""
 
     read: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """SHA-256 of the source's tensors that were read, by part and file; see `Journal.read`."""
+    """SHA-256 of the source tensors that were read, by part and file; see `Journal.read`."""
 
 
 def compress_layer(context: Context, layer: LayerPlan, report: Report) -> LayerResult:

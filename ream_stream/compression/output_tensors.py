@@ -29,13 +29,13 @@ class Unchanged:
     """What is neither an expert's nor the router's: bytes of the source, or their floats."""
 
     entries: Mapping[str, TensorEntry]
-    """The source's tensors."""
+    """Header entries of the source's tensors."""
 
     tensors: Tensors
-    """Their values."""
+    """Values of the source's tensors."""
 
     decoded: Mapping[str, Stored] = field(default_factory=dict)
-    """Matrices that are written as floats, by name of the floats."""
+    """Quantized matrices that are written as floats, by name of the output tensor."""
 
     def content(self, name: str) -> Content:
         """Return what is written under a name."""

@@ -58,13 +58,13 @@ class Portion:
     """Some tokens of a batch, as their experts see them."""
 
     served: list[RoutedActivations]
-    """The tokens of each expert that may be changed."""
+    """Activations of the tokens of each expert that may change."""
 
     tokens: int
-    """How many there are, T."""
+    """Number of tokens, T."""
 
     residual: Callable[[], Tensor]
-    """Reads what the output lacks to the target, (T, H)."""
+    """Reads the residual, target minus output, (T, H)."""
 
 
 class _Rows(NamedTuple):
@@ -79,19 +79,19 @@ class _Visit(NamedTuple):
     """Some tokens of a batch at one of their experts."""
 
     which: int
-    """Of several `_Rows`."""
+    """Index of the set of rows among several `_Rows`."""
 
     expert: int
     loaded: Loaded
 
     token_R: Tensor
-    """Which of the rows."""
+    """Positions of the expert's tokens among the rows."""
 
     row_R: Tensor
-    """The tokens in the batch."""
+    """Positions of the expert's tokens in the batch."""
 
     gate_R1: Tensor
-    """What the expert's output is multiplied by."""
+    """Router coefficients that multiply the expert's outputs."""
 
 
 class CachedActivations:

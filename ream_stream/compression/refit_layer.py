@@ -42,7 +42,7 @@ class Fitted:
     """A layer that was refitted, before its final shards are written."""
 
     found: RefitSolution
-    """The new down projections, and what they come to."""
+    """New down projections and the refit's result."""
 
     tokens: CachedActivations
     """Activations of the layer's experts on the calibration set."""
@@ -53,28 +53,28 @@ class RefitJob:
     """What the refit of one layer needs; `opened` makes one and removes its files."""
 
     plan: Plan
-    """The plan of the run."""
+    """Plan of the run."""
 
     tokens: Tokens
-    """The calibration set; tokens that do not count are masked."""
+    """Calibration set; tokens that do not count are masked."""
 
     excluded: ExcludedSequences
-    """Calibration sequences that are left out."""
+    """Excluded calibration sequences."""
 
     model: StreamedModel
-    """The compressed model."""
+    """Compressed model."""
 
     index: int
-    """The layer."""
+    """Position of the layer in the model."""
 
     folder: Path
-    """Scratch folder in which the compressed layer is written first."""
+    """Scratch folder of the first version of the compressed layer."""
 
     targets: BatchStore
-    """What the layer is to give, by batch; once its residual is known, the residual."""
+    """Target outputs by batch; a batch's residual replaces its target in the same store."""
 
     store: Callable[[str, int], BatchStore]
-    """Opens a store of that name for so many batches, until the block of `opened` ends."""
+    """Opens a store by name and number of batches; `opened` closes it after its block."""
 
     @contextmanager
     def capturing(self, experts: nn.Module) -> Iterator[None]:

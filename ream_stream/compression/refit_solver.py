@@ -69,16 +69,16 @@ class RefitSolution:
     """What came of the refit of a layer."""
 
     outcome: RefitResult
-    """In numbers."""
+    """Errors and penalties of the refit as numbers."""
 
     places: Mapping[int, int]
-    """Of experts that may be changed, by their number after compression."""
+    """Positions in `results` of the refitted experts, by their number after compression."""
 
     parts: int
-    """In which hidden channels were solved."""
+    """Number of parts that the hidden channels are solved in."""
 
     results: BatchStore
-    """New down projections, part by part."""
+    """New down projections, part after part."""
 
     @property
     def helps(self) -> bool:

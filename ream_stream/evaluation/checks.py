@@ -67,16 +67,16 @@ class Check:
     """One thing that is true of a good output."""
 
     name: str
-    """What it is about."""
+    """Subject of the check."""
 
     good: str
-    """The sentence if all is well."""
+    """Sentence for an output without problems."""
 
     problems: Callable[[Subject], Iterator[str]]
-    """Yields what is wrong; may raise whatever a damaged file provokes."""
+    """Yields a sentence for each problem; may raise any error that a damaged file causes."""
 
     needs: tuple[str, ...] = ()
-    """Checks without which it tells nothing new."""
+    """Names of checks that must pass first; otherwise this one finds nothing new."""
 
 
 def _manifest(subject: Subject) -> Iterator[str]:
@@ -312,4 +312,4 @@ CHECKS: tuple[Check, ...] = (
         needs=("manifest", "headers", "model"),
     ),
 )
-"""Checks of the folder, in order."""
+"""Checks of the folder in their order."""

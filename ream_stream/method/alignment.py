@@ -27,10 +27,10 @@ class Alignment:
     """Which costs of pairing two neurons are added up; neither keeps the order."""
 
     activations: bool
-    """Whether activations on the sampled tokens count."""
+    """Whether the cost includes activations on the sampled tokens."""
 
     weights: bool
-    """Whether gate rows, up rows and down columns count."""
+    """Whether the cost includes gate rows, up rows and down columns."""
 
     @property
     def compares(self) -> bool:
@@ -50,33 +50,33 @@ class Neurons(NamedTuple):
     """What two experts' neurons are compared by."""
 
     expert: Expert
-    """The matrices."""
+    """Matrices of the expert."""
 
     activation_nI: Tensor | None
-    """Activations on the shared sample; None where they do not count."""
+    """Activations on the shared sample; None if the cost does not include them."""
 
 
 class Pair(NamedTuple):
     """Two experts to align."""
 
     centroid: Neurons
-    """The one whose order stays."""
+    """Neurons of the centroid, whose order stays."""
 
     member: Neurons
-    """The one that will be reordered."""
+    """Neurons of the member, whose order changes."""
 
 
 class Matched(NamedTuple):
     """How a member's neurons are lined up with its centroid's."""
 
     order_I: Tensor
-    """As `align` returns it."""
+    """Order of the member's neurons that `align` returns."""
 
     kept: float
-    """Mean cost of a pair of neurons in the order they have; NaN if nothing counts."""
+    """Mean cost of a pair of neurons in the stored order; NaN without a cost."""
 
     least: float
-    """The same in the new order."""
+    """Mean cost of a pair of neurons in the new order; NaN without a cost."""
 
 
 def activation_cost(a_nI: Tensor, b_nI: Tensor) -> Tensor:

@@ -170,10 +170,10 @@ class Refit:
     """A solution and how it was found."""
 
     change_EIH: Tensor
-    """D_e: what is added to the transposed down projections, float32."""
+    """Change D_e of the transposed down projections, float32."""
 
     penalty: float
-    """Of the grid, the one it was found with."""
+    """Ridge penalty of the solution, from the grid."""
 
     objectives: tuple[float, ...]
     """Objective before the first iteration and after each."""

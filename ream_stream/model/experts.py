@@ -32,7 +32,7 @@ each, a gigabyte after a few layers. Rows do not change each other's bits.
 
 
 MAX_ROWS = 1024
-"""Tokens that an expert is run on at once.
+"""Most tokens that an expert processes at once.
 
 A router may send all tokens of a batch to one expert, and a promise about memory has to
 count that: with a bound it is a small part of a large batch. More rows are no faster.
@@ -40,7 +40,7 @@ count that: with a bound it is a small part of a large batch. More rows are no f
 
 
 WITHOUT_FLAGS = frozenset({EXPERTS, "Step3p7Experts"})
-"""Classes of experts that run in code of their own, not in transformers' grouped product."""
+"""Classes of experts with their own forward, without transformers' grouped product."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,16 +48,16 @@ class Routed:
     """What the experts of one layer saw and did for one batch."""
 
     hidden_TH: Tensor
-    """Inputs of the experts."""
+    """Hidden states that enter the experts."""
 
     index_TK: Tensor
-    """Experts of each token."""
+    """Indices of the experts of each token."""
 
     weight_TK: Tensor
-    """Coefficients the model multiplies the outputs by."""
+    """Router coefficients that the model multiplies the expert outputs by."""
 
     norm_TK: Tensor
-    """L2 norms of the outputs before that multiplication, float32."""
+    """L2 norms of the expert outputs before the router coefficients, float32."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,16 +65,16 @@ class BlockState:
     """What one batch brings to and takes from the pass over one block of experts."""
 
     experts: range
-    """The block; experts outside of it are passed over."""
+    """Experts of the block; others are skipped."""
 
     is_last: bool = True
-    """Whether the listener hears of the batch, and the layer goes on with the sum."""
+    """Whether this is the last block: then the listener is called and the sum is complete."""
 
     norm_S: Tensor | None = None
-    """Norms of the outputs of this block and those before; None before the first."""
+    """Norms of expert outputs up to this block; None before the first block."""
 
     sum_TH: Tensor | None = None
-    """Weighted outputs of this block and those before, float32; None before the first."""
+    """Weighted sum of expert outputs up to this block, float32; None before the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,19 +82,19 @@ class Form:
     """What a family's experts module makes of the weights; flags of transformers."""
 
     is_gated: bool = True
-    """Whether there is a gate projection beside the up projection."""
+    """Whether experts have a gate projection in addition to the up projection."""
 
     is_interleaved: bool = False
-    """Whether rows of gate and up take turns; otherwise all of gate comes first."""
+    """Whether gate and up rows alternate; otherwise all gate rows come first."""
 
     is_transposed: bool = False
-    """Whether products are made with inputs as rows, which decides their last bits."""
+    """Whether weights have inputs as rows, which decides the last bits of products."""
 
     has_bias: bool = False
-    """Whether both products are followed by biases."""
+    """Whether both products have biases."""
 
     adds_in_turn: bool = False
-    """Whether experts' outputs are added up one after the other, in the model's dtype."""
+    """Whether expert outputs are added one after another in the model's dtype."""
 
     @classmethod
     def of(cls, module: nn.Module) -> "Form":
@@ -117,13 +117,13 @@ class Loaded(NamedTuple):
     """Gate and up projection, (2I, H); without a gate (I, H)."""
 
     down_HI: Tensor
-    """Down projection."""
+    """Down projection, (H, I)."""
 
     gate_up_bias: Tensor | None = None
-    """Added to the first product, if the family has biases."""
+    """Bias of the gate and up product; None if the family has no biases."""
 
     down_bias_H: Tensor | None = None
-    """Added to the second."""
+    """Bias of the down product; None if the family has no biases."""
 
 
 class ExpertWeights:

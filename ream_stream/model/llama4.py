@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ream_stream.errors import UnsupportedModelError
 
 EXPERTS = "Llama4TextExperts"
-"""The class of such experts."""
+"""Class name of the experts module of Llama 4."""
 
 
 def route_scaled(layer: nn.Module) -> None:

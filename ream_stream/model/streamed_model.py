@@ -61,10 +61,10 @@ class Batch:
     """Sequences that are run together."""
 
     input_ids_BL: Tensor
-    """Token ids."""
+    """Token ids of the sequences."""
 
     attention_mask_BL: Tensor | None
-    """1 for tokens, 0 for padding; None if there is no padding."""
+    """Attention mask, 1 for tokens, 0 for padding; None if there is no padding."""
 
 
 class StreamedModel:

@@ -19,16 +19,16 @@ from .refit_memory import ACTIVATIONS, KEPT
 from .schedule import Budgets, Schedule, Solver
 
 MAX_BATCH_TOKENS = 8192
-"""Tokens that are run together at most: larger batches gain nothing measurable."""
+"""Most tokens of a batch; larger batches gain nothing measurable."""
 
 CACHE_SHARE = 0.5
-"""Share of the memory left to the page cache that a block of experts may fill."""
+"""Share of the page cache's memory that a block of experts may fill."""
 
 NORMS = "norms of experts"
-"""Name of a part: output norms of every token at each of its experts, kept between blocks."""
+"""Memory part: output norms of every (token, expert) pair, kept between blocks of experts."""
 
 CHUNKS = "chunks of scratch stores"
-"""Name of a part: what is in memory of what is kept on disk."""
+"""Memory part: buffers of stores that are kept on disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,16 +36,16 @@ class Allocation:
     """A schedule, and what a run with it takes."""
 
     schedule: Schedule
-    """How the run goes through each layer."""
+    """Schedule of the run."""
 
     memory: Mapping[str, int]
-    """Bytes of host memory by part; the sum is the promised peak."""
+    """Bytes of host memory by part; the sum is the planned peak."""
 
     device: Mapping[str, int]
     """Bytes of device memory by part; empty if layers run on the processor."""
 
     scratch: Mapping[str, int]
-    """Bytes of disk by part."""
+    """Bytes of scratch files on disk by part."""
 
 
 def allocate(
@@ -192,7 +192,7 @@ class _Places:
     memory: dict[str, int]
     scratch: dict[str, int]
     share: float
-    """Of a batch in all sequences."""
+    """Share of a batch in all sequences."""
 
     def place(self, part: str, nbytes: int, *, or_disk: bool) -> bool:
         """Take room for a part in memory, or else on disk; tell whether there was any."""

@@ -25,7 +25,7 @@ PHASES = (
     *("check", "observe", "follow", "compare", "align"),
     *("refit", "write", "propagate", "finish"),
 )
-"""In the order in which they first occur; a layer has all but the last."""
+"""Phases in the order of their first use; a layer has all except the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,25 +42,25 @@ class Cost:
     """Bytes written to files."""
 
     expert_flop: int = 0
-    """Operations of experts on the tokens that are routed to them."""
+    """Floating-point operations of experts on the tokens routed to them."""
 
     product_flop: int = 0
-    """Operations of other products, on all tokens or on the sample."""
+    """Floating-point operations of other products, on all tokens or on the sample."""
 
     float32_flop: int = 0
-    """Operations of products that are made in float32: those of alignments and refits."""
+    """Floating-point operations of float32 products: those of alignments and refits."""
 
     matchings: int = 0
-    """Assignments of I neurons to I neurons."""
+    """Number of assignments of I neurons to I neurons."""
 
     merged_numbers: int = 0
-    """Numbers of the experts that go into merges."""
+    """Numbers in the experts that are merged."""
 
     decoded_numbers: int = 0
-    """Numbers of quantized matrices that are decoded."""
+    """Numbers in the quantized matrices that are decoded."""
 
     encoded_numbers: int = 0
-    """Numbers of merged experts that are encoded."""
+    """Numbers in the merged experts that are encoded."""
 
     @property
     def flop(self) -> int:

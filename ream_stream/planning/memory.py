@@ -23,13 +23,13 @@ from .refit_memory import RefitMemory
 from .schedule import Solver
 
 SAMPLE_ROWS = 2048
-"""Sampled tokens that are run through an expert at once, where experts are compared."""
+"""Sampled tokens that an expert processes at once when experts are compared."""
 
 LIBRARY_BYTES = 32_000_000
-"""What libraries take once they are used: 4 MB at once, up to 20 MB for oneDNN's kernels."""
+"""Memory of libraries in use: 4 MB at the first use, up to 20 MB for oneDNN's kernels."""
 
 HEAP_SHARE = 1.2
-"""What glibc's heap may hold on to, as a share of what comes and goes.
+"""Memory that glibc's heap may retain, as a share of transient allocations.
 
 Measured on the 106M-parameter benchmark: 0.9 to 1.0. A heap that is trimmed gives freed
 memory back to the kernel at once, but for `SMALL_BLOCKS`; that costs a small model a third
@@ -37,17 +37,17 @@ of its speed (the kernel clears every page again) and a large one little.
 """
 
 SMALL_BLOCKS = 24_000_000
-"""What the heap holds on to of blocks under a megabyte, which never go back at once.
+"""Memory that the heap retains in blocks under a megabyte; it never returns them at once.
 
 Measured on the 106M-parameter benchmark, whose blocks are of that size: 9 MB beyond the
 rest of the plan with two threads, none with one.
 """
 
 ON_THE_WAY = "experts on their way"
-"""Memory part: what `TransferLanes` take of page-locked memory, and of the device."""
+"""Memory part: buffers of `TransferLanes` in page-locked memory and on the device."""
 
 ALLOCATOR_SHARE = 0.2
-"""What a device's allocator is left for fragments, as a share of what comes and goes.
+"""Reserve for fragments in a device's allocator, as a share of transient allocations.
 
 An allowance: it was not measured.
 """
@@ -58,16 +58,16 @@ class Workload:
     """How much there is to run."""
 
     sequences: int
-    """Calibration sequences."""
+    """Number of calibration sequences."""
 
     length: int
     """Tokens of a sequence."""
 
     threads: int
-    """Assignments matched side by side."""
+    """Number of assignments that are solved in parallel."""
 
     padded: bool
-    """Whether there is padding, for which models make masks."""
+    """Whether sequences have padding; models then make masks."""
 
     @property
     def tokens(self) -> int:

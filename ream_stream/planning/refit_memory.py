@@ -16,20 +16,20 @@ from ream_stream.settings import Settings
 from .schedule import Solver
 
 HELD_BACK_SHARE = 0.1
-"""Share of the sequences that a refit does not see and is judged by."""
+"""Share of the sequences that are held back from the refit to judge it."""
 
 KEPT = "kept for the refit"
-"""Name of the part that is taken only if there is room: with 0, it is on disk."""
+"""Memory part: targets, inputs and results of a refit; with 0 bytes they are on disk."""
 
 ACTIVATIONS = "activations for the refit"
-"""Name of another such part: with 0, they are computed in each pass."""
+"""Memory part: cached activations of a refit; with 0 bytes each pass computes them."""
 
 MOST_COLUMN_BLOCKS = 64
-"""Narrower columns cost a pass over the tokens each and save little."""
+"""Most column blocks; more blocks each cost a pass over the tokens and save little."""
 
 
 WIDE_COST = {4: 1, 2: 3}
-"""Time of a float32 product, in times of one of numbers of so many bytes."""
+"""Relative time of a float32 product to one in the run's dtype, by bytes of its numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +37,13 @@ class RefitMemory:
     """Bytes of a refit by what they depend on."""
 
     settings: Settings
-    """What was asked for."""
+    """Settings of the run."""
 
     stack: ExpertStack
-    """The experts of a source layer."""
+    """Experts of a source layer."""
 
     top_k: int
-    """K."""
+    """Number of experts that the router selects for a token, K."""
 
     itemsize: int
     """Bytes of a number in the run's dtype."""

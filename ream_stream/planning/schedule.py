@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from ream_stream.host_memory import anonymous_bytes, available_bytes
 
 RAM_SHARE = 0.8
-"""Share of the free memory that is used if no budget is given."""
+"""Share of free memory that is the default budget."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,19 +13,19 @@ class Budgets:
     """What a run may take of a machine, in bytes."""
 
     ram: int
-    """Anonymous host memory."""
+    """Most bytes of anonymous host memory."""
 
     trims_heap: bool
-    """Whether freed memory goes back to the kernel at once, which takes time."""
+    """Whether the heap returns freed memory to the kernel at once, which costs time."""
 
     available: int
-    """Host memory for anonymous memory and the page cache together."""
+    """Bytes of host memory for anonymous memory and the page cache together."""
 
     disk: int | None = None
-    """What output and work folder may hold together; None if there is no limit."""
+    """Most bytes of output and work folder together; None without a limit."""
 
     vram: int | None = None
-    """Memory of the device that layers run on; None if that is the processor."""
+    """Most bytes of memory on the GPU; None if layers run on the processor."""
 
     @classmethod
     def of(
@@ -53,10 +53,10 @@ class Solver:
     """Key of `method.preconditioning.PRECONDITIONERS`."""
 
     gathered: bool
-    """Whether all products of activations are gathered once: no pass for an iteration."""
+    """Whether the normal matrix is accumulated once, so that iterations need no pass."""
 
     column_blocks: int
-    """Parts that the hidden channels are solved in, one after the other."""
+    """Number of parts of the hidden channels that are solved one after another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,19 +64,19 @@ class Schedule:
     """How a run goes through each layer on the machine that it began on."""
 
     batch_sequences: int
-    """Sequences that are run together."""
+    """Sequences of a batch."""
 
     expert_blocks: int
-    """Blocks that a layer's experts are run in; with 1, all batches see all of them."""
+    """Number of blocks of a layer's experts; with 1, each batch passes all experts at once."""
 
     resident_experts: int
     """Experts of a block that stay on the device between batches."""
 
     solver: Solver
-    """How a refit is solved, if there is one."""
+    """Solver of the refit, if there is one."""
 
     threads: int
-    """Processor threads."""
+    """Number of processor threads."""
 
     def halved(self) -> "Schedule":
         """Return the schedule with half as much on the device at once."""
@@ -101,10 +101,10 @@ class Begun:
     """How far a run is that a plan goes on with."""
 
     schedule: Schedule
-    """What it began with."""
+    """Schedule that the run began with."""
 
     layers: int
-    """Layers that are done; unless it is 0 or all, one boundary's states are on the disk."""
+    """Number of committed layers; unless 0 or all, states of one boundary are on the disk."""
 
     written_bytes: int
-    """Bytes of the output's shards that are written."""
+    """Bytes of the output's committed shards."""

@@ -16,7 +16,7 @@ from .codec import Codec, Part
 from .schemes import SIGNATURES, SUFFIXES, Described
 
 ACTIVATION_SUFFIXES = (".input_scale", ".input_global_scale")
-"""Scales of activations beside a weight: not part of the matrix. Among merged experts
+"""Suffixes of activation scales of a weight: not part of the matrix. Among merged experts
 the largest ``input_scale`` and the smallest ``input_global_scale`` (its inverse) hold."""
 
 REFUSED_SUFFIXES: Mapping[str, str] = {
@@ -29,7 +29,7 @@ REFUSED_SUFFIXES: Mapping[str, str] = {
     ".scales": "a scheme with .scales",
     ".weight_bitmask": "compressed-tensors, sparse",
 }
-"""Suffixes of schemes that are not read, and what they are."""
+"""Suffixes of schemes that are not supported, with the schemes' names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,22 +37,22 @@ class Stored:
     """How the matrix, or the stack of matrices, at a prefix is stored."""
 
     prefix: str
-    """Names of its tensors are this and a suffix."""
+    """Common prefix of the tensor names; a suffix follows it."""
 
     codec: Codec
-    """Decodes and encodes one matrix."""
+    """Codec that decodes and encodes one matrix."""
 
     rows: int
-    """Of one matrix."""
+    """Rows of one matrix."""
 
     cols: int
-    """Of one matrix."""
+    """Columns of one matrix."""
 
     count: int | None
-    """Matrices in the stack; None if there is but one matrix, without that axis."""
+    """Number of matrices in the stack; None for a single matrix without that axis."""
 
     activation: tuple[str, ...]
-    """Those of `ACTIVATION_SUFFIXES` that lie beside it."""
+    """Suffixes of `ACTIVATION_SUFFIXES` that the checkpoint has for this matrix."""
 
     def names(self) -> dict[str, str]:
         """Return the tensors' names by suffix."""
