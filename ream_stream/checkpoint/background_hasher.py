@@ -1,7 +1,7 @@
-"""What goes on beside copying a large file: its digest, and its way to the disk.
+"""Hashing and flushing of a large file on threads while it is copied.
 
-Hashing takes as long as copying, and the disk longer than either. Done one after another,
-a copy reaches half of the disk's rate.
+Hashing takes as long as copying, and the disk longer than either. Without threads a copy
+reaches half of the disk's rate.
 """
 
 import hashlib
@@ -15,24 +15,24 @@ FLUSH_BYTES = 64 << 20
 
 
 class BackgroundHasher:
-    """The digest of a file that is being written; one block a file.
+    """Computes the digest of a file while it is written; one context block for each file.
 
     Parameters
     ----------
     file
-        It is open for the length of the block.
+        Open file; it stays open during the block.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest = file, hashlib.sha256()
-        # threads are started when there is work for them
+        # the executor starts its threads with the first work
         self._threads = ThreadPoolExecutor(2, "write")
         self._hashing: Future[None] | None = None
         self._flushing: Future[None] | None = None
         self._copied = 0
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Enter the block."""
         return self
 
     def __exit__(
@@ -41,13 +41,13 @@ class BackgroundHasher:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Wait for what is going on; in a failure of its own the file is not whole."""
+        """Wait for the threads; raise a failed flush, unless the block itself failed."""
         self._threads.shutdown()
         if error is None and self._flushing is not None:
             self._flushing.result()
 
     def hash(self, piece: bytes | memoryview, *, lasting: bool) -> None:
-        """Add a piece to the digest; at once, unless its bytes are `lasting`."""
+        """Add a piece to the digest; on a thread if the piece is `lasting`, else at once."""
         self._wait()
         if lasting:
             self._hashing = self._threads.submit(self._digest.update, piece)
@@ -55,10 +55,10 @@ class BackgroundHasher:
             self._digest.update(piece)
 
     def flush(self, size: int) -> None:
-        """Let the disk begin with what was copied, `size` bytes more, if that is much.
+        """Count `size` copied bytes, and start writing to disk after `FLUSH_BYTES` of them.
 
-        Nothing relies on it: the file is synced at its end. But an error is told once only,
-        so it must not be lost.
+        An optimisation only: the file is synced at its end. The kernel reports a write error
+        to a single fsync, so the result of this one is checked too.
 
         Raises
         ------
