@@ -21,7 +21,7 @@ class ReamStreamError(Exception):
 
 
 class UsageError(ReamStreamError):
-    """What was asked for is not possible; nothing was written."""
+    """The request is not possible; nothing was written."""
 
     exit_status = 2
 
@@ -83,14 +83,14 @@ _SHORT_OF_MEMORY = (
 
 
 def sentence(error: OSError) -> str:
-    """Return what the system says of an error, with the file that it is about."""
+    """Return the system's message for an error, with the file's name."""
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}"
 
 
 def of_system(error: BaseException) -> ReamStreamError | None:
-    """Return what the system refused as an error of ours; None if that is not what it was."""
+    """Return a failure of the system as an error of ours; None for other errors."""
     told = sentence(error) if isinstance(error, OSError) else " ".join(str(error).split())
     number = error.errno if isinstance(error, OSError) else None
     if number in FULL:

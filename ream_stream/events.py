@@ -47,7 +47,7 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TakenOver:
-    """The run goes on with one that ended without a word."""
+    """The run resumes one that ended without a message."""
 
     previous: str
     """Description of the process that left the run unfinished."""

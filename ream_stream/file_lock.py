@@ -106,6 +106,6 @@ def lock_holder(path: Path) -> str | None:
 
 
 def _named(descriptor: int) -> str | None:
-    """Return what a process wrote in its lock; None if it is something else."""
+    """Return the text that a process wrote in its lock; None for other text."""
     found = _HOLDER.match(os.pread(descriptor, 400, 0))
     return found[0].decode() if found else None

@@ -69,7 +69,7 @@ class FileRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What is on disk now."""
+    """A file that was written."""
 
     name: str
     """File name, without its folder."""
@@ -231,7 +231,7 @@ def remove_empty(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Return what the file system of the nearest existing folder has free."""
+    """Return the free bytes of the nearest existing folder's file system."""
     return shutil.disk_usage(existing(path)).free
 
 
@@ -293,7 +293,7 @@ def space_for(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Let errors of the disk met in the block name a file: that of a read names none."""
+    """Add the name of a file to disk errors of the block: errors of reads have none."""
     try:
         yield
     except OSError as error:
@@ -371,7 +371,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _copy(file: FileIO, size: int, origin: Origin) -> int:
-    """Let the kernel copy from file to file; return how much of it that did."""
+    """Let the kernel copy from file to file; return the number of copied bytes."""
     source, start = origin
     done = 0
     try:

@@ -49,7 +49,7 @@ def options_of(*kinds: type) -> dict[str, Field[Any]]:
 
 
 def flag_of(found: Field[Any]) -> str:
-    """Return what an option is called on the command line."""
+    """Return the name of an option on the command line."""
     return str(found.metadata.get("flag") or "--" + found.name.replace("_", "-"))
 
 
@@ -109,7 +109,7 @@ def check_values(asked: Any) -> None:  # noqa: ANN401
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """How experts are ranked, compared, grouped, aligned and merged."""
+    """Options for ranking, comparing, grouping, aligning and merging experts."""
 
     saliency: str = option(
         "Method",

@@ -21,7 +21,7 @@ _SHAREGPT_ROLES: Mapping[str, str] = {
 
 
 class ChatError(Exception):
-    """What is wrong with a chat, or with the template that should render it."""
+    """A chat, or the template that should render it, is invalid."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ _PASS_TOKENS = "pass a safetensors file with input_ids as --calibration instead 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What was asked for; a single token file has its own numbers, and only `parts` counts."""
+    """Requested calibration set; for a single token file only `parts` counts."""
 
     parts: tuple[Part, ...]
     """Texts and token files; each is a domain if there are several."""

@@ -37,7 +37,7 @@ class Documents(Protocol):
     """Numbered documents: a `TextFile`, a list of strings."""
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of documents."""
 
     def __getitem__(self, index: int, /) -> str:
         """Return one of them."""

@@ -67,7 +67,7 @@ class Tokens:
         return self.input_ids_SL.numel() if mask_SL is None else int(mask_SL.sum())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a token file holds; `from_file` reads it back to the same digest."""
+        """Return the tensors of a token file; `from_file` reads the same digest from it."""
         optional = {
             "attention_mask": self.attention_mask_SL,
             "domain": self.domain_S if len(self.domains) > 1 else None,
@@ -76,7 +76,7 @@ class Tokens:
         return {"input_ids": self.input_ids_SL, **there}
 
     def metadata(self) -> dict[str, str]:
-        """Return what the header of a token file holds beside its tensors."""
+        """Return the metadata in the header of a token file."""
         return {"domains": json.dumps(self.domains)} if len(self.domains) > 1 else {}
 
 

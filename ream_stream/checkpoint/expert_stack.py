@@ -98,7 +98,7 @@ class ExpertMatrix:
         return (*parts, *self.activation)
 
     def place(self, expert: int) -> str:
-        """Return what the names of an expert's tensors begin with."""
+        """Return the prefix of the names of an expert's tensors."""
         number = f".{expert}" if self.numbered else ""
         return f"{self.prefix}{number}.{self.leaf}"
 
@@ -139,7 +139,7 @@ class ExpertMatrix:
         return encoded
 
     def decoded(self, dtype: str) -> ExpertMatrix:
-        """Return how it is stored as floats: where transformers looks for it."""
+        """Return the matrix as stored floats, under the name that transformers reads."""
         codec, rows, cols = self.stored.codec, self.stored.rows, self.stored.cols
         if isinstance(codec, Plain):
             plain: Codec = replace(codec, dtype=dtype)
@@ -267,7 +267,7 @@ class ExpertStack:
         )
 
     def stored_down(self, down_HI: Tensor) -> Tensor:
-        """Return what is read of a down projection, in float32, once it was stored."""
+        """Return a down projection after encoding and decoding, in float32."""
         matrix = next(m for m in self.matrices if m.parts == ("down",))
         matrix_RC = matrix.join({"down": down_HI})
         codec, (rows, cols) = matrix.stored.codec, matrix_RC.shape
@@ -291,6 +291,6 @@ class ExpertStack:
 
 
 def one_of(entry: TensorEntry, expert: int, count: int) -> tuple[int, int]:
-    """Return where in its file one expert of a stacked tensor begins and ends."""
+    """Return the first and last offset of one expert of a stacked tensor in its file."""
     size = entry.nbytes // count
     return entry.start + expert * size, entry.start + (expert + 1) * size

@@ -96,7 +96,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stamp:
-    """What tells a file from another that took its place."""
+    """Identity of a file, which differs if another file took its place."""
 
     size: int
     """Size of the file in bytes."""

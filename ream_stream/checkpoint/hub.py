@@ -118,7 +118,7 @@ def find(text: str) -> Remote:
 
 
 def described(text: str, ask: Callable[[], ModelInfo]) -> Remote:
-    """Return what huggingface_hub makes of the hub's answer, checked.
+    """Return the hub's answer as huggingface_hub parses it, checked.
 
     Raises
     ------

@@ -59,7 +59,7 @@ def find_quantized(
 
 
 def float_name(prefix: str, suffix: str) -> str:
-    """Return what the floats of a matrix are called, from a suffix of its codes."""
+    """Return the name of a matrix's float tensor, from a suffix of its codes."""
     return prefix + (".weight" if suffix.startswith(".") else "")
 
 

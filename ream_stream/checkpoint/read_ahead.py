@@ -43,7 +43,7 @@ class ReadAhead:
             return
 
     def close(self) -> None:
-        """Let the thread end."""
+        """End the thread."""
         if self._thread is not None:
             self._asked.put(None)
             self._thread.join()

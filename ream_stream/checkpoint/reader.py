@@ -67,7 +67,7 @@ class MappedTensors:
         return tensor
 
     def ahead(self, stack: ExpertStack, expert: int) -> None:
-        """Let the kernel read an expert that is asked for soon."""
+        """Make the kernel read an expert that will be needed soon."""
         ranges = []
         for name, place in stack.expert_slots(expert):
             entry = self._entries[name]
@@ -104,7 +104,7 @@ class MappedTensors:
 
 @dataclass(frozen=True, kw_only=True)  # without slots: what is found in headers is kept
 class Checkpoint:
-    """What a checkpoint folder holds, known from its headers alone."""
+    """Contents of a checkpoint folder, known from its headers alone."""
 
     folder: Path
     """Folder of the checkpoint."""

@@ -17,7 +17,7 @@ _FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL
 
 
 def source_metadata(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Return what the output inherits, and a note if the card's head cannot be read."""
+    """Return the inherited entries, and a note if the card's head cannot be read."""
     path = folder / CARD
     if not path.is_file():
         return {}, None

@@ -35,7 +35,7 @@ _MANY_EXPERTS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    """Where layers are run, in what, and within which memory."""
+    """Device, dtype and memory of the layers."""
 
     device: str = option("Machine", "auto, cpu, cuda or cuda:N.", default="auto")
     compute_dtype: str = option(
@@ -55,7 +55,7 @@ class MachineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(CalibrationOptions, MachineOptions):
-    """What a run is asked for, beside what `Method` and `Settings` have."""
+    """Options of a run in addition to those of `Method` and `Settings`."""
 
     source: Path
     """Checkpoint folder; with streaming the folder of its headers."""
@@ -188,7 +188,7 @@ def check_usage(options: RunOptions) -> None:
 
 
 def kept_experts(options: RunOptions, num_experts: int) -> int:
-    """Return how many experts a layer keeps; a share is rounded down.
+    """Return the number of experts that a layer keeps; a share is rounded down.
 
     Raises
     ------

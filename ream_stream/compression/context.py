@@ -19,7 +19,7 @@ from .workspace import Workspace
 
 @dataclass(kw_only=True, slots=True)
 class Context:
-    """What all layers of a run share."""
+    """Shared state of all layers of a run."""
 
     plan: Plan
     """Plan of the run."""

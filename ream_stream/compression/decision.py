@@ -30,7 +30,7 @@ from .observer import Observer, TokenSample
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """Which experts of a layer become which."""
+    """Grouping of one layer's experts into new experts."""
 
     saliency: tuple[float, ...]
     """Saliency of each source expert."""

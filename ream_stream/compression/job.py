@@ -195,7 +195,7 @@ def notes_of(plan: Plan) -> list[str]:
 
 
 def forecast_facts(forecast: Forecast) -> dict[str, Any]:
-    """Return what is left to do, by phase and in all, and the rates behind the times."""
+    """Return the remaining work, by phase and in all, and the rates behind the times."""
     seconds = forecast.seconds
 
     def described(cost: Cost, time: float) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device)
 
 
 def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:
-    """Return where layers are run, and the budget of its memory; None for the processor.
+    """Return the device of the layers, and its memory budget; None for the processor.
 
     Raises
     ------

@@ -115,7 +115,7 @@ class Journal:
         return [shard for layer in self.layers for shard in layer.shards] + self.outside
 
     def begun(self) -> Begun:
-        """Return how far the run is, for a plan that goes on with it."""
+        """Return the progress of the run, for a plan that resumes it."""
         written = sum(shard.size for shard in self.shards())
         return Begun(schedule=self.schedule, layers=len(self.layers), written_bytes=written)
 

@@ -19,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefitOutcome:
-    """What refitting a layer came to; see `events.RefitResult`."""
+    """Outcome of a layer's refit; see `events.RefitResult`."""
 
     penalty: float | None
     """Ridge penalty of the refit; None if none lowered the error: the layer is unchanged."""

@@ -54,7 +54,7 @@ class CompressionResult:
     """Scores of the output; None if no evaluation was asked for."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what came out, for ``--json``."""
+        """Return the result for ``--json``."""
         names = ("already_complete", "output_bytes", "seconds", "seconds_by_phase")
         peaks = ("peak_anonymous_bytes", "peak_device_bytes")
         return {**self.plan, **{name: getattr(self, name) for name in (*names, *peaks)}}

@@ -41,7 +41,7 @@ _PIECE_BYTES = 1 << 22
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRecord:
-    """What a shard of the source was."""
+    """Record of a shard of the source at the run's start."""
 
     size: int
     """Size of the shard in bytes."""
@@ -58,7 +58,7 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRecord:
-    """What the source of a run was."""
+    """Record of the source at the run's start."""
 
     commit: str | None = None
     """Commit on the hub; None if the source is not known to be from there."""
@@ -110,7 +110,7 @@ class TensorDigests:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let the thread end."""
+        """End the thread."""
         self._thread.shutdown()
 
     def add(self, name: str, values: Tensor) -> None:

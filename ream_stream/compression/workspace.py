@@ -76,7 +76,7 @@ class Workspace:
 
     @property
     def older_log(self) -> Path:
-        """What was the log until it was large."""
+        """The previous log, renamed when it became large."""
         return self.data / "log.1.jsonl"
 
     @property
@@ -292,7 +292,7 @@ class Workspace:
             files.remove_empty(self.output / folder)
 
     def _identity(self, folder: Path) -> dict[str, Any] | None:
-        """Return what a folder says of the run that it belongs to; None if it says nothing."""
+        """Return the identity of a folder's run; None if it records none."""
         path = folder / _IDENTITY
         if regular_size(path) is None:
             return None
@@ -368,7 +368,7 @@ class Workspace:
 
 
 def workspace_of(output: Path, work_dir: Path | None, source: Path | None = None) -> Workspace:
-    """Return where a run writes, links followed.
+    """Return the folders of a run, links followed.
 
     Raises
     ------

@@ -31,7 +31,7 @@ Texts = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanResult:
-    """What a compression would do, hold and write."""
+    """Work, memory and output of a planned compression."""
 
     settings: Settings
     """Settings that decide the bytes of the output."""

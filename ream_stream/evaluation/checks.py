@@ -35,17 +35,17 @@ class Subject:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Its manifest."""
+        """Manifest of the checkpoint."""
         return read_manifest(self.folder / MANIFEST)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """Its config, index and headers."""
+        """Config, index and headers of the checkpoint."""
         return open_checkpoint(self.folder)
 
     @cached_property
     def stacks(self) -> Mapping[str, ExpertStack]:
-        """Its experts by prefix, wherever they are in the model."""
+        """Expert stacks by prefix, anywhere in the model."""
         return self.checkpoint.experts
 
     @property

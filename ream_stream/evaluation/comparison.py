@@ -87,7 +87,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonSetup:
-    """What all trials of a comparison share."""
+    """Shared inputs of all trials of a comparison."""
 
     source: Checkpoint
     """Checkpoint that the trials compress."""

@@ -43,7 +43,7 @@ RANK_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What an evaluation ends with."""
+    """Result of an evaluation."""
 
     evaluation: Evaluation
     """Evaluation of the checkpoint."""

@@ -39,7 +39,7 @@ class Mean:
 
     @property
     def stderr(self) -> float:
-        """Its standard error; NaN for a single sequence."""
+        """Standard error of the mean; NaN for a single sequence."""
         sequences, mean = len(self.count_S), self.value
         if sequences < 2 or not self.count:
             return math.nan
@@ -77,7 +77,7 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """How well a checkpoint predicts a token set."""
+    """Measures of a checkpoint's predictions on a token set."""
 
     loss: Mean
     """Negative log-likelihood, nats a token."""

@@ -32,7 +32,7 @@ from .multiple_choice import Share, accuracies, make_quiz, read_questions
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What was measured of a checkpoint."""
+    """Measured scores of a checkpoint."""
 
     checkpoint: Path
     """Folder of the evaluated checkpoint."""
@@ -143,7 +143,7 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Bench:
-    """What all passes of a measurement share."""
+    """Shared inputs of all passes of a measurement."""
 
     checkpoint: Checkpoint
     original: Checkpoint | None

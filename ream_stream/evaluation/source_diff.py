@@ -127,7 +127,7 @@ Pieces = Callable[[MappedTensors, MappedTensors], Iterator[tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Origin:
-    """Where the bytes of an output tensor come from."""
+    """Source of the bytes of an output tensor."""
 
     name: str
     """Name of the source tensor."""

@@ -23,7 +23,7 @@ from .source_diff import against as compare
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What a verification found."""
+    """Result of a verification."""
 
     output: Path
     """Folder of the verified checkpoint."""

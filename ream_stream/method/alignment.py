@@ -24,7 +24,7 @@ from .expert import Expert
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alignment:
-    """Which costs of pairing two neurons are added up; neither keeps the order."""
+    """Terms in the cost of pairing two neurons; without terms the order stays."""
 
     activations: bool
     """Whether the cost includes activations on the sampled tokens."""
@@ -47,7 +47,7 @@ ALIGNMENTS: Mapping[str, Alignment] = {
 
 
 class Neurons(NamedTuple):
-    """What two experts' neurons are compared by."""
+    """Matrices and activations by which an expert's neurons are compared."""
 
     expert: Expert
     """Matrices of the expert."""
@@ -67,7 +67,7 @@ class Pair(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """How a member's neurons are lined up with its centroid's."""
+    """Alignment of a member's neurons with its centroid's."""
 
     order_I: Tensor
     """Order of the member's neurons that `align` returns."""
@@ -145,7 +145,7 @@ def cost_flop(alignment: Alignment, rows: int, hidden: int, inner: int) -> int:
 
 
 def aligning_bytes(rows: int, hidden: int, inner: int, threads: int) -> int:
-    """Return what comes and goes while a cost is made and `threads` others are matched."""
+    """Return the transient bytes of one cost matrix and of `threads` assignments."""
     square = inner**2
     # scipy makes a float64 copy of each float32 cost that it works on
     matched = threads * square * (4 + 8)

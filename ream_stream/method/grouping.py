@@ -25,7 +25,7 @@ comes out nearer in floating point is noise.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """What the choice is made from; a grouping raises where it lacks something."""
+    """Statistics for the choice of groups; a grouping raises if it needs a missing one."""
 
     saliency_E: Tensor
     """Saliency of each expert; higher is more important. Ties go to the lower index."""

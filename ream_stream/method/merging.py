@@ -49,7 +49,7 @@ def merge(shares: Sequence[float], aligned: Iterable[Expert], dtype: torch.dtype
 
 
 def merging_bytes(matrix: int, itemsize: int) -> int:
-    """Return what merging experts of three matrices of so many numbers takes.
+    """Return the bytes for merging experts of three matrices of so many numbers.
 
     That is a float32 sum, a member as it is stored, its widened part, and a result.
     """

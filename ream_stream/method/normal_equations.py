@@ -66,7 +66,7 @@ def _add_product(total_IX: Tensor, left_RI: Tensor, right_RX: Tensor) -> None:
 
 
 class NormalSums:
-    """What the normal equations need besides the operator; additive over batches.
+    """Sums of the normal equations except the operator; additive over batches.
 
     For each expert e the blocks A_e = sum of a_e^T a_e, and B_e = sum of a_e^T r::
 

@@ -67,7 +67,7 @@ class Cholesky:
 
     @staticmethod
     def working_bytes(inner: int) -> int:
-        """Return what comes and goes: a block in float64, its triangle, factor and square."""
+        """Return the transient bytes: a block in float64, its triangle, factor and square."""
         return 4 * 8 * inner**2
 
     def _factorise(self, expert: int, diagonal_I: Tensor, penalty: float) -> None:

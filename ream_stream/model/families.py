@@ -60,7 +60,7 @@ _BIASED = ("gate.weight", "gate.e_score_correction_bias")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
-    """How many experts a router sends each token to, and among which."""
+    """Number of experts that the router selects for a token, and their groups."""
 
     top_k: int
     """Number of experts that the router selects for a token."""
@@ -272,7 +272,7 @@ def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dic
 
 
 def told_counts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of the number of experts, by key.
+    """Return the numbers of experts in config.json by key.
 
     A list that gives one number layer by layer is that number.
     """

@@ -70,7 +70,7 @@ class ExcludedSequences:
         yield from sorted(self._found)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of excluded sequences."""
         return len(self._found)
 
     def kept(self, first: int, count: int) -> Tensor | None:

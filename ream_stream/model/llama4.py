@@ -22,7 +22,7 @@ EXPERTS = "Llama4TextExperts"
 
 
 def route_scaled(layer: nn.Module) -> None:
-    """Let the blocks of a decoder layer that have such experts call the chosen ones alone.
+    """Make the MoE blocks of a Llama 4 decoder layer call the selected experts only.
 
     Raises
     ------

@@ -397,7 +397,7 @@ def project_pieces(bias: Tensor | None, matrix_VH: Tensor) -> Callable[[Tensor],
 
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
-    """Return where a module is in a model."""
+    """Return the path of a module in a model."""
     paths: Iterator[str] = (path for path, found in model.named_modules() if found is wanted)
     return next(paths)
 

@@ -50,14 +50,14 @@ class NextToken(nn.Module):
         self.eh_proj = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, hidden_BLH: Tensor, embedded_BLH: Tensor) -> Tensor:
-        """Return what enters the layer, from normed states and the next tokens' embeddings."""
+        """Return the layer's input, from normed states and the next tokens' embeddings."""
         both = [self.enorm(embedded_BLH), self.hnorm(hidden_BLH)]
         joined_BLH: Tensor = self.eh_proj(torch.cat(both, dim=-1))
         return joined_BLH
 
 
 class NextTokenOfStates(nn.Module):
-    """The same, of several states of a token; see `NextToken`."""
+    """Joins several states of each token with the next token; see `NextToken`."""
 
     is_normed: ClassVar[bool] = False
     """Whether the layer gets states after the decoder's final norm; see `NextToken`."""
@@ -69,7 +69,7 @@ class NextTokenOfStates(nn.Module):
         self.e_proj, self.h_proj = (nn.Linear(width, width, bias=False) for _ in "eh")
 
     def forward(self, hidden_BLSH: Tensor, embedded_BLH: Tensor) -> Tensor:
-        """Return what enters the layer, (B, L, S, H)."""
+        """Return the layer's input, (B, L, S, H)."""
         embedded_BLH = self.e_proj(self.enorm(embedded_BLH))
         joined_BLSH: Tensor = embedded_BLH.unsqueeze(2) + self.h_proj(self.hnorm(hidden_BLSH))
         return joined_BLSH
@@ -77,7 +77,7 @@ class NextTokenOfStates(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wiring:
-    """How the layer of a family is named, and what it is built as."""
+    """Names and layer types of a family's multi-token-prediction layer."""
 
     experts: str
     """Pattern of the experts' prefix; ``LAST`` is the number of decoder layers."""

@@ -71,7 +71,7 @@ def shape_of(
 
 
 class TensorMap:
-    """Where the tensors of a checkpoint belong in the skeleton of its model.
+    """Map from the parameters of a model's skeleton to the checkpoint's tensors.
 
     Parameters
     ----------

@@ -225,7 +225,7 @@ class Footprints:
         return list(kinds.values())
 
     def beyond_adding(self, index: int) -> str | None:
-        """Tell what layer `index` does with its experts' outputs but to add them once.
+        """Return the operation of layer `index` on expert outputs other than adding them once.
 
         Returns
         -------
@@ -245,7 +245,7 @@ class Footprints:
             return added.other or (None if added.knows(leaving_BLH) else "nothing")
 
     def of(self, index: int, sequences: int, length: int, *, padded: bool = True) -> Footprint:
-        """Return what running layer `index` on a batch takes.
+        """Return the footprint of layer `index` on a batch.
 
         With padding a mask is made, which is as large as a head's attention weights.
         """

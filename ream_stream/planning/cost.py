@@ -30,7 +30,7 @@ PHASES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What is to be done, in one phase or in all."""
+    """Work of one phase or of all phases."""
 
     read_bytes: int = 0
     """Bytes read from files."""
@@ -313,7 +313,7 @@ class _Layer:
         return len(cut_experts(experts, self.plan.schedule.expert_blocks))
 
     def _loads(self, experts: int) -> int:
-        """Return how often experts are loaded in the passes of all batches, in all."""
+        """Return the number of expert loads in the passes of all batches."""
         schedule = self.plan.schedule
         kept = sum(
             min(schedule.resident_experts, len(block))
@@ -322,7 +322,7 @@ class _Layer:
         return kept + (experts - kept) * self.plan.num_batches
 
     def _readings(self, passes: int) -> float:
-        """Return how often an expert is read in the passes of all batches, in the mean."""
+        """Return the mean number of reads of an expert in the passes of all batches."""
         if self.fits or self.stays or passes > 1:
             return 1.0
         return self._loads(self.plan.num_experts) / self.plan.num_experts
@@ -336,7 +336,7 @@ class _Layer:
         return Cost(read_bytes=nbytes, cached_bytes=nbytes if self.fits else 0)
 
     def _passed_again(self, passes: int) -> Cost:
-        """Return what passes beyond the first take beside experts: states and attention."""
+        """Return the cost of passes after the first except experts: states and attention."""
         kept = self.plan.keeps(OUTPUTS)
         once = self._again(self.entering) + Cost(
             read_bytes=self.plan.scratch.get(OUTPUTS, 0),

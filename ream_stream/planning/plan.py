@@ -51,7 +51,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What a run reads and writes: it follows from headers, settings and tokens alone."""
+    """Inputs and outputs of a run; they follow from headers, settings and tokens alone."""
 
     settings: Settings
     """Settings of the run."""
@@ -147,7 +147,7 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers are run in."""
+        """Dtype of the layers' forward pass."""
         dtype: torch.dtype = getattr(torch, self.settings.compute_dtype)
         return dtype
 
@@ -266,7 +266,7 @@ class Plan(Layout):
 
     @property
     def refit_repeats(self) -> float:
-        """How often a refit makes activations again, in passes over all tokens."""
+        """Number of passes over all tokens in which a refit recomputes activations."""
         if self.memory.get(ACTIVATIONS):
             return 0.0
         iterations = (

@@ -1,4 +1,4 @@
-"""How a run goes through a layer, and what it may take of a machine for that."""
+"""Schedule of a run through each layer, and its limits on memory and disk."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ RAM_SHARE = 0.8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budgets:
-    """What a run may take of a machine, in bytes."""
+    """Limits on the memory and disk of a run, in bytes."""
 
     ram: int
     """Most bytes of anonymous host memory."""
@@ -47,7 +47,7 @@ class Budgets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solver:
-    """How the equations of a refit are solved; it decides last bits, or iterations."""
+    """Solver of a refit; the choice decides last bits, or the number of iterations."""
 
     preconditioner: str
     """Key of `method.preconditioning.PRECONDITIONERS`."""
@@ -61,7 +61,7 @@ class Solver:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """How a run goes through each layer on the machine that it began on."""
+    """Batches, blocks and solver of each layer on the machine that the run began on."""
 
     batch_sequences: int
     """Sequences of a batch."""
@@ -87,10 +87,10 @@ class Schedule:
         )
 
     def going_on(self, begun: "Schedule") -> "Schedule":
-        """Return what a run that began with `begun` goes on with, where this one is planned.
+        """Return the schedule of a resumed run: `begun`, adapted to this planned schedule.
 
-        What decides last bits stays. As many threads are used as were asked for this time,
-        and no more experts stay on the device than it has room for now.
+        All that decides last bits stays. The number of threads is the new one, and no more
+        experts stay on the device than it has room for now.
         """
         resident = min(self.resident_experts, begun.resident_experts)
         return replace(begun, resident_experts=resident, threads=self.threads)
@@ -98,7 +98,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Begun:
-    """How far a run is that a plan goes on with."""
+    """Progress of a run that a plan resumes."""
 
     schedule: Schedule
     """Schedule that the run began with."""

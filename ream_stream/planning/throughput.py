@@ -47,7 +47,7 @@ _CODED_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throughput:
-    """What this machine does in a second."""
+    """Work that this machine does in a second."""
 
     expert: float
     """Operations a second of experts on a batch's usual number of rows, loading included."""
@@ -96,7 +96,7 @@ class Throughput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What a run has to do, and about how long that takes here."""
+    """Remaining work of a run, and its estimated duration on this machine."""
 
     costs: Mapping[str, Cost]
     """Cost of each phase."""

@@ -36,7 +36,7 @@ class Part:
 
 
 class Codec(Protocol):
-    """How one matrix is stored; a frozen dataclass that holds the scheme's parameters.
+    """Storage format of one matrix; a frozen dataclass that holds the scheme's parameters.
 
     A matrix of a stack is coded like any other: the caller gives slices of the
     stacked tensors. Codecs work on the device of what they get and keep no state.

@@ -34,7 +34,7 @@ REFUSED_SUFFIXES: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """How the matrix, or the stack of matrices, at a prefix is stored."""
+    """Storage format of the matrix, or the stack of matrices, at a prefix."""
 
     prefix: str
     """Common prefix of the tensor names; a suffix follows it."""
@@ -116,7 +116,7 @@ def detect(
 
 
 def weight_settings(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """Return what a quantization_config says of a module's weights.
+    """Return the settings in a quantization_config for a module's weights.
 
     That is the config itself, overlaid by ``weights`` of the entry of
     ``config_groups`` that targets the module: by name or expression first, else

@@ -13,11 +13,11 @@ from .nvfp4 import Nvfp4
 
 
 class Described(Protocol):
-    """What a header says of a tensor."""
+    """Header entry of a tensor."""
 
     @property
     def dtype(self) -> str:
-        """In the format's spelling."""
+        """Dtype of the tensor in the format's spelling."""
 
     @property
     def shape(self) -> tuple[int, ...]:
