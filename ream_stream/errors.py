@@ -7,7 +7,7 @@ wrong, where, and what to do. A status that is not listed here means failure.
 import errno
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What the system says when a disk, a quota or the size that a file may have is used up."""
+"""Error numbers for a full disk, an exceeded quota or a file at its size limit."""
 
 
 class ReamStreamError(Exception):
@@ -21,7 +21,7 @@ class ReamStreamError(Exception):
 
 
 class UsageError(ReamStreamError):
-    """What was asked for is not possible; nothing was written."""
+    """The request is not possible; nothing was written."""
 
     exit_status = 2
 
@@ -79,18 +79,18 @@ _SHORT_OF_MEMORY = (
     "cannot allocate memory",
     "can't start new thread",
 )
-"""What libraries say, with a type of their own, where memory or address space ran out."""
+"""Messages of libraries' own exceptions for exhausted memory or address space."""
 
 
 def sentence(error: OSError) -> str:
-    """Return what the system says of an error, with the file that it is about."""
+    """Return the system's message for an error, with the file's name."""
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}"
 
 
 def of_system(error: BaseException) -> ReamStreamError | None:
-    """Return what the system refused as an error of ours; None if that is not what it was."""
+    """Return a failure of the system as an error of ours; None for other errors."""
     told = sentence(error) if isinstance(error, OSError) else " ".join(str(error).split())
     number = error.errno if isinstance(error, OSError) else None
     if number in FULL:

@@ -14,13 +14,13 @@ class Fetching:
     """A checkpoint is fetched from the hub, as far as it is not here."""
 
     repo: str
-    """Its repository, ``ORG/NAME``."""
+    """Repository on the hub, ``ORG/NAME``."""
 
     commit: str
-    """Its commit."""
+    """Commit of the repository."""
 
     num_bytes: int
-    """Bytes of all its files."""
+    """Bytes of all files of the repository."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class Planned:
     """A run may begin; nothing is written yet."""
 
     facts: Mapping[str, Any]
-    """What is known of it, as ``plan --json`` prints it."""
+    """Facts of the plan, as ``plan --json`` prints them."""
 
     layer_bytes: tuple[int, ...]
     """Bytes of each layer in the source."""
@@ -39,18 +39,18 @@ class Started:
     """The run begins, or goes on after a stop."""
 
     layers: int
-    """Decoder layers in all."""
+    """Number of all decoder layers."""
 
     committed: int
-    """Layers that earlier runs have finished."""
+    """Number of layers that earlier runs committed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TakenOver:
-    """The run goes on with one that ended without a word."""
+    """The run resumes one that ended without a message."""
 
     previous: str
-    """The process that left it."""
+    """Description of the process that left the run unfinished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class Evaluating:
     """A pass over a checkpoint begins."""
 
     name: str
-    """Of the checkpoint, and of what it is asked."""
+    """Name of the checkpoint and of the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,13 +69,13 @@ class Finding:
     """Name of the check."""
 
     ok: bool
-    """Whether all is well."""
+    """Whether the check found no problem."""
 
     message: str
-    """One sentence: what, and where."""
+    """Sentence that states the finding and its place."""
 
     is_note: bool = False
-    """Whether it is no result, but something that the user may want to know."""
+    """Whether the finding is only a note for the user, not a result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,10 +86,10 @@ class Step:
     """Position of the layer."""
 
     phase: Phase
-    """What is being done."""
+    """Current phase of the layer."""
 
     done: int
-    """Units finished: batches, experts, files or sequences."""
+    """Finished units: batches, experts, files or sequences."""
 
     total: int
     """Units of this phase."""
@@ -100,16 +100,16 @@ class RefitResult:
     """Error of one layer before and after its refit, on sequences that were held back."""
 
     penalty: float | None
-    """Ridge penalty that was chosen; None if none helped: the layer stays as it was."""
+    """Ridge penalty of the refit; None if none lowered the error: the layer is unchanged."""
 
     error_before: float
-    """Squared error of routed outputs before the refit, relative to their squares."""
+    """Relative squared error of routed outputs before the refit, on held-back tokens."""
 
     remaining_error: float
-    """Share of `error_before` after the refit: 1 for a layer that was left as it was."""
+    """Share of `error_before` that remains after the refit: 1 for an unchanged layer."""
 
     tried: tuple[tuple[float, float], ...]
-    """Each penalty with the share of the error that its first direction leaves."""
+    """Each penalty with the share of the error that remains after its first direction."""
 
     residuals: tuple[float, ...]
     """Objective before the first iteration and after each, as a share of the first value."""
@@ -126,31 +126,31 @@ class LayerDone:
     """Routed experts of the source layer; 0 for a dense layer."""
 
     experts_after: int
-    """Routed experts now."""
+    """Routed experts of the output layer."""
 
     changed: int
-    """New experts that were merged from several; of the others gate and up are byte copies."""
+    """New experts merged from several; gate and up of the others are byte copies."""
 
     read_bytes: int
     """Bytes of the source layer."""
 
     written_bytes: int
-    """Bytes of its shards."""
+    """Bytes of the layer's shards in the output."""
 
     seconds: Mapping[str, float]
-    """Time by phase."""
+    """Seconds spent in each phase."""
 
     peak_anonymous_bytes: int
-    """Highest anonymous memory while it was worked on."""
+    """Peak of anonymous memory during the work on the layer."""
 
     peak_device_bytes: int = 0
-    """Highest memory of the GPU while it was worked on; 0 if it was the processor's work."""
+    """Peak of GPU memory during the work on the layer; 0 if it ran on the processor."""
 
     refitted: RefitResult | None = None
-    """What refitting came to; None if it was not asked for, or the layer is dense."""
+    """Result of the refit; None without a refit or for a dense layer."""
 
     excluded: int = 0
-    """Calibration sequences that are left out from here on, as their states are not finite."""
+    """Calibration sequences excluded from this layer on: their states are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,10 +161,10 @@ class BatchHalved:
     """Position of the layer."""
 
     batch_sequences: int
-    """Sequences of a batch from here on."""
+    """Sequences of a batch from now on."""
 
     resident_experts: int
-    """Experts that stay on the device between batches from here on."""
+    """Experts that stay on the device between batches from now on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,7 +178,7 @@ class Finished:
     """Bytes of the source's tensors."""
 
     seconds: Mapping[str, float]
-    """Time of this run by phase."""
+    """Seconds of this run in each phase."""
 
     peak_anonymous_bytes: int
     """Highest anonymous memory of this run."""
@@ -187,7 +187,7 @@ class Finished:
     """Highest memory of the GPU in this run; 0 if layers ran on the processor."""
 
     already_complete: bool
-    """Nothing was left to do."""
+    """Whether the output was complete before this run."""
 
 
 Event = (
@@ -204,7 +204,7 @@ Event = (
 )
 
 Report = Callable[[Event], None]
-"""Is told what happens as it happens; it may raise `InterruptedRunError` to end the work."""
+"""Receives each event when it happens; may raise `InterruptedRunError` to end the work."""
 
 
 def no_report(_event: Event) -> None:

@@ -26,7 +26,7 @@ MAX_JSON_BYTES = 200_000_000
 """That of an index of a million tensors."""
 
 MAX_BYTES = 1 << 28
-"""Of a file that is read whole: a journal of 100 layers, 512 experts, 10 domains has 12 MB."""
+"""Largest file read whole; a journal of 100 layers, 512 experts, 10 domains has 12 MB."""
 
 _TAIL_BYTES = 1 << 24
 _KINDS = (

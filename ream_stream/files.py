@@ -36,49 +36,53 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 FLUSH_BYTES = 64 << 20
-"""Copied before the disk is asked to begin: small files are synced once, at their end."""
+"""Bytes copied between two flushes; a smaller file is synced once, at its end."""
+
 LOG_BYTES = 10_000_000
-"""Of a log that is put aside when a run opens it; a run of a day writes a tenth of it."""
+"""Size above which a run rotates its log; a run of a day writes a tenth of it."""
 
 _NOT_COPIED = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 )
-"""What kernels say of files that they do not copy: other disks, FUSE, old ones."""
+"""Error numbers of kernels that cannot copy between these files: other disks, FUSE, old."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What is on disk now."""
+    """A file that was written."""
 
     name: str
     """File name, without its folder."""
 
     size: int
-    """Bytes."""
+    """Size of the file in bytes."""
 
     sha256: str
-    """Digest of the whole file, hex."""
+    """SHA-256 of the whole file, hex."""
 
 
 class BackgroundHasher:
-    """The digest of a file that is being written; one block a file.
+    """Hashes and flushes a file on threads while it is written; one block for each file.
+
+    Hashing takes as long as copying, and the disk longer than either: without threads a copy
+    reaches half of the disk's rate.
 
     Parameters
     ----------
     file
-        It is open for the length of the block.
+        Open file; it stays open during the block.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest = file, hashlib.sha256()
-        # threads are started when there is work for them
+        # the executor starts its threads with the first work
         self._threads = ThreadPoolExecutor(2, "write")
         self._hashing: Future[None] | None = None
         self._flushing: Future[None] | None = None
         self._copied = 0
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Enter the block."""
         return self
 
     def __exit__(
@@ -87,13 +91,13 @@ class BackgroundHasher:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Wait for what is going on; in a failure of its own the file is not whole."""
+        """Wait for the threads; raise a failed flush, unless the block itself failed."""
         self._threads.shutdown()
         if error is None and self._flushing is not None:
             self._flushing.result()
 
     def hash(self, piece: bytes | memoryview, *, lasting: bool) -> None:
-        """Add a piece to the digest; at once, unless its bytes are `lasting`."""
+        """Add a piece to the digest; on a thread if the piece is `lasting`, else at once."""
         self._wait()
         if lasting:
             self._hashing = self._threads.submit(self._digest.update, piece)
@@ -101,10 +105,10 @@ class BackgroundHasher:
             self._digest.update(piece)
 
     def flush(self, size: int) -> None:
-        """Let the disk begin with what was copied, `size` bytes more, if that is much.
+        """Count `size` copied bytes, and start writing to disk after `FLUSH_BYTES` of them.
 
-        Nothing relies on it: the file is synced at its end. But an error is told once only,
-        so it must not be lost.
+        An optimisation only: the file is synced at its end. The kernel reports a write error
+        to a single fsync, so the result of this one is checked too.
 
         Raises
         ------
@@ -341,7 +345,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _copy(file: FileIO, size: int, origin: Origin) -> int:
-    """Let the kernel copy from file to file; return how much of it that did."""
+    """Let the kernel copy from file to file; return the number of copied bytes."""
     source, start = origin
     done = 0
     try:

@@ -107,7 +107,7 @@ class Gauge:
         self.highest = self.peak = anonymous_bytes()
 
     def sample(self) -> None:
-        """Take one sample."""
+        """Measure once."""
         self.peak = max(self.peak, anonymous_bytes())
         self.highest = max(self.highest, self.peak)
 

@@ -49,7 +49,7 @@ def options_of(*kinds: type) -> dict[str, Field[Any]]:
 
 
 def flag_of(found: Field[Any]) -> str:
-    """Return what an option is called on the command line."""
+    """Return the name of an option on the command line."""
     return str(found.metadata.get("flag") or "--" + found.name.replace("_", "-"))
 
 
@@ -109,7 +109,7 @@ def check_values(asked: Any) -> None:  # noqa: ANN401
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """How experts are ranked, compared, grouped, aligned and merged."""
+    """Options for ranking, comparing, grouping, aligning and merging experts."""
 
     saliency: str = option(
         "Method",
@@ -212,7 +212,7 @@ class Settings:
     """Experts to keep in each MoE layer."""
 
     method: Method
-    """How they are chosen and merged."""
+    """Method that chooses and merges the experts."""
 
     sequential: bool = option(
         "Method",
@@ -221,7 +221,7 @@ class Settings:
     )
 
     compute_dtype: str = "float32"
-    """``bfloat16``, ``float16`` or ``float32``: what the layers are run in."""
+    """Dtype of the layers' forward pass: ``bfloat16``, ``float16`` or ``float32``."""
 
     dtype: str = option(
         "Machine",
@@ -239,7 +239,7 @@ class Settings:
     seed: int = option("Calibration", "Start of every random choice.", default=0, least=0)
 
     device_kind: str = "cpu"
-    """``cpu`` or ``cuda``: results are equal only within one kind."""
+    """Kind of the device, ``cpu`` or ``cuda``: results are equal only within one kind."""
 
     max_shard_bytes: int = option(
         "Machine",

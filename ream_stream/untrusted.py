@@ -12,12 +12,12 @@ import shlex
 from typing import Any
 
 MOST_CHARACTERS = 10_000
-"""Of what is shown as one piece."""
+"""Most characters that are shown as one piece."""
 
 MAX_DEPTH = 64
 
 MAX_YAML_CHARACTERS = 100_000
-"""Reading so many takes a second."""
+"""Longest YAML text; it takes a second to parse."""
 
 _HALF_OF_A_PAIR = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 

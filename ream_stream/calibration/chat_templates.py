@@ -27,7 +27,7 @@ _LIMITS: Mapping[str, int] = {
     "bytes": 1 << 30,
     "characters": 1 << 24,
 }
-"""Of one chat: time of the processor, time at most, memory, and characters it becomes."""
+"""Limits for one chat: processor seconds, wall seconds, memory and rendered characters."""
 
 
 class ChatRenderer:

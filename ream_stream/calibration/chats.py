@@ -21,7 +21,7 @@ _SHAREGPT_ROLES: Mapping[str, str] = {
 
 
 class ChatError(Exception):
-    """What is wrong with a chat, or with the template that should render it."""
+    """A chat, or the template that should render it, is invalid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,10 @@ class Chat:
     """One conversation; every message is a mapping with a ``role``."""
 
     messages: list[dict[str, Any]]
-    """In order; at least one."""
+    """Messages of the chat in order; at least one."""
 
     tools: list[dict[str, Any]] | None = None
-    """JSON schemas of the tools that the assistant may call; None if there are none."""
+    """JSON schemas of the tools that the assistant may call; None if the chat has no tools."""
 
 
 def chat_of(messages: Sequence[Any], tools: object = None) -> Chat:

@@ -18,7 +18,7 @@ from .readers import READ, RECORDS, UNPACKERS, kind_of, open_content
 from .text import Documents, Render, TextFile, check_length
 
 _FILE_BYTES = 1 << 24
-"""Larger files of a folder are data, not text that somebody wrote."""
+"""Largest text file that is read in a folder; larger files count as data and are skipped."""
 _RECORDS_ONLY = frozenset({".jsonl", ".ndjson", ".parquet"})
 _ABOUT = frozenset({"readme", "license", "licence"})
 

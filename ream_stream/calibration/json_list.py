@@ -50,7 +50,7 @@ class _Reader:
 
     @property
     def where(self) -> str:
-        """What messages begin with."""
+        """Prefix of error messages."""
         return f"{self._path}: record {self._number}"
 
     def peek(self) -> str:

@@ -20,7 +20,7 @@ from ream_stream.errors import UsageError
 from ream_stream.untrusted import MAX_YAML_CHARACTERS, parse_yaml
 
 HUB = "hf:"
-"""What a source on the hub begins with: ``hf:OWNER/NAME/PATTERN``."""
+"""Prefix of a source on the hub: ``hf:OWNER/NAME/PATTERN``."""
 
 MIXES: Mapping[str, Mapping[str, float]] = MappingProxyType({
     f"general-{general:02d}-math-{math:02d}-code-{code:02d}": MappingProxyType(
@@ -48,16 +48,16 @@ class Part:
     """One text of a mix; its name is a domain of the tokens."""
 
     name: str
-    """Of the domain."""
+    """Name of the domain."""
 
     source: str
-    """A file, a folder, or `HUB` and what is wanted from there."""
+    """Path of a file or folder, or `HUB` followed by the dataset and the file pattern."""
 
     weight: float = 1.0
-    """Its share of the sequences, relative to the others'."""
+    """Relative share of the sequences."""
 
     field: str | None = None
-    """Field of each record that holds the text, if not the one that all parts have."""
+    """Field of a record that holds the text; None for the common text field."""
 
     @property
     def is_tokens(self) -> bool:

@@ -27,25 +27,25 @@ _PASS_TOKENS = "pass a safetensors file with input_ids as --calibration instead 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What was asked for; a single token file has its own numbers, and only `parts` counts."""
+    """Requested calibration set; for a single token file only `parts` counts."""
 
     parts: tuple[Part, ...]
-    """Texts and token files, each a domain if there are several."""
+    """Texts and token files; each is a domain if there are several."""
 
     text_field: str = "text"
     """Field of a record that holds the text."""
 
     num_sequences: int
-    """Sequences to fill."""
+    """Number of sequences to fill."""
 
     sequence_length: int
-    """Tokens of each."""
+    """Tokens of a sequence."""
 
     seed: int = 0
-    """Decides the order of the documents."""
+    """Seed of the order of the documents."""
 
     min_characters: int = 0
-    """Shorter documents are left out."""
+    """Fewest characters of a document; shorter documents are left out."""
 
 
 def read_tokens(

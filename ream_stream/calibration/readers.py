@@ -24,11 +24,11 @@ from ream_stream.errors import UsageError
 from .json_list import elements
 
 RECORD_BYTES = 1 << 24
-"""A longer record, line or cell is refused."""
+"""Largest record, line or cell that is read; a longer one is refused."""
 
 _COPY_BYTES = 1 << 20
 _UNPACKED_BYTES, _UNPACKED_RATIO = 1 << 24, 100
-"""What a text unpacks to at most; what is made to fill a disk unpacks to a thousand times."""
+"""Bytes and ratio that a compressed text may unpack to; a zip bomb has a ratio of 1000."""
 _ROWS = 256
 _SHOWN_FIELDS, _SHOWN_CHARACTERS = 10, 40
 
@@ -250,7 +250,7 @@ UNPACKERS: Mapping[str, Callable[[Path], Callable[[], Any]]] = {
     ".bz2": lambda path: partial(bz2.open, path, "rb"),
     ".zst": _zstd,
 }
-"""What opens a compressed file, by its suffix."""
+"""Functions that open a compressed file, by file suffix."""
 
 RECORDS: Mapping[str, tuple[_Convert, str] | None] = {
     ".jsonl": None,
@@ -260,10 +260,10 @@ RECORDS: Mapping[str, tuple[_Convert, str] | None] = {
     ".tsv": (partial(_cells, delimiter="\t"), "row"),
     ".parquet": (_rows, "row"),
 }
-"""What makes JSON lines of a file with records, and what one of them is called there."""
+"""Converters of record files to JSON lines, with the name of one record, by file suffix."""
 
 READ = (
     f"read are text in UTF-8, records ({', '.join(RECORDS)}), both also compressed "
     f"({', '.join(UNPACKERS)}), and tokens (.safetensors)"
 )
-"""For messages about files that are something else."""
+"""List of supported file types, for error messages about other files."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LOADING = "loading"
-"""What the first line says: an error, or None where the worker is ready."""
+"""Key of the worker's first line: an error, or None once the worker is ready."""
 
 _DATE = (2024, 7, 26)
-"""Today, to templates that write a date: that of Llama's templates where they know none."""
+"""Fixed date for templates that write today's date: the default of Llama's templates."""
 
 
 def main() -> None:

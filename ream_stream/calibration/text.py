@@ -30,14 +30,14 @@ _PIECE_BYTES = 1 << 16
 
 
 Render = Callable[[Chat], str]
-"""Makes text of a chat; raises ChatError with the reason if it cannot."""
+"""Renders a chat as text; raises ChatError with the reason if it cannot."""
 
 
 class Documents(Protocol):
     """Numbered documents: a `TextFile`, a list of strings."""
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of documents."""
 
     def __getitem__(self, index: int, /) -> str:
         """Return one of them."""

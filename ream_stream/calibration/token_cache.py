@@ -29,10 +29,10 @@ _KEY = "request"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What texts are made into tokens by."""
+    """Key of a token set: the texts and the settings that make tokens of them."""
 
     texts: list[list[str | float | None]]
-    """Name, SHA-256 of the content, weight and field of each part; one alone has no name."""
+    """Name, SHA-256, weight and field of each part; a single part has no name."""
 
     text_field: str
     min_characters: int
@@ -58,7 +58,7 @@ class Request:
 
 
 def calibration_of(options: CalibrationOptions) -> Calibration | None:
-    """Return what the options ask for; None if they name no text."""
+    """Return the calibration set of the options; None if they name no text."""
     parts = parts_of(options.calibration, mix=options.mix)
     if not parts:
         return None

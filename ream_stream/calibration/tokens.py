@@ -23,7 +23,7 @@ from ream_stream.errors import UsageError
 from ream_stream.untrusted import parse_json
 
 ONE_DOMAIN = "all"
-"""Name of the domain of sequences that were not told apart."""
+"""Name of the only domain of sequences without domain labels."""
 
 _NAMES = frozenset({"input_ids", "attention_mask", "domain"})
 
@@ -33,22 +33,22 @@ class Tokens:
     """Sequences of equal length; made by `from_tensors`, `from_file` or `packing.pack`."""
 
     input_ids_SL: Tensor
-    """int64."""
+    """Token ids, int64."""
 
     attention_mask_SL: Tensor | None
-    """int64, 0 where a token is padding; None where none is."""
+    """Attention mask, int64, 0 for padding; None if no token is padding."""
 
     domain_S: Tensor
-    """int64, index in `domains` of each sequence."""
+    """Domain of each sequence as an index in `domains`, int64."""
 
     domains: tuple[str, ...]
-    """Names of the kinds of text that are told apart; each has a sequence."""
+    """Names of the domains; each has at least one sequence."""
 
     digest: str
-    """SHA-256, hex, of the shape, the ids, the mask and, if there are several, the domains."""
+    """SHA-256 of the shape, the ids, the mask and, if there are several, the domains; hex."""
 
     description: str
-    """Where they are from, for people."""
+    """Origin of the tokens, for people."""
 
     @property
     def num_sequences(self) -> int:
@@ -67,7 +67,7 @@ class Tokens:
         return self.input_ids_SL.numel() if mask_SL is None else int(mask_SL.sum())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a token file holds; `from_file` reads it back to the same digest."""
+        """Return the tensors of a token file; `from_file` reads the same digest from it."""
         optional = {
             "attention_mask": self.attention_mask_SL,
             "domain": self.domain_S if len(self.domains) > 1 else None,
@@ -76,7 +76,7 @@ class Tokens:
         return {"input_ids": self.input_ids_SL, **there}
 
     def metadata(self) -> dict[str, str]:
-        """Return what the header of a token file holds beside its tensors."""
+        """Return the metadata in the header of a token file."""
         return {"domains": json.dumps(self.domains)} if len(self.domains) > 1 else {}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
-"""Keys for the number of multi-token-prediction layers."""
+"""Keys of config.json for the number of multi-token-prediction layers."""
 
 _MTP = re.compile(
     r"(?P<path>(?:model\.|language_model\.)*)(?:mtp[._].*|layers\.(?P<layer>[0-9]{1,9})\..*)"

@@ -24,7 +24,7 @@ NUMBERED = {
     "w3": ("up",),
     "w2": ("down",),
 }
-"""The two sets of names under which matrices of single experts are published."""
+"""Tensor names of the matrices of a single expert, with their parts; two naming schemes."""
 
 STACKED = {
     "gate_up_proj": ("gate", "up"),
@@ -34,17 +34,17 @@ STACKED = {
     "input_linear": ("gate", "up"),
     "output_linear": ("down",),
 }
-"""Names of stacks of matrices, one of each expert."""
+"""Tensor names of stacks with one matrix for each expert, with their parts."""
 
 _BIAS = "_bias"
 _STACKED = re.compile(
     rf"(?P<prefix>.+)\.(?P<leaf>{'|'.join(STACKED)})(?P<suffix>_bias|_blocks|_scales|\.\w+)?"
 )
 _WHOLE = [{"gate", "up", "down"}, {"up", "down"}]
-"""What an expert is made of: the second has no gate."""
+"""Sets of parts that make a complete expert: gated, or without a gate."""
 
 _Leaves = dict[str, dict[str, TensorEntry]]
-"""By leaf: tensors by suffix."""
+"""Tensors by suffix, by leaf name."""
 
 
 def find_experts(

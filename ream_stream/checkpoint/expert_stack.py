@@ -27,7 +27,7 @@ else:
     torch = deferred("torch")
 
 Send = Callable[["Tensor"], "Tensor"]
-"""Brings a tensor as it is stored to where it is decoded or used."""
+"""Moves a stored tensor to the device that decodes or uses it."""
 
 
 def stay(tensor: Tensor) -> Tensor:
@@ -55,28 +55,28 @@ class ExpertMatrix:
     """One stored matrix, or vector, of each expert."""
 
     parts: tuple[str, ...]
-    """What it holds: ``gate``, ``up``, ``down``, or gate and up; with ``_bias`` a vector."""
+    """Parts of the matrix: ``gate``, ``up``, ``down`` or gate and up; ``_bias`` for biases."""
 
     prefix: str
-    """What the names of the stack begin with: ``model.layers.3.mlp.experts``."""
+    """Prefix of the tensor names of the stack: ``model.layers.3.mlp.experts``."""
 
     leaf: str
-    """What it is called there: ``gate_up_proj``."""
+    """Name of the matrix after the prefix: ``gate_up_proj``."""
 
     stored: Stored
-    """Its scheme, and rows and columns as stored; of expert 0 if experts are numbered."""
+    """Scheme, rows and columns of the stored matrix; of expert 0 if experts are numbered."""
 
     numbered: bool
     """Whether each expert has tensors of its own; otherwise one tensor holds all experts."""
 
     transposed: bool = False
-    """Whether inputs are rows."""
+    """Whether the rows of the matrix are inputs."""
 
     interleaved: bool = False
-    """Whether gate and up take turns; otherwise all of gate comes first."""
+    """Whether gate and up rows alternate; otherwise all gate rows come first."""
 
     activation: tuple[Part, ...] = ()
-    """Scales of activations beside it."""
+    """Activation scales stored with the matrix."""
 
     @property
     def is_vector(self) -> bool:
@@ -98,7 +98,7 @@ class ExpertMatrix:
         return (*parts, *self.activation)
 
     def place(self, expert: int) -> str:
-        """Return what the names of an expert's tensors begin with."""
+        """Return the prefix of the names of an expert's tensors."""
         number = f".{expert}" if self.numbered else ""
         return f"{self.prefix}{number}.{self.leaf}"
 
@@ -139,7 +139,7 @@ class ExpertMatrix:
         return encoded
 
     def decoded(self, dtype: str) -> ExpertMatrix:
-        """Return how it is stored as floats: where transformers looks for it."""
+        """Return the matrix as stored floats, under the name that transformers reads."""
         codec, rows, cols = self.stored.codec, self.stored.rows, self.stored.cols
         if isinstance(codec, Plain):
             plain: Codec = replace(codec, dtype=dtype)
@@ -157,16 +157,16 @@ class Slot:
     """One tensor of a stack."""
 
     matrix: int
-    """Which of the stack's matrices it stores."""
+    """Index of the matrix in the stack."""
 
     part: Part
-    """Which of the matrix' tensors it is."""
+    """Part of the stored matrix that the tensor holds."""
 
     expert: int | None
-    """Whose it is; None if it holds all experts."""
+    """Index of the expert; None if the tensor holds all experts."""
 
     count: int
-    """Experts of the stack."""
+    """Number of experts in the stack."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -179,19 +179,19 @@ class ExpertStack:
     """The routed experts of one layer."""
 
     prefix: str
-    """What their names begin with: ``model.layers.3.mlp.experts``."""
+    """Prefix of the tensor names of the stack: ``model.layers.3.mlp.experts``."""
 
     count: int
-    """E."""
+    """Number of experts, E."""
 
     inner: int
-    """I, the inner width."""
+    """Inner width of an expert, I."""
 
     hidden: int
-    """H, the width of what goes in and comes out."""
+    """Hidden size: width of an expert's input and output, H."""
 
     matrices: tuple[ExpertMatrix, ...]
-    """What is stored of each."""
+    """Stored matrices of the experts."""
 
     @property
     def block(self) -> str:
@@ -267,7 +267,7 @@ class ExpertStack:
         )
 
     def stored_down(self, down_HI: Tensor) -> Tensor:
-        """Return what is read of a down projection, in float32, once it was stored."""
+        """Return a down projection after encoding and decoding, in float32."""
         matrix = next(m for m in self.matrices if m.parts == ("down",))
         matrix_RC = matrix.join({"down": down_HI})
         codec, (rows, cols) = matrix.stored.codec, matrix_RC.shape
@@ -291,6 +291,6 @@ class ExpertStack:
 
 
 def one_of(entry: TensorEntry, expert: int, count: int) -> tuple[int, int]:
-    """Return where in its file one expert of a stacked tensor begins and ends."""
+    """Return the first and last offset of one expert of a stacked tensor in its file."""
     size = entry.nbytes // count
     return entry.start + expert * size, entry.start + (expert + 1) * size

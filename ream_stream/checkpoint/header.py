@@ -25,16 +25,16 @@ else:
     torch = deferred("torch")
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Largest header that the safetensors format allows."""
 
 MAX_TENSORS = 1_000_000
-"""Ten times those of the largest model there is; one that fills the header takes gigabytes."""
+"""Most tensors of a header: ten times the largest known model; more would take gigabytes."""
 
 MAX_NAME = 1000
-"""Characters of a tensor's name; patterns are looked for in it."""
+"""Most characters of a tensor's name; patterns are searched in it."""
 
 MAX_AXES = 64
-"""torch's own limit; the product of a million sizes would take hours."""
+"""Most axes of a tensor, as in torch; the product of a million sizes would take hours."""
 
 _DTYPES = {
     "F64": (8, "float64"),
@@ -66,22 +66,22 @@ class TensorEntry:
     """One tensor of a checkpoint, as its header describes it."""
 
     name: str
-    """Its name in the checkpoint."""
+    """Name of the tensor in the checkpoint."""
 
     path: Path
-    """The file that holds it."""
+    """Path of the file that holds the tensor."""
 
     dtype: str
-    """A key of `ITEM_BYTES`."""
+    """Dtype of the tensor: a key of `ITEM_BYTES`, in the format's spelling."""
 
     shape: tuple[int, ...]
-    """Sizes of its axes."""
+    """Shape of the tensor."""
 
     start: int
-    """Offset of its first byte in the file."""
+    """Offset of the tensor's first byte in the file."""
 
     stop: int
-    """Offset after its last byte."""
+    """Offset after the tensor's last byte in the file."""
 
     @property
     def nbytes(self) -> int:
@@ -96,16 +96,16 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stamp:
-    """What tells a file from another that took its place."""
+    """Identity of a file, which differs if another file took its place."""
 
     size: int
-    """Bytes."""
+    """Size of the file in bytes."""
 
     modified: int
-    """Time of the last change, nanoseconds."""
+    """Time of the file's last change of data, nanoseconds."""
 
     changed: int
-    """Time of the last change of data or attributes, nanoseconds: nobody can set it."""
+    """Time of the last change of data or attributes, nanoseconds; no program can set it."""
 
     header: str
     """SHA-256 of the header, hex."""

@@ -58,16 +58,16 @@ from .other_files import WEIGHTS
 from .reader import INDEX, SINGLE, Checkpoint, read_config
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-"""How a checkpoint on the hub is written: ``ORG/NAME`` or ``ORG/NAME@REVISION``."""
+"""Pattern of a checkpoint on the hub: ``ORG/NAME`` or ``ORG/NAME@REVISION``."""
 
 THREADS = 8
-"""That fetch files at the same time."""
+"""Number of threads that fetch files at the same time."""
 
 TRIES = 6
-"""How often something is fetched before it is given up."""
+"""Number of attempts to fetch a file."""
 
 WAIT_SECONDS = 1.0
-"""Before the second try; twice as long before each one after it."""
+"""Pause before the second attempt; each later pause is twice as long."""
 
 _FIRST_BYTES = 1 << 20
 _REFUSED = {
@@ -77,7 +77,7 @@ _REFUSED = {
 }
 _DOWN = (httpx2.HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
 _NOT_UNDERSTOOD = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What huggingface_hub raises on an answer of another form."""
+"""Exceptions that huggingface_hub raises for a malformed answer."""
 
 R = TypeVar("R")
 
@@ -87,13 +87,13 @@ class Remote:
     """One commit of a repository on the hub."""
 
     repo: str
-    """``ORG/NAME``."""
+    """Repository on the hub, ``ORG/NAME``."""
 
     commit: str
-    """Full hash: what is fetched later is of the same commit."""
+    """Full commit hash; all later requests use it."""
 
     files: Mapping[str, RemoteFile] = field(repr=False)
-    """Its files by name."""
+    """Files of the repository by name."""
 
 
 def find(text: str) -> Remote:
@@ -116,7 +116,7 @@ def find(text: str) -> Remote:
 
 
 def described(text: str, ask: Callable[[], ModelInfo]) -> Remote:
-    """Return what huggingface_hub makes of the hub's answer, checked.
+    """Return the hub's answer as huggingface_hub parses it, checked.
 
     Raises
     ------

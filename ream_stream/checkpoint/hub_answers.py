@@ -23,16 +23,16 @@ from ream_stream.file_access import is_inside
 from .other_files import COMMIT
 
 MAX_ANSWER_BYTES = 32_000_000
-"""Of an answer that is no file: ten times the list of `MAX_FILES` files."""
+"""Largest answer that is no file: ten times a list of `MAX_FILES` files."""
 
 MAX_FILES = 10_000
-"""Of a repository."""
+"""Most files of a repository."""
 
 MAX_NAME_BYTES = 255
-"""Of a file or folder: no file system has more."""
+"""Longest name of a file or folder; no file system allows more."""
 
 TIMEOUT = httpx2.Timeout(300, connect=30)
-"""Seconds of silence; huggingface_hub waits for ever for some answers."""
+"""Seconds without data before a request fails; huggingface_hub has no limit for some."""
 
 _ETAG = re.compile(r'(W/)?"?\w[\w.+=:-]{0,127}"?', re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -45,10 +45,10 @@ class RemoteFile:
     """A file of a repository."""
 
     size: int
-    """Bytes."""
+    """Size of the file in bytes."""
 
     sha256: str | None
-    """Of its content, hex; the hub tells it of large files."""
+    """SHA-256 of the content, hex; the hub gives it for large files only."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ WEIGHTS = re.compile(
 """Names of files with weights, in any format, and of their indexes."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-"""A full hash of git."""
+"""Pattern of a full git commit hash."""
 
 
 def other_files(folder: Path, parsed: Collection[str]) -> dict[str, int]:

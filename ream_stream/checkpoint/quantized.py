@@ -13,7 +13,7 @@ _CODES = {
     ".weight_packed": ("I32", "U8"),
     "_blocks": ("U8",),
 }
-"""Suffixes of what holds the codes of a matrix, with their dtypes."""
+"""Suffixes and dtypes of the tensors that hold the codes of a matrix."""
 
 _CACHE_SCALE = re.compile(
     r"\.(?:[qkv]_(?:scale|zero_point)|kv_scale|prob(?:_output)?_scale|[qkv]_proj\.output_scale)$"
@@ -59,7 +59,7 @@ def find_quantized(
 
 
 def float_name(prefix: str, suffix: str) -> str:
-    """Return what the floats of a matrix are called, from a suffix of its codes."""
+    """Return the name of a matrix's float tensor, from a suffix of its codes."""
     return prefix + (".weight" if suffix.startswith(".") else "")
 
 

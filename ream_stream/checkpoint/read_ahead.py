@@ -14,10 +14,10 @@ from ream_stream.errors import DamagedError
 from ream_stream.file_access import FileRange, open_source
 
 _PIECE = 1 << 20
-"""Kernels read no more for one hint than a device takes at once."""
+"""Bytes of one read-ahead hint; kernels read at most one device request for a hint."""
 
 LEAST_BYTES = 4 << 20
-"""Less is read before a thread has woken up."""
+"""Smallest read that is given to the thread; a smaller one ends before the thread wakes."""
 
 
 class ReadAhead:
@@ -42,7 +42,7 @@ class ReadAhead:
             return
 
     def close(self) -> None:
-        """Let the thread end."""
+        """End the thread."""
         if self._thread is not None:
             self._asked.put(None)
             self._thread.join()

@@ -38,10 +38,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_CONFIG_BYTES = 16_000_000
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-"""What config.json calls the description of formats, the second in older checkpoints."""
+"""Keys of the quantization config in config.json; older checkpoints use the second."""
 
 QUANTIZATION_FILE = "hf_quant_config.json"
-"""Where ModelOpt puts it, also beside one in config.json."""
+"""File of ModelOpt's quantization config; config.json may have one too."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -65,7 +65,7 @@ class MappedTensors:
         return tensor
 
     def ahead(self, stack: ExpertStack, expert: int) -> None:
-        """Let the kernel read an expert that is asked for soon."""
+        """Make the kernel read an expert that will be needed soon."""
         ranges = []
         for name, place in stack.expert_slots(expert):
             entry = self._entries[name]
@@ -102,24 +102,24 @@ class MappedTensors:
 
 @dataclass(frozen=True, kw_only=True)  # without slots: what is found in headers is kept
 class Checkpoint:
-    """What a checkpoint folder holds, known from its headers alone."""
+    """Contents of a checkpoint folder, known from its headers alone."""
 
     folder: Path
-    """Where it is."""
+    """Folder of the checkpoint."""
 
     config: Mapping[str, Any]
-    """config.json as it stands."""
+    """Parsed config.json, unchanged."""
 
     entries: Mapping[str, TensorEntry] = field(repr=False)
-    """Every tensor by name."""
+    """Header entries of all tensors by name."""
 
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
-    """What the files were when their headers were read; those not listed are not watched."""
+    """Stamps of the files when their headers were read; files without one are not watched."""
 
     quantization_file: Mapping[str, Any] | None = field(default=None, repr=False)
-    """`QUANTIZATION_FILE` as it stands, if there is one."""
+    """Parsed `QUANTIZATION_FILE`, unchanged; None if there is none."""
     others: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
-    """Sizes of the files beside config and weights, in folders too: tokenizer, code.
+    """Sizes of all files except config and weights, in folders too: tokenizer, code.
 
     By name relative to the folder, with slashes. Hidden ones are left out, and so are weights
     that the index does not name: transformers prefers a ``model.safetensors`` to the index
@@ -127,10 +127,10 @@ class Checkpoint:
     """
 
     commit: str | None = None
-    """On the hub; None if it is not known to be from there."""
+    """Commit on the hub; None if the checkpoint is not known to be from there."""
 
     fetch: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
-    """Makes sure that a shard is in its place, if they are not there from the beginning."""
+    """Fetches a shard that is not on disk yet; None if all shards are on disk."""
 
     def described(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield what describes formats, with the file it is in; the first one counts.

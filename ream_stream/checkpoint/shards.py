@@ -21,7 +21,7 @@ from ream_stream.files import Written, write_stream
 from .header import ITEM_BYTES, TensorEntry, torch_dtype
 
 Content = Tensor | TensorEntry | Iterable[Tensor | FileRange]
-"""What a tensor is written from: its value, a source tensor, or pieces of both kinds."""
+"""Content of a tensor to write: its value, a source tensor, or pieces of both kinds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,13 +29,13 @@ class PlannedTensor:
     """One tensor to write."""
 
     name: str
-    """Its name in the output."""
+    """Name of the tensor in the output."""
 
     dtype: str
-    """A key of `ITEM_BYTES`."""
+    """Dtype of the tensor: a key of `ITEM_BYTES`."""
 
     shape: tuple[int, ...]
-    """Sizes of its axes."""
+    """Shape of the tensor."""
 
     @property
     def nbytes(self) -> int:
@@ -48,10 +48,10 @@ class Shard:
     """One file of the output, laid out."""
 
     name: str
-    """File name."""
+    """File name of the shard."""
 
     tensors: tuple[PlannedTensor, ...]
-    """In the order of their bytes."""
+    """Tensors of the shard in the order of their bytes."""
 
     def header(self) -> bytes:
         """Return length and JSON header, padded so that the data starts aligned to 8."""

@@ -11,13 +11,13 @@ from ream_stream.untrusted import MAX_YAML_CHARACTERS, parse_yaml
 CARD = "README.md"
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""What a source's card says that holds for the output too."""
+"""Keys of the source's model card that the output's card takes over."""
 
 _FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
 def source_metadata(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Return what the output inherits, and a note if the card's head cannot be read."""
+    """Return the inherited entries, and a note if the card's head cannot be read."""
     path = folder / CARD
     if not path.is_file():
         return {}, None

@@ -43,7 +43,7 @@ from .console import columns
 from .signals import stopping
 
 AXIS_MEASURE = "accuracy"
-"""What a sweep's axes are: percent of next tokens, of each domain."""
+"""Measure on the axes of a sweep's figure: percent of next tokens, one axis per domain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,19 +51,19 @@ class Grid:
     """What is compared: each method on each mix, with each seed."""
 
     experts: int
-    """Experts to keep."""
+    """Number of experts to keep."""
 
     methods: tuple[str, ...]
-    """Keys of `variants.VARIANTS`."""
+    """Methods to compare: keys of `variants.VARIANTS`."""
 
     seeds: tuple[int, ...]
-    """Of the calibration's documents and of all that is drawn."""
+    """Seeds of the order of calibration documents and of all random choices."""
 
     group_size: int | None
-    """REAM's C; None for its default."""
+    """Group size C of REAM; None for its default."""
 
     mixes: tuple[str, ...] = ("",)
-    """Keys of `MIXES`; empty for the calibration as it is."""
+    """Calibration mixes: keys of `MIXES`; an empty name for the given calibration."""
 
     @classmethod
     def of(cls, options: ComparisonOptions, mixes: tuple[str, ...]) -> Self:

@@ -14,7 +14,7 @@ SECTIONS = (
     "Experts", "Method", "Comparison", "Text", "Checks", "Content", "Calibration", "Machine",
     "Output",
 )  # fmt: skip
-"""Sections of a verb's help, in order."""
+"""Sections of a verb's help in their order."""
 
 STATUSES = {
     0: "done",
@@ -26,7 +26,7 @@ STATUSES = {
     12: "over the memory or disk budget",
     130: "interrupted (143 terminated, 129 hung up); the same command goes on",
 }
-"""Exit statuses and what they say; a status that is not listed means failure."""
+"""Exit statuses with their meaning; a status that is not listed means failure."""
 
 
 def exit_statuses(*numbers: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from ream_stream.untrusted import printable
 
 _MOVES = re.compile(r"(?:\n|\x1b\[A)+")
-"""What tqdm writes alone, to go from bar to bar; a bar begins with a carriage return."""
+"""Cursor moves that tqdm writes alone between bars; a bar begins with a carriage return."""
 
 
 class Stream:

@@ -28,14 +28,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "hc-smoe": {"grouping": "hc-smoe", "saliency": "frequency"},
     "energy": {"grouping": "none", "saliency": "energy", "refit": "down"},
 }
-"""What ``--method`` stands for; an option given beside it counts more."""
+"""Options that each ``--method`` sets; an explicit option takes precedence."""
 
 _MANY_EXPERTS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    """Where layers are run, in what, and within which memory."""
+    """Device, dtype and memory of the layers."""
 
     device: str = option("Machine", "auto, cpu, cuda or cuda:N.", default="auto")
     compute_dtype: str = option(
@@ -55,16 +55,16 @@ class MachineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(CalibrationOptions, MachineOptions):
-    """What a run is asked for, beside what `Method` and `Settings` have."""
+    """Options of a run in addition to those of `Method` and `Settings`."""
 
     source: Path
-    """Checkpoint folder; of a streamed one that of its headers."""
+    """Checkpoint folder; with streaming the folder of its headers."""
 
     output: Path | None = None
-    """Where the compressed checkpoint goes; None if it is only planned."""
+    """Folder of the compressed checkpoint; None if the run is only planned."""
 
     remote: "Remote | None" = None
-    """Where shards are streamed from."""
+    """Repository on the hub that shards are streamed from; None without streaming."""
 
     experts: int | None = option("Experts", "Experts to keep in each MoE layer.", least=1)
     keep: Fraction | float | None = option(
@@ -117,7 +117,7 @@ class RunOptions(CalibrationOptions, MachineOptions):
         otherwise="OUTPUT/.ream-stream",
     )
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `Method` and `Settings` that differ from what they would be, by name."""
+    """Fields of `Method` and `Settings` by name that override the options' values."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:  # noqa: ANN401
@@ -188,7 +188,7 @@ def check_usage(options: RunOptions) -> None:
 
 
 def kept_experts(options: RunOptions, num_experts: int) -> int:
-    """Return how many experts a layer keeps; a share is rounded down.
+    """Return the number of experts that a layer keeps; a share is rounded down.
 
     Raises
     ------

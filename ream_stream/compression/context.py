@@ -19,28 +19,28 @@ from .workspace import Workspace
 
 @dataclass(kw_only=True, slots=True)
 class Context:
-    """What all layers of a run share."""
+    """Shared state of all layers of a run."""
 
     plan: Plan
-    """What was planned."""
+    """Plan of the run."""
 
     tokens: Tokens
-    """The calibration set."""
+    """Calibration set."""
 
     workspace: Workspace
-    """Where files go."""
+    """Folders of the run."""
 
     source: StreamedModel
-    """The model as it is."""
+    """Source model, without changes."""
 
     output: StreamedModel
-    """The compressed model; its layer l can be loaded once it was written."""
+    """Compressed model; it can load a layer once the run has written the layer."""
 
     excluded: ExcludedSequences
-    """Calibration sequences that are left out."""
+    """Excluded calibration sequences."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    """Time spent by phase."""
+    """Seconds spent in each phase."""
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -30,22 +30,22 @@ from .observer import Observer, TokenSample
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """Which experts of a layer become which."""
+    """Grouping of one layer's experts into new experts."""
 
     saliency: tuple[float, ...]
-    """By source expert."""
+    """Saliency of each source expert."""
 
     domain_saliency: Mapping[str, tuple[float, ...]]
-    """The same of each domain's tokens alone; empty if there is one domain."""
+    """Saliency of each source expert on each domain's tokens; empty for a single domain."""
 
     groups: tuple[tuple[int, ...], ...]
     """Source experts of each new expert, centroid first, sorted by centroid."""
 
     shares: tuple[tuple[float, ...], ...]
-    """Weights of a group's members, summing to 1."""
+    """Merge weights of the members of each group; each group's sum is 1."""
 
     distance_EE: Tensor | None = field(default=None, repr=False, compare=False)
-    """What the groups were made from; None if experts were not compared."""
+    """Distances that the groups were made from; None if experts were not compared."""
 
 
 def decide(

@@ -26,7 +26,7 @@ from ream_stream.host_memory import anonymous_bytes
 from ream_stream.untrusted import parse_json
 
 BEAT_SECONDS = 30.0
-"""A log is silent no longer than this, unless a single batch takes longer."""
+"""Longest silence of a log, unless a single batch takes longer."""
 
 
 class Pace:
@@ -120,7 +120,7 @@ NAMES: Mapping[type[Event], str] = {
     BatchHalved: "device memory was short",
     Finished: "finished",
 }
-"""What the log calls an event."""
+"""Names of events in the log."""
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -169,7 +169,7 @@ _FIELDS: Mapping[str, Callable[[object], bool]] = {
     "left_seconds": lambda value: value is None or _is_number(value),
     "anonymous_bytes": _is_number,
 }
-"""Of any event, where it has them."""
+"""Checks of fields that any event may have."""
 
 _FIELDS_OF: Mapping[str, Mapping[str, Callable[[object], bool]]] = {
     "command": {
@@ -185,7 +185,7 @@ _FIELDS_OF: Mapping[str, Mapping[str, Callable[[object], bool]]] = {
     },
     "finished": {"seconds": _are_numbers, "peak_anonymous_bytes": _is_number},
 }
-"""Of one kind of event, which must have them."""
+"""Checks of fields that events of one kind must have."""
 
 
 def newest(events: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ _HOLDER = re.compile(rb"process \d{1,20} on [\w.-]{1,255}")
 _TAKEN = {errno.EWOULDBLOCK, errno.EACCES}
 
 MARK, LOCK = ".ream-stream", "lock"
-"""Files in a folder of a user's choice in which, because of the first, everything is ours."""
+"""Names of the marker and lock files; with the marker, everything in a folder is ours."""
 
 
 @contextmanager
@@ -106,6 +106,6 @@ def lock_holder(path: Path) -> str | None:
 
 
 def _named(descriptor: int) -> str | None:
-    """Return what a process wrote in its lock; None if it is something else."""
+    """Return the text that a process wrote in its lock; None for other text."""
     found = _HOLDER.match(os.pread(descriptor, 400, 0))
     return found[0].decode() if found else None

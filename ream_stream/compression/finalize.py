@@ -27,7 +27,7 @@ from .source_record import check_others
 from .workspace import Workspace
 
 _PATH_BYTES = 4096
-"""Linux takes no longer path, nor do other systems."""
+"""Longest path that Linux takes; other systems take no longer one."""
 
 
 def output_files(plan: Plan) -> tuple[str, ...]:

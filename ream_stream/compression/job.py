@@ -43,25 +43,25 @@ class Job:
     """A run that may begin."""
 
     plan: Plan
-    """What it does."""
+    """Plan of the run."""
 
     workspace: Workspace | None
-    """Where it writes; None if no output was named."""
+    """Folders that the run writes to; None if no output was named."""
 
     journal: Journal | None
-    """Of the run that is gone on with, if there is one."""
+    """Journal of the run to resume; None for a new run."""
 
     tokens: Tokens | None
-    """The calibration set; None if none was named."""
+    """Calibration set; None if none was named."""
 
     request: Request | None
-    """What text the tokens were made from; None for a token file."""
+    """Text that the tokens were made from; None for a token file."""
 
     device: torch.device
-    """Where layers are run."""
+    """Device that layers run on."""
 
     forecast: Forecast | None = None
-    """What is left to do and about how long it takes; None if nothing is left."""
+    """Remaining work and its estimated duration; None if nothing remains."""
 
     @property
     def layer_bytes(self) -> tuple[int, ...]:
@@ -195,7 +195,7 @@ def notes_of(plan: Plan) -> list[str]:
 
 
 def forecast_facts(forecast: Forecast) -> dict[str, Any]:
-    """Return what is left to do, by phase and in all, and the rates behind the times."""
+    """Return the remaining work, by phase and in all, and the rates behind the times."""
     seconds = forecast.seconds
 
     def described(cost: Cost, time: float) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device)
 
 
 def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:
-    """Return where layers are run, and the budget of its memory; None for the processor.
+    """Return the device of the layers, and its memory budget; None for the processor.
 
     Raises
     ------

@@ -40,7 +40,7 @@ from .source_record import SourceRecord
 FORMAT = 6
 
 OUTSIDE = "outside"
-"""Key of what is outside the layers."""
+"""Key in `Journal.read` of tensors outside the layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,35 +48,35 @@ class LayerRecord:
     """One committed layer."""
 
     index: int
-    """Its position in the model."""
+    """Position of the layer in the model."""
 
     shards: tuple[Written, ...]
-    """Its files in OUTPUT."""
+    """Shards of the layer in OUTPUT."""
 
     hidden: str | None
-    """Name of the store that enters the next layer; None after the last."""
+    """Name of the store of hidden states that enter the next layer; None after the last."""
 
     statistics: Written | None
-    """Its sums, in the work folder; None for a dense layer."""
+    """File of the layer's sums in the work folder; None for a dense layer."""
 
     saliency: tuple[float, ...] | None
-    """One number a source expert; None for a dense layer."""
+    """Saliency of each source expert; None for a dense layer."""
 
     domain_saliency: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """The same of each domain's tokens alone; empty if there is one domain."""
+    """Saliency of each source expert on each domain's tokens; empty for a single domain."""
 
     groups: tuple[tuple[int, ...], ...] | None
     """Source experts of each new expert, centroid first; None for a dense layer."""
 
     original: str | None = None
-    """Name of the store of what enters the next layer in the original model; None if it is
-    not carried, or after the last."""
+    """Name of the store of the original model's states that enter the next layer; None if they
+    are not carried, or after the last."""
 
     refitted: RefitResult | None = None
-    """What refitting came to; None if it was not asked for, or the layer is dense."""
+    """Result of the refit; None without a refit or for a dense layer."""
 
     excluded: tuple[int, ...] = ()
-    """Calibration sequences that count no more from this layer on."""
+    """Calibration sequences that are excluded from this layer on."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,38 +84,38 @@ class Journal:
     """State of a run."""
 
     run: str = field(default_factory=lambda: secrets.token_hex(16))
-    """Its identity; nothing that is in OUTPUT when it is done depends on it."""
+    """Random identity of the run; no file in the finished OUTPUT depends on it."""
 
     output: str = ""
-    """Where OUTPUT was when the journal was written."""
+    """Path of OUTPUT when the journal was written."""
 
     fingerprint: dict[str, Any]
-    """What must be the same for a run to be resumed."""
+    """Inputs and settings that must be equal when the run resumes."""
 
     schedule: Schedule
-    """What was chosen for the machine the run began on, and is kept when it resumes."""
+    """Schedule chosen for the machine that the run began on; a resumed run keeps it."""
 
     source: SourceRecord = field(default_factory=SourceRecord)
-    """What the source was."""
+    """Record of the source's files."""
 
     read: dict[str, dict[str, str]] = field(default_factory=dict)
-    """SHA-256 of the tensors that were read of each source file, by layer, or `OUTSIDE`."""
+    """SHA-256 of the tensors read from each source file, by layer, or `OUTSIDE`."""
 
     files: tuple[str, ...] = ()
-    """Names of all that the run writes in OUTPUT, whether it is there yet or not."""
+    """Names of all files that the run writes in OUTPUT, whether they exist yet or not."""
 
     layers: list[LayerRecord] = field(default_factory=list)
-    """Committed layers, from the first on."""
+    """Committed layers in order."""
 
     outside: list[Written] = field(default_factory=list)
-    """Committed shards of what is outside the layers."""
+    """Committed shards of tensors outside the layers."""
 
     def shards(self) -> list[Written]:
         """Return all committed shards."""
         return [shard for layer in self.layers for shard in layer.shards] + self.outside
 
     def begun(self) -> Begun:
-        """Return how far the run is, for a plan that goes on with it."""
+        """Return the progress of the run, for a plan that resumes it."""
         written = sum(shard.size for shard in self.shards())
         return Begun(schedule=self.schedule, layers=len(self.layers), written_bytes=written)
 

@@ -1,6 +1,6 @@
-"""One layer: observe it, decide which experts go, write its shards, run it again.
+"""One layer: observe it, choose its experts, write its shards, run it again.
 
-Everything a layer does happens here up to its commit, which is the pipeline's.
+This module does all work on a layer except its commit, which the pipeline does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ from .weight_check import check_weights
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerResult:
-    """What the work on one layer came to; its files are durable, nothing is committed."""
+    """Result of the work on one layer; its files are durable but not committed."""
 
     shards: tuple[Written, ...]
     """Files of the layer in OUTPUT."""
@@ -49,13 +49,13 @@ class LayerResult:
     """File of the layer's sums in the work folder; None for a dense layer."""
 
     decision: Decision | None = None
-    """Which experts became which; None for a dense layer."""
+    """Groups of source experts and their weights; None for a dense layer."""
 
     refitted: RefitResult | None = None
-    """What refitting came to; None if nothing was refitted."""
+    """Result of the refit; None if nothing was refitted."""
 
     read: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """SHA-256 of the source's tensors that were read, by part and file; see `Journal.read`."""
+    """SHA-256 of the source tensors that were read, by part and file; see `Journal.read`."""
 
 
 def compress_layer(context: Context, layer: LayerPlan, report: Report) -> LayerResult:
@@ -66,7 +66,7 @@ def compress_layer(context: Context, layer: LayerPlan, report: Report) -> LayerR
     NumbersError
         Weights, statistics or merged weights are not finite.
     DamagedError
-        A table of experts by token id names experts that are not there.
+        A table of experts by token id names experts that do not exist.
     InterruptedRunError
         `report` asked to stop.
     """
@@ -78,7 +78,7 @@ def compress_layer(context: Context, layer: LayerPlan, report: Report) -> LayerR
 
 
 class _LayerRun:
-    """The phases of one layer, and what they share: the layer, its tokens, its stores."""
+    """The phases of one layer with their shared layer, tokens and stores."""
 
     def __init__(
         self, context: Context, layer: LayerPlan, stores: ExitStack, report: Report
@@ -86,13 +86,13 @@ class _LayerRun:
         self.context, self.plan, self.layer = context, context.plan, layer
         self.index = layer.keys.index
         self.leads_on = context.plan.leads_on(layer)
-        # those that count
+        # tokens that do not count are masked
         self.tokens = mask_without_next(context.tokens) if layer.keys.is_mtp else context.tokens
         self._stores, self._report = stores, report
         self._entering = context.hidden_reader(self.index)
 
     def copy(self) -> LayerResult:
-        """Copy a layer without experts, and run it for the next."""
+        """Copy a layer without experts, and run it for the next layer."""
         with self.plan.source.open() as tensors:
             content = self._unchanged(tensors).content
             shards = self._write(content, self.context.workspace.output)
@@ -104,7 +104,7 @@ class _LayerRun:
         return LayerResult(shards=shards)
 
     def compress(self) -> LayerResult:
-        """Observe a layer, merge or drop experts, write it, and run it for the next."""
+        """Observe a layer, merge or drop experts, write it, and run it for the next layer."""
         context, plan = self.context, self.plan
         with ExitStack() as stack:
             refit = None
@@ -136,11 +136,11 @@ class _LayerRun:
             )
 
     def _playback(self) -> AttentionCache | None:
-        """Return where attention outputs are kept; None if one pass needs them, or no room."""
+        """Return a cache of attention outputs; None for a single pass or without room."""
         context = self.context
         if not self.plan.keeps_outputs(self.layer):
             return None
-        # of this object it must not know: in a cycle, all that a layer held would stay
+        # no reference to self: a cycle would keep all memory of the layer alive
         stores = self._stores
         return AttentionCache(
             lambda name: stores.enter_context(context.open_batch_store(OUTPUTS, name))
@@ -149,7 +149,7 @@ class _LayerRun:
     def _decide_and_write(
         self, refit: RefitJob | None, playback: AttentionCache | None
     ) -> tuple[Decision, Written, tuple[Written, ...]]:
-        """Return the decision, the file of statistics, and the shards if they are final."""
+        """Return the decision, the file of statistics, and the shards of the layer."""
         source, plan = self.context.source, self.plan
         observer = self._observer()
         with source.open_layer(self.index) as experts, plan.source.open() as tensors:
@@ -186,7 +186,7 @@ class _LayerRun:
         return decision, statistics, shards
 
     def _observer(self) -> Observer:
-        """Make an observer of what the method needs, and no more."""
+        """Make an observer of the statistics that the method needs."""
         plan, method = self.plan, self.plan.settings.method
         compares = plan.merges
         sample = None
@@ -214,7 +214,7 @@ class _LayerRun:
         playback: AttentionCache | None,
         refit: RefitJob | None,
     ) -> None:
-        """Run the source layer: up to its experts, unless its outputs go on to the next."""
+        """Run the source layer: up to its experts, or whole if its outputs enter the next."""
         writer = None
         if not self.plan.settings.sequential and self.leads_on:
             writer = self.context.hidden_writer(self.index + 1)
@@ -290,7 +290,7 @@ class _LayerRun:
     def _fit(
         self, refit: RefitJob, decision: Decision, playback: AttentionCache | None
     ) -> Fitted | None:
-        """Refit the layer that lies in the scratch folder; None if no expert may change."""
+        """Refit the layer in the scratch folder; return None if no expert may change."""
         only_merged = self.plan.settings.method.refit_experts == "changed"
         changing = [
             number
@@ -311,7 +311,7 @@ class _LayerRun:
     def _propagate(
         self, model: StreamedModel, playback: AttentionCache | None, fitted: Fitted | None
     ) -> None:
-        """Run the layer, as `model` has it, to give what enters the next."""
+        """Run the layer of `model` to compute the hidden states that enter the next layer."""
         with self.context.timed("propagate"):
             writer = self.context.hidden_writer(self.index + 1)
             with model.open_layer(self.index) as experts, ExitStack() as stack:
@@ -330,7 +330,7 @@ class _LayerRun:
         *,
         hears_sums: bool = False,
     ) -> None:
-        """Run the layer on all batches; to its end if what leaves it is to be written."""
+        """Run the layer on all batches; the whole layer if a writer takes its outputs."""
         context, batches = self.context, self.context.batches
         schedule = self.plan.schedule
         if experts is not None:
@@ -360,7 +360,7 @@ class _LayerRun:
             writer.publish()
 
     def _write(self, content: Callable[[str], Content], folder: Path) -> tuple[Written, ...]:
-        """Write the layer's shards; of a layer that is refitted there is a first version."""
+        """Write the layer's shards; a refitted layer is also written before its refit."""
         final = folder == self.context.workspace.output
         shards: list[Written] = []
         with self.context.timed("write"):
@@ -381,7 +381,7 @@ class _LayerRun:
 def _statistics(
     observer: Observer, decision: Decision, matched: dict[int, Matched]
 ) -> dict[str, Tensor]:
-    """Return what is kept of the layer: sums, distances, and what alignment gained."""
+    """Return the layer's statistics: sums, distances, and alignment costs."""
     tensors = observer.sums.tensors()
     if decision.distance_EE is not None:
         tensors["distance_EE"] = decision.distance_EE.float()
@@ -394,7 +394,7 @@ def _statistics(
 
 
 def _finite(content: Callable[[str], Content], index: int) -> Callable[[str], Content]:
-    """Return the same content, which refuses to make numbers that are not finite."""
+    """Return the same content with a check that refuses numbers that are not finite."""
 
     def checked(name: str) -> Content:
         value = content(name)

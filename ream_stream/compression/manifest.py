@@ -19,16 +19,16 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefitOutcome:
-    """What refitting a layer came to; see `events.RefitResult`."""
+    """Outcome of a layer's refit; see `events.RefitResult`."""
 
     penalty: float | None
-    """Ridge penalty that was chosen; None if none helped: the layer stays as it was."""
+    """Ridge penalty of the refit; None if none lowered the error: the layer is unchanged."""
 
     error_before: float
     """Squared error of routed outputs before the refit, relative to their squares."""
 
     remaining_error: float
-    """Share of `error_before` after the refit."""
+    """Share of `error_before` that remains after the refit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,19 +36,19 @@ class LayerGroups:
     """One MoE layer."""
 
     index: int
-    """Its position in the model."""
+    """Position of the layer in the model."""
 
     saliency: tuple[float, ...]
-    """By source expert."""
+    """Saliency of each source expert."""
 
     domains: Mapping[str, tuple[float, ...]]
-    """The same of each domain's calibration tokens alone; empty if there is one domain."""
+    """Saliency of each source expert on each domain's tokens; empty for a single domain."""
 
     groups: tuple[tuple[int, ...], ...]
     """Source experts of each new expert, centroid first."""
 
     refit: RefitOutcome | None
-    """What refitting its down projections came to, if that was asked for."""
+    """Outcome of the refit of the down projections; None without a refit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,22 +59,22 @@ class Manifest:
     """Settings, and digests of source and calibration set."""
 
     versions: Mapping[str, str]
-    """Of what the run was made with."""
+    """Versions of the programs and libraries that made the output."""
 
     before: int
     """Experts of a source layer."""
 
     after: int
-    """Experts of a layer now."""
+    """Experts of an output layer."""
 
     files: Mapping[str, Written] = field(repr=False)
-    """The shards, by name."""
+    """Shards of the output by name."""
 
     documents: Mapping[str, Written] | None = field(repr=False)
-    """What was written or copied beside the shards, by name; None if the version told none."""
+    """Other files of the output by name; None if an older version did not record them."""
 
     layers: tuple[LayerGroups, ...] = field(repr=False)
-    """The MoE layers."""
+    """Groups of the MoE layers."""
 
     @property
     def grouping(self) -> str:

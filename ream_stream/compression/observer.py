@@ -177,7 +177,7 @@ class Observer:
 
     @contextmanager
     def attached(self, router: nn.Module) -> Iterator[None]:
-        """Take the router's logits for the length of the block."""
+        """Record the router's logits for the length of the block."""
 
         def keep_logits(_module: nn.Module, _args: Any, output: Any) -> None:  # noqa: ANN401
             self._logits_TE = output[1 if self._family.scales_inputs else 0]
@@ -189,7 +189,7 @@ class Observer:
             handle.remove()
 
     def listener(self, first: int, batch: Batch) -> Callable[[Routed], None]:
-        """Return what is to hear of a batch, whose first sequence is number `first`."""
+        """Return the listener of a batch whose first sequence is number `first`."""
         count = len(batch.input_ids_BL)
         keep_T = None
         if self._mask_SL is not None:

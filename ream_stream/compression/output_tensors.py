@@ -26,19 +26,19 @@ from .decision import Decision
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unchanged:
-    """What is neither an expert's nor the router's: bytes of the source, or their floats."""
+    """Tensors of neither experts nor router: bytes of the source, or decoded floats."""
 
     entries: Mapping[str, TensorEntry]
-    """The source's tensors."""
+    """Header entries of the source's tensors."""
 
     tensors: Tensors
-    """Their values."""
+    """Values of the source's tensors."""
 
     decoded: Mapping[str, Stored] = field(default_factory=dict)
-    """Matrices that are written as floats, by name of the floats."""
+    """Quantized matrices that are written as floats, by name of the output tensor."""
 
     def content(self, name: str) -> Content:
-        """Return what is written under a name."""
+        """Return the content of a tensor by its name."""
         if name in self.decoded:
             return _decode(self.tensors, self.decoded[name])
         return self.entries[name]

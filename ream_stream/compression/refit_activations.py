@@ -1,9 +1,9 @@
-"""The tokens of a layer that is refitted, as its experts see them.
+"""Expert activations of a layer that is refitted, on the calibration tokens.
 
-The compressed layer is run once. Its experts' activations are kept, or what they are given
-to make them again in each pass; from then on nothing else of the layer is needed. Where it
-is run for the next layer the new down projections are applied to them, so that gate and up
-projections are not computed once more.
+The compressed layer runs once. Its experts' activations are kept, or the expert inputs, from
+which each pass computes them; the refit needs nothing else of the layer. When the layer runs
+for the next one, the new down projections are applied to the kept activations, so gate and
+up projections are not computed again.
 
 Letters in shapes: B sequences of a batch, L tokens of a sequence, S sequences, T tokens
 of a batch, R rows of one expert, K experts a token, H hidden, I inner.
@@ -29,21 +29,21 @@ from ream_stream.planning.refit_memory import HELD_BACK_SHARE
 
 
 def held_back(tokens: Tokens, seed: int) -> Tensor:
-    """Draw the sequences that a refit is judged by, (S,) bool; the same in every layer.
+    """Draw the held-back sequences of a refit, (S,) bool; they are the same in every layer.
 
-    Of each domain the same share, so that the judgement does not hang on the draw.
+    Each domain gives the same share, so that the judgement does not depend on the draw.
 
     Raises
     ------
     UsageError
-        There is one sequence of each domain.
+        Each domain has only one sequence.
     """
     stream = generator(seed, 0, "held back")
     held_S = torch.zeros(tokens.num_sequences, dtype=torch.bool)
     for domain in range(len(tokens.domains)):
         own_S = torch.nonzero(tokens.domain_S == domain).squeeze(1)
         drawn_S = own_S[torch.randperm(len(own_S), generator=stream)]
-        # of a few at least one, of one alone none: it is needed to fit
+        # at least one sequence of a domain, but not its only one, which the fit needs
         held_S[drawn_S[: max(len(own_S) > 1, round(HELD_BACK_SHARE * len(own_S)))]] = True
     if not held_S.any():
         raise UsageError(
@@ -55,20 +55,20 @@ def held_back(tokens: Tokens, seed: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Portion:
-    """Some tokens of a batch, as their experts see them."""
+    """Some tokens of a batch with the activations of their experts."""
 
     served: list[RoutedActivations]
-    """The tokens of each expert that may be changed."""
+    """Activations of the tokens of each expert that may change."""
 
     tokens: int
-    """How many there are, T."""
+    """Number of tokens, T."""
 
     residual: Callable[[], Tensor]
-    """Reads what the output lacks to the target, (T, H)."""
+    """Reads the residual, target minus output, (T, H)."""
 
 
 class _Rows(NamedTuple):
-    """Where some tokens of a batch are in it, and where they go."""
+    """Some rows of a batch with their experts and router coefficients."""
 
     row_R: Tensor
     index_RK: Tensor
@@ -76,52 +76,52 @@ class _Rows(NamedTuple):
 
 
 class _Visit(NamedTuple):
-    """Some tokens of a batch at one of their experts."""
+    """The tokens of a set of rows that are routed to one expert."""
 
     which: int
-    """Of several `_Rows`."""
+    """Index of the set of rows among several `_Rows`."""
 
     expert: int
     loaded: Loaded
 
     token_R: Tensor
-    """Which of the rows."""
+    """Positions of the expert's tokens among the rows."""
 
     row_R: Tensor
-    """The tokens in the batch."""
+    """Positions of the expert's tokens in the batch."""
 
     gate_R1: Tensor
-    """What the expert's output is multiplied by."""
+    """Router coefficients that multiply the expert's outputs."""
 
 
 class CachedActivations:
-    """What a compressed layer's experts are given, and what their outputs lack.
+    """Activations of a compressed layer's experts, and the residuals of their outputs.
 
-    For each batch: `expect` it, run the layer with `outputs` in the place of its experts,
-    and `add` what the outputs lack. When the layer is open with new down projections, run
-    the same batches in order with `again` in that place.
+    For each batch: `expect` it, run the layer with `outputs` in place of its experts, and
+    `add` the residual. When the layer is open with new down projections, run the same
+    batches in order with `again` in place of its experts.
 
     Parameters
     ----------
     experts
-        Of the compressed layer, which is open.
+        Experts of the open compressed layer.
     changing
-        Those that may be refitted, by their number after compression.
+        Experts that may be refitted, by their number after compression.
     held_S
-        From `held_back`.
+        Held-back sequences from `held_back`.
     mask_SL
         0 for tokens that do not count; None if all do.
     excluded
-        Sequences that are neither fitted nor judged by; what overflows here joins them.
+        Sequences that neither fit nor judge the refit; sequences that overflow here join them.
     layer
-        Which layer it is.
+        Position of the layer.
     inputs
-        Where states are kept, so that activations can be made from them in each pass; None
-        to keep the activations.
+        Store of expert inputs, from which each pass computes activations; None to keep
+        the activations.
     residuals
-        Where what outputs lack is kept.
+        Store of residuals.
     keeps_fitted
-        Whether that is asked for again of the tokens that are fitted.
+        Whether residuals of the fitted tokens are kept too, to be read again.
     """
 
     def __init__(
@@ -149,28 +149,28 @@ class CachedActivations:
         self._sent: list[list[_Rows]] = []
         self._served: list[list[dict[int, RoutedActivations]]] = []
         self.output_TH = torch.empty(0)
-        """What the experts gave for the batch that was run last, float32."""
+        """Summed expert outputs of the last batch, float32."""
         self.energy = self.residual_energy = 0.0
-        """Squares of the targets of the tokens held back, and of their residuals."""
+        """Sums of squared targets and of squared residuals over the held-back tokens."""
 
     @property
     def experts(self) -> StreamedExperts:
-        """Those of the layer, while it is open."""
+        """Experts of the layer, while it is open."""
         assert self._experts is not None
         return self._experts
 
     def reopened(self, experts: StreamedExperts | None) -> None:
-        """Tell that the layer was closed, None, or opened again."""
+        """Set the experts of the layer that was opened again; None if it was closed."""
         self._experts = experts
 
     def expect(self, batch: Batch) -> None:
-        """Tell the coming batch."""
+        """Announce the next batch."""
         self._batch = batch
         self._first += self._count
         self._count = len(batch.input_ids_BL)
 
     def outputs(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Stand in for the experts: return their outputs, (T, H); zeros for padding."""
+        """Replace the experts: return their outputs, (T, H); zeros for padding."""
         self._given = (hidden_TH, index_TK, weight_TK.float())
         self._now = self._split()
         served: list[dict[int, RoutedActivations]] = [{} for _ in self._now]
@@ -178,23 +178,23 @@ class CachedActivations:
         return self._put_out(self._now, hidden_TH, served)
 
     def again(self, hidden_TH: Tensor, _index_TK: Tensor, _weight_TK: Tensor) -> Tensor:
-        """Stand in for experts with other down projections, batch after batch."""
+        """Replace experts with new down projections, batch after batch."""
         number, self._repeated = self._repeated, self._repeated + 1
         made = self._served[number] if self._inputs is None else [{}, {}]
         return self._put_out(self._sent[number], hidden_TH, made)
 
     def add(self, residual_TH: Tensor) -> Portion:
-        """Keep what the outputs lack to the target; return the tokens that are fitted.
+        """Keep the residual of the batch; return its fitted tokens.
 
         Parameters
         ----------
         residual_TH
-            Target less output, float32.
+            Target minus output, float32.
 
         Raises
         ------
         NumbersError
-            More sequences overflow than may be.
+            More sequences overflow than `MOST_EXCLUDED` allows.
         """
         hidden_TH, number = self._given[0], len(self._sent)
         bad_B = self._excluded.bad_rows(
@@ -224,7 +224,7 @@ class CachedActivations:
         return portion
 
     def fitted(self) -> Iterator[Portion]:
-        """Yield, batch by batch, the tokens that the solution sees."""
+        """Yield, batch by batch, the tokens that the solution is fitted to."""
         for number, (fitted, held) in enumerate(self._sent):
             first = len(held.row_R)
             yield self._portion(number, 0, slice(first, first + len(fitted.row_R)))
@@ -247,7 +247,7 @@ class CachedActivations:
         )
 
     def _that_change(self, served: Mapping[int, RoutedActivations]) -> list[RoutedActivations]:
-        """Return those of experts that may be changed, by their place among these."""
+        """Return activations of experts that may change, numbered by position in `changing`."""
         return [
             served[expert]._replace(expert=place)
             for place, expert in enumerate(self.changing)
@@ -255,7 +255,7 @@ class CachedActivations:
         ]
 
     def _split(self) -> list[_Rows]:
-        """Return the tokens of the batch that are fitted, and those held back."""
+        """Return the fitted tokens of the batch, and its held-back tokens."""
         sequences, length = self._batch.input_ids_BL.shape
         batch = slice(self._first, self._first + sequences)
         kept_B = self._excluded.kept(self._first, sequences)
@@ -276,7 +276,7 @@ class CachedActivations:
         return [rows(real_T & ~held_T), rows(real_T & held_T)]
 
     def _visits(self, sent: Sequence[_Rows], some: Iterable[int]) -> Iterator[_Visit]:
-        """Yield each of some experts with the rows that go to it, set after set of rows."""
+        """Yield each of the given experts with its rows, set after set of rows."""
         experts = self.experts
         slots = [dict(experts.dispatch(rows.index_RK, experts.count)) for rows in sent]
         for expert in some:
@@ -290,7 +290,7 @@ class CachedActivations:
                     yield _Visit(which, expert, loaded, token_R, rows.row_R[token_R], gate_R1)
 
     def _make(self, visit: _Visit, hidden_TH: Tensor) -> RoutedActivations:
-        """Return the activations of an expert, times their gates."""
+        """Return the activations of an expert, multiplied by the router coefficients."""
         inner_RI = self.experts.activations(visit.loaded, hidden_TH, visit.row_R)
         inner_RI[: len(visit.row_R)] *= visit.gate_R1.to(inner_RI.dtype)
         return RoutedActivations(visit.expert, visit.token_R, inner_RI)
@@ -298,7 +298,7 @@ class CachedActivations:
     def _serve(
         self, sent: Sequence[_Rows], hidden_TH: Tensor, some: Iterable[int]
     ) -> list[dict[int, RoutedActivations]]:
-        """Return for each of several sets of rows the activations of some experts."""
+        """Return, for each set of rows, the activations of the given experts."""
         served: list[dict[int, RoutedActivations]] = [{} for _ in sent]
         for visit in self._visits(sent, some):
             served[visit.which][visit.expert] = self._make(visit, hidden_TH)
@@ -310,9 +310,9 @@ class CachedActivations:
         hidden_TH: Tensor,
         served: Sequence[dict[int, RoutedActivations]],
     ) -> Tensor:
-        """Add up what all experts give, in `output_TH`; activations not yet there are made.
+        """Sum the outputs of all experts in `output_TH`; compute missing activations.
 
-        Those that are made join `served`.
+        New activations are added to `served`.
         """
         self.output_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
         for visit in self._visits(sent, range(self.experts.count)):
@@ -324,7 +324,7 @@ class CachedActivations:
 
     def _add_outputs(self, visit: _Visit, inner_RI: Tensor) -> None:
         loaded, row_R = visit.loaded, visit.row_R
-        # of equal size: products with a few rows left over are slow
+        # equal sizes: products of a few remaining rows are slow
         size = -(-len(inner_RI) // -(-len(inner_RI) // MAX_ROWS))
         parts = zip(torch.split(row_R, size), torch.split(inner_RI, size), strict=False)
         for rows, part_RI in parts:

@@ -1,9 +1,9 @@
-"""A layer's refit in the run: what it is compared with, and where it is done.
+"""A layer's refit in the run: its targets and its scratch files.
 
-The compressed layer is first written to a scratch folder, in the form that it will have
-in the output, and run from there. So whatever is rounded or encoded on the way to the
-file is part of what the refit makes up for, and nothing but the down projections is
-computed a second time: the rest of the final shards are copies of the scratch ones.
+The compressed layer is first written to a scratch folder, in the format of the output,
+and runs from there. So the refit also compensates for rounding and encoding, and only
+the down projections are computed a second time: all other bytes of the final shards are
+copied from the scratch shards.
 
 Letters in shapes: T tokens of a batch, H hidden, I inner.
 """
@@ -39,10 +39,10 @@ from .workspace import Workspace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fitted:
-    """A layer that was refitted, before its final shards are written."""
+    """A refitted layer before its final shards are written."""
 
     found: RefitSolution
-    """The new down projections, and what they come to."""
+    """New down projections and the refit's result."""
 
     tokens: CachedActivations
     """Activations of the layer's experts on the calibration set."""
@@ -50,37 +50,37 @@ class Fitted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefitJob:
-    """What the refit of one layer needs; `opened` makes one and removes its files."""
+    """Inputs and scratch files of one layer's refit; `opened` makes and removes them."""
 
     plan: Plan
-    """The plan of the run."""
+    """Plan of the run."""
 
     tokens: Tokens
-    """The calibration set; tokens that do not count are masked."""
+    """Calibration set; tokens that do not count are masked."""
 
     excluded: ExcludedSequences
-    """Calibration sequences that are left out."""
+    """Excluded calibration sequences."""
 
     model: StreamedModel
-    """The compressed model."""
+    """Compressed model."""
 
     index: int
-    """The layer."""
+    """Position of the layer in the model."""
 
     folder: Path
-    """Scratch folder in which the compressed layer is written first."""
+    """Scratch folder of the first version of the compressed layer."""
 
     targets: BatchStore
-    """What the layer is to give, by batch; once its residual is known, the residual."""
+    """Target outputs by batch; a batch's residual replaces its target in the same store."""
 
     store: Callable[[str, int], BatchStore]
-    """Opens a store of that name for so many batches, until the block of `opened` ends."""
+    """Opens a store by name and number of batches; `opened` closes it after its block."""
 
     @contextmanager
     def capturing(self, experts: nn.Module) -> Iterator[None]:
         """Keep the outputs of the source's experts, batch after batch, as the targets.
 
-        With the target `trajectory` these outputs are not the target, and nothing is kept.
+        With `trajectory` as target the original model's states are the targets instead.
         """
         if self.plan.follows:
             yield
@@ -106,18 +106,18 @@ class RefitJob:
         playback: AttentionCache | None,
         report: Callable[[int, int], None],
     ) -> Fitted:
-        """Refit the layer that lies in the scratch folder.
+        """Refit the layer in the scratch folder.
 
         Parameters
         ----------
         changing
-            Experts that may be changed, by their number after compression.
+            Experts that may change, by their number after compression.
         batches, entering
-            The calibration set and the states that enter the layer.
+            The calibration set and the hidden states that enter the layer.
         playback
-            Outputs of its attention, if they were kept.
+            Cached attention outputs of the layer, if they were kept.
         report
-            Told how many batches were passed over, and how many it will be.
+            Called with the number of batches passed over so far, and in all.
 
         Raises
         ------
@@ -196,7 +196,7 @@ class RefitJob:
         entering: HiddenStates | None,
         batch_done: Callable[[], None],
     ) -> None:
-        """Run the compressed layer, as far as its target, and take its residual."""
+        """Run the compressed layer up to its target, and add the residual to the refit."""
         with _replaced(tokens.experts, tokens.outputs):
             for number, batch, hidden_BLH in with_states(batches, entering):
                 tokens.expect(batch)
@@ -220,9 +220,9 @@ def opened(
     model: StreamedModel,
     index: int,
 ) -> Iterator[RefitJob]:
-    """Make the refit of a layer with its scratch files, which are removed after the block.
+    """Yield the refit of a layer with its scratch files, which are removed after the block.
 
-    The layer is run for the next one within the block, from the activations kept in it.
+    Within the block the layer runs for the next layer, from the cached activations.
     """
     folder = workspace.scratch("layer")
     files.remove(folder)
@@ -248,9 +248,9 @@ def opened(
 
 @contextmanager
 def replaying(experts: StreamedExperts, tokens: CachedActivations) -> Iterator[None]:
-    """Let activations that are kept give the outputs of an opened layer's experts.
+    """Compute the outputs of an open layer's experts from cached activations.
 
-    They are those of the down projections of `experts`, for all batches in their order.
+    The down projections are those of `experts`; batches must come in the same order.
     """
     tokens.reopened(experts)
     with _replaced(experts, tokens.again):
@@ -259,7 +259,7 @@ def replaying(experts: StreamedExperts, tokens: CachedActivations) -> Iterator[N
 
 @contextmanager
 def _replaced(experts: StreamedExperts, outputs: Callable[..., Tensor]) -> Iterator[None]:
-    """Let a function stand in for experts for the length of the block."""
+    """Replace the forward of experts by a function for the length of the block."""
     # on the instance: the module keeps its hooks
     experts.forward = outputs  # type: ignore[method-assign]
     try:

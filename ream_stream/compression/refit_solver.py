@@ -28,7 +28,7 @@ from .refit_activations import CachedActivations, Portion
 
 
 class _Passes:
-    """Products with the equations' matrix, each in a pass over the tokens that are fitted."""
+    """Products with the normal matrix, each computed in a pass over the fitted tokens."""
 
     def __init__(self, tokens: CachedActivations, batch_done: Callable[[], None]) -> None:
         self._tokens, self._batch_done = tokens, batch_done
@@ -66,27 +66,27 @@ class _ExplicitOperator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefitSolution:
-    """What came of the refit of a layer."""
+    """Result of a layer's refit."""
 
     outcome: RefitResult
-    """In numbers."""
+    """Errors and penalties of the refit as numbers."""
 
     places: Mapping[int, int]
-    """Of experts that may be changed, by their number after compression."""
+    """Positions in `results` of the refitted experts, by their number after compression."""
 
     parts: int
-    """In which hidden channels were solved."""
+    """Number of parts that the hidden channels are solved in."""
 
     results: BatchStore
-    """New down projections, part by part."""
+    """New down projections, part after part."""
 
     @property
     def helps(self) -> bool:
-        """Whether it is better, on the held-back tokens, than no change."""
+        """Whether the refit has a lower error on the held-back tokens than no change."""
         return self.outcome.penalty is not None
 
     def down(self, place: int) -> Tensor:
-        """Return the new down projection (H, I) of a refitted expert, to be stored."""
+        """Return the new down projection (H, I) of a refitted expert, before it is encoded."""
         count = len(self.places)
         return torch.cat([self.results.get(n * count + place) for n in range(self.parts)])
 
@@ -94,19 +94,19 @@ class RefitSolution:
 class LayerRefit:
     """The refit of one layer: `add` every batch, then `solve`.
 
-    The penalty is the one whose first direction leaves least on the held-back tokens, so
-    trying several costs no pass over the others.
+    The chosen penalty is the one whose first direction leaves the least error on the
+    held-back tokens, so several penalties need no additional pass over the fitted tokens.
 
     Parameters
     ----------
     tokens
-        Batches are added to both.
+        Cached activations; each batch is added to them and to the refit.
     method
-        Penalties and iterations.
+        Method with the penalties and the number of iterations.
     solver
-        How it is solved.
+        Solver of the equations.
     results
-        Where the new down projections are kept.
+        Store of the new down projections.
     batch_done
         Called after each batch of each pass.
     """
@@ -122,7 +122,7 @@ class LayerRefit:
         self._tokens, self._method, self._solver = tokens, method, solver
         self._results, self._batch_done = results, batch_done
         self._weights = weights = tokens.experts.weights
-        # codes are made of what is solved for, in float32
+        # codes are encoded from the float32 solution
         plain = weights.stack.scheme == "plain"
         self._solved = torch_dtype(weights.stack.dtype) if plain else torch.float32
         count, inner = len(tokens.changing), weights.stack.inner
@@ -159,23 +159,23 @@ class LayerRefit:
 
     @property
     def _helps(self) -> bool:
-        """Whether what was found is better, on the held-back tokens, than no change."""
+        """Whether the solution has a lower error on the held-back tokens than no change."""
         return select(self._tried) is not None and self._misfit.share < 1
 
     @property
     def passes(self) -> int:
-        """How often `solve` goes through the batches, at most."""
+        """Most passes over the batches that `solve` makes."""
         iterations = 0 if self._solver.gathered else self._method.refit_iterations
         return self._solver.column_blocks * (2 + iterations)
 
     def add(self, portion: Portion) -> None:
-        """Sum over the tokens of a batch that are fitted."""
+        """Add the fitted tokens of a batch to the normal equations."""
         self._sums.add(portion.served, portion.residual()[:, self._columns[0]])
         if isinstance(self._operator, _ExplicitOperator):
             self._operator.matrix.add(portion.served, portion.tokens)
 
     def solve(self) -> RefitSolution:
-        """Choose the penalty, solve for every column, and judge by the held-back tokens.
+        """Choose the penalty, solve every column, and measure the held-back error.
 
         Raises
         ------
@@ -207,19 +207,19 @@ class LayerRefit:
 
     def _cut(self) -> list[slice]:
         hidden, parts = self._weights.stack.hidden, self._solver.column_blocks
-        # rounded up, so that the first is the largest
+        # rounded up, so that the first part is the largest
         bounds = [-(-hidden * part // parts) for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
     def _turn_to(self, columns: slice) -> None:
-        """Sum what other columns do not share, in a pass."""
+        """Sum the right-hand sides of other columns in a pass."""
         self._sums.turn_to(columns.stop - columns.start)
         for portion in self._tokens.fitted():
             self._sums.add_target(portion.served, portion.residual()[:, columns])
             self._batch_done()
 
     def _choose(self, columns: slice) -> None:
-        """Try the first direction of each penalty, at its best length."""
+        """Try the first direction of each penalty, scaled to the lowest error."""
         misfits = {penalty: Misfit() for penalty in self._method.refit_lambda}
         directions = {
             misfit: first_direction(self._sums, penalty, self._solver.preconditioner)
@@ -231,15 +231,15 @@ class LayerRefit:
     def _note(self, found: Refit) -> None:
         """Add up the objective of all columns, iteration by iteration."""
         curve = torch.tensor(found.objectives, dtype=torch.float64)
-        # what has arrived early stays where it is
+        # a solution that converged early keeps its last objective
         missing = len(self._objectives) - len(curve)
         self._objectives += torch.cat([curve, curve[-1:].expand(missing)])
 
     def _round(self, place: int, change_IH: Tensor, columns: slice) -> Tensor:
-        """Return the new down projection; the change becomes what is stored of it.
+        """Return the new down projection; replace the change by its value after storage.
 
-        Scales that columns share are taken of these columns alone, which is exact unless
-        they are solved in parts.
+        Quantization scales are computed from these columns alone, which is exact unless
+        columns are solved in parts.
         """
         down_HI = self._weights.load(self._tokens.changing[place]).down_HI
         old_HI = down_HI[columns].float()
@@ -248,7 +248,7 @@ class LayerRefit:
         return new_HI
 
     def _judge(self, changes: Mapping[Misfit, Tensor], columns: slice) -> None:
-        """Measure what changes leave of the error on the tokens that are held back."""
+        """Add the remaining error of each change on the held-back tokens to its misfit."""
         for portion in self._tokens.held():
             residual_TH = portion.residual()[:, columns]
             for misfit, change_EIH in changes.items():

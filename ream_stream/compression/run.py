@@ -24,7 +24,7 @@ class CompressionResult:
     """A run that came to its end."""
 
     output: Path
-    """The compressed checkpoint."""
+    """Folder of the compressed checkpoint."""
 
     source_bytes: int
     """Bytes of the source's tensors."""
@@ -36,7 +36,7 @@ class CompressionResult:
     """Wall time of this run."""
 
     seconds_by_phase: Mapping[str, float]
-    """Time of this run by phase."""
+    """Seconds of this run in each phase."""
 
     peak_anonymous_bytes: int
     """Highest anonymous memory of this run."""
@@ -45,16 +45,16 @@ class CompressionResult:
     """Highest memory of the GPU in this run; 0 if layers ran on the processor."""
 
     already_complete: bool
-    """Nothing was left to do."""
+    """Whether the output was complete before this run."""
 
     plan: Mapping[str, Any]
-    """What was known before, as `plan_facts` gives it."""
+    """Facts of the plan as `plan_facts` gives them."""
 
     quality: Mapping[str, Any] | None = None
-    """What was measured of the output; None if nothing was asked for."""
+    """Scores of the output; None if no evaluation was asked for."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what came out, for ``--json``."""
+        """Return the result for ``--json``."""
         names = ("already_complete", "output_bytes", "seconds", "seconds_by_phase")
         peaks = ("peak_anonymous_bytes", "peak_device_bytes")
         return {**self.plan, **{name: getattr(self, name) for name in (*names, *peaks)}}

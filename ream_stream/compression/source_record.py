@@ -33,7 +33,7 @@ else:
     torch = deferred("torch")
 
 SAMPLE_BLOCKS = 16
-"""Of a shard, evenly spaced; other weights differ in all of them."""
+"""Number of evenly spaced sample blocks of a shard; other weights differ in all blocks."""
 
 BLOCK_BYTES = 4096
 
@@ -42,33 +42,33 @@ _PIECE_BYTES = 1 << 22
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRecord:
-    """What a shard of the source was."""
+    """Record of a shard of the source at the run's start."""
 
     size: int
-    """Bytes."""
+    """Size of the shard in bytes."""
 
     modified: int
-    """Time of the last change of its data, nanoseconds."""
+    """Time of the shard's last change of data, nanoseconds."""
 
     changed: int
-    """Time of the last change of data or attributes, nanoseconds."""
+    """Time of the shard's last change of data or attributes, nanoseconds."""
 
     sample: str
-    """SHA-256 of `SAMPLE_BLOCKS` blocks of it, hex."""
+    """SHA-256 of `SAMPLE_BLOCKS` blocks of the shard, hex."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRecord:
-    """What the source of a run was."""
+    """Record of the source at the run's start."""
 
     commit: str | None = None
-    """On the hub; None if it is not known to be from there."""
+    """Commit on the hub; None if the source is not known to be from there."""
 
     shards: Mapping[str, ShardRecord] = field(default_factory=dict)
-    """By file name; none if they are fetched one after another."""
+    """Records of the shards by file name; empty if the shards are streamed."""
 
     others: Mapping[str, Written] = field(default_factory=dict)
-    """Files beside config and weights, by name relative to the folder."""
+    """All files except config and weights, by name relative to the folder."""
 
     @classmethod
     def of(cls, source: Checkpoint) -> SourceRecord:
@@ -111,7 +111,7 @@ class TensorDigests:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let the thread end."""
+        """End the thread."""
         self._thread.shutdown()
 
     def add(self, name: str, values: Tensor) -> None:

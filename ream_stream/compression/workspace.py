@@ -23,10 +23,10 @@ from .journal import Journal, load, save
 from .manifest import MANIFEST
 
 HOME = ".ream-stream"
-"""In OUTPUT: lock, identity and, without --work-dir, all else that is no checkpoint."""
+"""Folder in OUTPUT of lock and identity; without --work-dir of all files except shards."""
 
 DATA = ".ream-stream-work"
-"""In a work folder elsewhere: all but the journal."""
+"""Folder in a separate work folder of all working files except the journal."""
 
 _IDENTITY, _JOURNAL = "run.json", "journal.json"
 _WEIGHTS = ".safetensors"
@@ -36,7 +36,7 @@ _OURS = re.compile(
     r"|statistics-\d{5}\.safetensors|streamed|scratch-[a-z0-9-]+)"
     rf"(?P<partial>{re.escape(files.PARTIAL)})?"
 )
-"""What a run writes in its folder, the lock aside."""
+"""Names of the files that a run writes in its folder, except the lock."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +44,10 @@ class Workspace:
     """The folders of a run, without links; from `workspace_of`."""
 
     output: Path
-    """The checkpoint being written."""
+    """Folder of the checkpoint that the run writes."""
 
     work: Path
-    """The folder of the journal: `home`, or one elsewhere, which may have other things."""
+    """Folder of the journal: `home`, or a folder elsewhere that may hold other files."""
 
     @property
     def home(self) -> Path:
@@ -76,7 +76,7 @@ class Workspace:
 
     @property
     def older_log(self) -> Path:
-        """What was the log until it was large."""
+        """The previous log, renamed when it became large."""
         return self.data / "log.1.jsonl"
 
     @property
@@ -292,7 +292,7 @@ class Workspace:
             files.remove_empty(self.output / folder)
 
     def _identity(self, folder: Path) -> dict[str, Any] | None:
-        """Return what a folder says of the run that it belongs to; None if it says nothing."""
+        """Return the identity of a folder's run; None if it records none."""
         path = folder / _IDENTITY
         if regular_size(path) is None:
             return None
@@ -368,7 +368,7 @@ class Workspace:
 
 
 def workspace_of(output: Path, work_dir: Path | None, source: Path | None = None) -> Workspace:
-    """Return where a run writes, links followed.
+    """Return the folders of a run, links followed.
 
     Raises
     ------

@@ -31,10 +31,10 @@ Texts = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanResult:
-    """What a compression would do, hold and write."""
+    """Work, memory and output of a planned compression."""
 
     settings: Settings
-    """What decides the bytes of the output."""
+    """Settings that decide the bytes of the output."""
 
     experts_before: int
     """Experts of a source layer."""
@@ -46,19 +46,19 @@ class PlanResult:
     """Bytes of the output's shards."""
 
     memory_bytes: int
-    """Anonymous host memory at its peak."""
+    """Peak of anonymous host memory in bytes."""
 
     device_memory_bytes: int
-    """Memory of the GPU at its peak; 0 if layers run on the processor."""
+    """Peak of GPU memory in bytes; 0 if layers run on the processor."""
 
     disk_bytes: int
-    """What output and work folder hold together at most."""
+    """Peak disk usage of output and work folder together."""
 
     seconds: float | None
-    """Time of what is left to do, about; None if nothing is left."""
+    """Estimated duration of the remaining work; None if nothing remains."""
 
     details: Mapping[str, Any]
-    """All that is known, as ``plan --json`` prints it."""
+    """All facts of the plan, as ``plan --json`` prints them."""
 
 
 def plan(
@@ -170,7 +170,7 @@ def compress(
 
 
 _MEASURED_ALIKE = ("text_field", "sequence_length", "device", "compute_dtype", "ram")
-"""Options of a compression that count for what is measured after it, too."""
+"""Options of a compression that its evaluation uses too."""
 
 
 def evaluate(

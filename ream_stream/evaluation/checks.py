@@ -35,17 +35,17 @@ class Subject:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Its manifest."""
+        """Manifest of the checkpoint."""
         return read_manifest(self.folder / MANIFEST)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """Its config, index and headers."""
+        """Config, index and headers of the checkpoint."""
         return open_checkpoint(self.folder)
 
     @cached_property
     def stacks(self) -> Mapping[str, ExpertStack]:
-        """Its experts by prefix, wherever they are in the model."""
+        """Expert stacks by prefix, anywhere in the model."""
         return self.checkpoint.experts
 
     @property
@@ -67,16 +67,16 @@ class Check:
     """One thing that is true of a good output."""
 
     name: str
-    """What it is about."""
+    """Subject of the check."""
 
     good: str
-    """The sentence if all is well."""
+    """Sentence for an output without problems."""
 
     problems: Callable[[Subject], Iterator[str]]
-    """Yields what is wrong; may raise whatever a damaged file provokes."""
+    """Yields a sentence for each problem; may raise any error that a damaged file causes."""
 
     needs: tuple[str, ...] = ()
-    """Checks without which it tells nothing new."""
+    """Names of checks that must pass first; otherwise this one finds nothing new."""
 
 
 def _manifest(subject: Subject) -> Iterator[str]:
@@ -312,4 +312,4 @@ CHECKS: tuple[Check, ...] = (
         needs=("manifest", "headers", "model"),
     ),
 )
-"""Checks of the folder, in order."""
+"""Checks of the folder in their order."""

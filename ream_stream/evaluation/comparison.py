@@ -35,7 +35,7 @@ from .memory import plan_evaluation
 
 ORIGINAL = "original"
 ALL = "all"
-"""Name of the scores of all domains together."""
+"""Name of the scores over all domains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +43,16 @@ class Trial:
     """One compression to be measured."""
 
     name: str
-    """Of what is compared: a method, or a part of one that was changed."""
+    """Name of the compared variant: a method, or a method with one changed part."""
 
     settings: Settings
-    """What it is compressed with, its seed included."""
+    """Settings of the compression, its seed included."""
 
     calibration: Tokens
-    """What it is calibrated on."""
+    """Calibration set of the compression."""
 
     mix: str = ""
-    """Name of the calibration's mix, if several are compared."""
+    """Name of the calibration mix; empty for a single mix."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,25 +60,25 @@ class Outcome:
     """The numbers of a trial."""
 
     name: str
-    """Of the trial, or `ORIGINAL`."""
+    """Name of the trial, or `ORIGINAL`."""
 
     mix: str
-    """Of its calibration."""
+    """Name of the calibration mix."""
 
     seed: int
-    """Of its settings."""
+    """Seed of the trial's settings."""
 
     scores: Mapping[str, Mapping[str, Any]]
     """`Result.facts` by domain, `ALL` included."""
 
     seconds: float | None
-    """Time of the compression, if it was made in one go; None of the original."""
+    """Seconds of the compression (of its last part, if resumed); None for the original."""
 
     output_bytes: int | None
     """Bytes of the compressed checkpoint's shards."""
 
     fields: Mapping[str, Any]
-    """The settings."""
+    """Settings of the trial by field name."""
 
     def value(self, domain: str, measure: str) -> float | None:
         """Return one of `MEASURES` in a domain; None if it is not known there."""
@@ -87,28 +87,28 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonSetup:
-    """What all trials of a comparison share."""
+    """Shared inputs of all trials of a comparison."""
 
     source: Checkpoint
-    """What is compressed."""
+    """Checkpoint that the trials compress."""
 
     tests: Tokens
-    """What is predicted, domain by domain."""
+    """Test tokens of all domains."""
 
     folder: Path
-    """Where results are kept and trials are made."""
+    """Folder of the results and of the trials' outputs."""
 
     device: torch.device
-    """Where layers are run."""
+    """Device that layers run on."""
 
     dtype: torch.dtype
-    """What evaluations are run in."""
+    """Dtype of the evaluations' forward passes."""
 
     threads: int
-    """For the assignments of alignments."""
+    """Threads that solve the assignments of alignments."""
 
     budgets: Budgets
-    """What runs and evaluations may take of the machine."""
+    """Limits on the memory and disk that runs and evaluations use."""
 
 
 def run_trials(
@@ -221,7 +221,7 @@ MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "same top": _agreement,
     "effective rank": lambda facts: facts.get("effective_rank"),
 }
-"""Numbers of a trial, from `Result.facts`; the original is as good as itself."""
+"""Measures of a trial, computed from `Result.facts`; the original equals itself."""
 
 
 def _evaluated_at_once(bench: ComparisonSetup) -> int:

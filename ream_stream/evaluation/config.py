@@ -10,7 +10,7 @@ from ream_stream.settings import Method, option, same_option
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(MachineOptions):
-    """What a checkpoint is measured on, and how."""
+    """Options of an evaluation: its text and its method."""
 
     text: tuple[str, ...] = option(
         "Text",
@@ -51,7 +51,7 @@ class ScoreOptions(MachineOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonOptions(CalibrationOptions, MachineOptions):
-    """What is compared, and on what."""
+    """Options of a comparison: its variants and its text."""
 
     experts: int = same_option(RunOptions, "experts", section="Comparison", required=True)
     methods: str = option(

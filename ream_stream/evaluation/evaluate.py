@@ -35,21 +35,21 @@ from .forward import ForwardRun
 from .metrics import Against, Evaluation, Mean, divergence, effective_rank, score
 
 LOGITS_BYTES = 64_000_000
-"""Logits of one model that exist at once, as float32."""
+"""Most bytes of one model's float32 logits at once."""
 
 RANK_TOKENS = 4096
-"""Positions at most whose states the effective rank is taken of, evenly spread."""
+"""Most positions that the effective rank is computed from, evenly spread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What an evaluation ends with."""
+    """Result of an evaluation."""
 
     evaluation: Evaluation
-    """Of the checkpoint."""
+    """Evaluation of the checkpoint."""
 
     against: Against | None
-    """Beside its original, if that was given."""
+    """Comparison with the original; None if no original was given."""
 
     def only(self, rows: Sequence[int]) -> "Result":
         """Return the result of some of the sequences, such as those of one domain."""

@@ -155,7 +155,7 @@ class ForwardRun:
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what tells a checkpoint from others without reading its data."""
+    """Return the identity of a checkpoint without reading its data."""
     files = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files()
     ]

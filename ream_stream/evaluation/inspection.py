@@ -19,49 +19,49 @@ class Inspection:
     """A checkpoint, described."""
 
     path: Path
-    """Its folder."""
+    """Folder of the checkpoint."""
 
     family: str | None
-    """Its ``model_type``."""
+    """Model type: ``model_type`` of config.json."""
 
     supported: bool
-    """Whether it can be compressed."""
+    """Whether the checkpoint can be compressed."""
 
     why_not: str | None
-    """Why it cannot; None if it can."""
+    """Reason why the checkpoint cannot be compressed; None if it can."""
 
     layers: int | None
-    """Decoder layers that config.json tells."""
+    """Number of decoder layers in config.json."""
 
     moe_layers: int
-    """Decoder layers with experts."""
+    """Number of decoder layers with experts."""
 
     mtp_moe_layers: int
-    """Multi-token-prediction layers with experts."""
+    """Number of multi-token-prediction layers with experts."""
 
     experts: int | list[int] | None
-    """Experts of a layer; all numbers that there are if layers differ."""
+    """Experts of a layer; a list of all numbers if layers differ."""
 
     experts_per_token: int | None
-    """Experts that a token is sent to."""
+    """Experts that the router selects for a token."""
 
     tensors: int
-    """Tensors in all files."""
+    """Number of tensors in all files."""
 
     files: int
-    """Shards."""
+    """Number of shards."""
 
     bytes: int
     """Bytes of all tensors."""
 
     bytes_by_kind: Mapping[str, int]
-    """Bytes of routed experts, of other parts of layers, and outside of them."""
+    """Bytes of routed experts, of other parts of layers, and of tensors outside the layers."""
 
     bytes_by_dtype: Mapping[str, int]
-    """Bytes by dtype, as safetensors names them."""
+    """Bytes by dtype in the safetensors format's spelling."""
 
     made: Mapping[str, Any] | None
-    """How an output was made; None for other checkpoints."""
+    """Facts of the manifest if ream-stream made the checkpoint; None for others."""
 
     def facts(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""

@@ -40,13 +40,13 @@ class LayerError:
     """Relative differences of what leaves one layer."""
 
     own: float
-    """On what enters it in the original."""
+    """Error of the layer alone: both models' layers get the original's states."""
 
     inside: float
-    """On what enters it in the compressed model."""
+    """Error of the layer in place: both models' layers get the compressed model's states."""
 
     total: float
-    """Each model on what enters it there."""
+    """Error with earlier layers' errors: each model's layer gets its own states."""
 
 
 def layer_errors(

@@ -19,7 +19,7 @@ from ream_stream.model.tensor_map import shape_of
 from .checks import Check, Subject
 
 TOKENS = 16
-"""Of the sequence that is run."""
+"""Length of the sequence that the check runs."""
 
 
 def _places(subject: Subject) -> Iterator[str]:
@@ -107,7 +107,7 @@ LOAD = Check(
     problems=_places,
     needs=("headers", "experts", "model"),
 )
-"""Asked for by ``--load``."""
+"""Check of ``--load``."""
 
 RUN = Check(
     name="run",
@@ -115,4 +115,4 @@ RUN = Check(
     problems=_run,
     needs=("headers", "experts", "model"),
 )
-"""Asked for by ``--run``."""
+"""Check of ``--run``."""

@@ -20,7 +20,7 @@ from ream_stream.units import format_size
 from .evaluate import LOGITS_BYTES, RANK_TOKENS
 
 _LOGITS_COPIES = {1: 3, 2: 10}
-"""Times `LOGITS_BYTES` that scoring takes, by checkpoints: float64 copies for divergences."""
+"""Multiples of `LOGITS_BYTES` for scoring, by number of checkpoints; float64 copies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +31,10 @@ class EvaluationPlan:
     """Sequences of a batch."""
 
     parts: Mapping[str, int]
-    """Bytes of anonymous host memory by part; the sum is the promised peak."""
+    """Bytes of anonymous host memory by part; the sum is the planned peak."""
 
     hidden_bytes: int
-    """Bytes on disk at the high-water mark."""
+    """Peak disk usage of hidden states in bytes."""
 
 
 def plan_evaluation(

@@ -22,10 +22,10 @@ class Mean:
     """
 
     total_S: tuple[float, ...]
-    """Sum over the tokens of each sequence."""
+    """Sum of the measure over the tokens of each sequence."""
 
     count_S: tuple[int, ...]
-    """Tokens of each sequence."""
+    """Number of scored tokens of each sequence."""
 
     @property
     def count(self) -> int:
@@ -39,7 +39,7 @@ class Mean:
 
     @property
     def stderr(self) -> float:
-        """Its standard error; NaN for a single sequence."""
+        """Standard error of the mean; NaN for a single sequence."""
         sequences, mean = len(self.count_S), self.value
         if sequences < 2 or not self.count:
             return math.nan
@@ -77,16 +77,16 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """How well a checkpoint predicts a token set."""
+    """Measures of a checkpoint's predictions on a token set."""
 
     loss: Mean
     """Negative log-likelihood, nats a token."""
 
     accuracy: Mean
-    """Share of tokens that the checkpoint finds the most likely."""
+    """Share of tokens that the checkpoint ranks first."""
 
     rank: float | None = None
-    """Effective rank of the states that enter the output matrix; of all domains only."""
+    """Effective rank of the states that enter the output matrix; for all domains only."""
 
     @property
     def predicted(self) -> int:
@@ -130,16 +130,16 @@ class Against:
     """A checkpoint beside the one it was made from, on the same tokens."""
 
     original: Evaluation
-    """Of the other."""
+    """Evaluation of the original."""
 
     loss: Mean
-    """Nats a token more than the other's; positive is worse."""
+    """Loss minus the original's loss, nats a token; positive is worse."""
 
     divergence: Mean
     """KL(original || checkpoint) of the next token's distribution, nats a token."""
 
     agreement: Mean
-    """Share of positions at which both find the same token the most likely."""
+    """Share of positions at which both checkpoints rank the same token first."""
 
     def only(self, rows: Sequence[int]) -> "Against":
         """Return the comparison on some of the sequences."""
@@ -164,10 +164,10 @@ class Scored(NamedTuple):
     """Sums over the scored positions of one sequence."""
 
     nats: float
-    """Negative log-likelihood."""
+    """Negative log-likelihood, nats."""
 
     correct: float
-    """Tokens that were found the most likely."""
+    """Number of tokens that the checkpoint ranks first."""
 
 
 def score(logits_PV: Tensor, token_P: Tensor) -> Scored:

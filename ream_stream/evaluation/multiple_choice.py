@@ -35,13 +35,13 @@ class Question:
     """One question."""
 
     context: str
-    """What comes before the choice."""
+    """Text before the choice."""
 
     choices: tuple[str, ...]
-    """Two or more, a blank before each when it is scored."""
+    """Two or more possible continuations; scoring puts a blank before each."""
 
     answer: int
-    """Which one is right."""
+    """Index of the right choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,13 +49,13 @@ class MultipleChoiceSet:
     """Questions made into sequences, one a choice, padded at the end."""
 
     questions: tuple[Question, ...]
-    """In their order."""
+    """Questions in the order of the file."""
 
     tokens: Tokens
-    """Sequences: the choices of the first question, then those of the second, ..."""
+    """Sequences of all choices: those of the first question, then those of the second, ..."""
 
     target_SL: Tensor
-    """Which tokens are the choice's."""
+    """Mask of the tokens of the choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +63,10 @@ class Share:
     """A share of questions."""
 
     value: float
-    """Between 0 and 1."""
+    """Share between 0 and 1."""
 
     stderr: float
-    """Its standard error; NaN for a single question."""
+    """Standard error of the share; NaN for a single question."""
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:

@@ -32,28 +32,28 @@ from .multiple_choice import Share, accuracies, make_quiz, read_questions
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What was measured of a checkpoint."""
+    """Measured scores of a checkpoint."""
 
     checkpoint: Path
-    """The one in question."""
+    """Folder of the evaluated checkpoint."""
 
     against: Path | None
-    """The one it was compared with."""
+    """Folder of the original; None without a comparison."""
 
     tokens: str | None
-    """Digest of the tokens that were predicted; None if only questions were asked."""
+    """Digest of the test tokens; None if only questions were asked."""
 
     compute_dtype: str
-    """What layers were run in: the same for both, so that only the weights differ."""
+    """Dtype of both checkpoints' forward passes; so only the weights differ."""
 
     result: Result | None
-    """On the text."""
+    """Result on the text; None if only questions were asked."""
 
     domains: Mapping[str, Result]
-    """The same by domain; empty if there is one."""
+    """Result on each domain; empty for a single domain."""
 
     questions: Mapping[str, Mapping[str, Mapping[str, Share]]]
-    """By file: `acc` and `acc_norm` of ``checkpoint`` and ``original``."""
+    """`acc` and `acc_norm` of ``checkpoint`` and ``original``, by file."""
 
     layers: tuple[LayerError, ...]
     """Errors of each layer, if they were asked for."""
@@ -143,7 +143,7 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Bench:
-    """What all passes of a measurement share."""
+    """Shared inputs of all passes of a measurement."""
 
     checkpoint: Checkpoint
     original: Checkpoint | None

@@ -122,21 +122,21 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
 
 
 Pieces = Callable[[MappedTensors, MappedTensors], Iterator[tuple[Tensor, Tensor]]]
-"""Yields pairs of what the output has and what it should have, given both checkpoints."""
+"""Yields pairs of output tensor and expected tensor, given both checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Origin:
-    """Where the bytes of an output tensor come from."""
+    """Source of the bytes of an output tensor."""
 
     name: str
-    """The tensor of the source."""
+    """Name of the source tensor."""
 
     pieces: Pieces
-    """Its parts that were not merged."""
+    """Yields the parts of the tensor that were not merged."""
 
     is_whole: bool = True
-    """Whether that is all of it."""
+    """Whether the pieces are the whole tensor."""
 
 
 def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None]:

@@ -33,7 +33,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "refitted ream": {**REAM, "refit": "down"},
     "refitted reap": {**REAP, "refit": "down"},
 }
-"""Fields of `Method` and `Settings` that differ from their defaults, by name."""
+"""Fields of `Method` and `Settings` that differ from their defaults, by variant name."""
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "methods": ("ream", "reap", "hc-smoe", "mc-smoe", "frequency"),
@@ -64,7 +64,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "energy",
     ),
 }
-"""Names of several variants."""
+"""Groups of variants by name."""
 
 
 def named(names: str) -> tuple[str, ...]:

@@ -23,13 +23,13 @@ from .source_diff import against as compare
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What a verification found."""
+    """Result of a verification."""
 
     output: Path
-    """The folder that was checked."""
+    """Folder of the verified checkpoint."""
 
     findings: tuple[Finding, ...]
-    """One for each check and shard that is good, one for each thing that is wrong."""
+    """Findings: one for each passed check of a shard, one for each problem."""
 
     def __iter__(self) -> Iterator[Finding]:
         """Return the findings one by one."""
@@ -50,16 +50,16 @@ class ShardCheck:
     """One thing that is true of every shard, and needs its bytes."""
 
     name: str
-    """What it is about."""
+    """Subject of the check."""
 
     good: str
-    """The sentence if all is well, for ``{shard}``."""
+    """Sentence for a shard without problems, with ``{shard}`` for its name."""
 
     problems: Callable[[Subject, str], Iterator[str]]
-    """Yields what is wrong with the shard of this name."""
+    """Yields a sentence for each problem of the named shard."""
 
     needs: tuple[str, ...] = ()
-    """Checks without which it tells nothing new."""
+    """Names of checks that must pass first; otherwise this one finds nothing new."""
 
 
 def verify(
@@ -192,4 +192,4 @@ SHARD_CHECKS: tuple[ShardCheck, ...] = (
         needs=("headers",),
     ),
 )
-"""Checks of each shard; one after the other, so that the second finds it in the page cache."""
+"""Checks of each shard in order; the second finds the shard in the page cache."""

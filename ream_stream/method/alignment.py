@@ -24,13 +24,13 @@ from .expert import Expert
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alignment:
-    """Which costs of pairing two neurons are added up; neither keeps the order."""
+    """Terms in the cost of pairing two neurons; without terms the order stays."""
 
     activations: bool
-    """Whether activations on the sampled tokens count."""
+    """Whether the cost includes activations on the sampled tokens."""
 
     weights: bool
-    """Whether gate rows, up rows and down columns count."""
+    """Whether the cost includes gate rows, up rows and down columns."""
 
     @property
     def compares(self) -> bool:
@@ -47,36 +47,36 @@ ALIGNMENTS: Mapping[str, Alignment] = {
 
 
 class Neurons(NamedTuple):
-    """What two experts' neurons are compared by."""
+    """Matrices and activations by which an expert's neurons are compared."""
 
     expert: Expert
-    """The matrices."""
+    """Matrices of the expert."""
 
     activation_nI: Tensor | None
-    """Activations on the shared sample; None where they do not count."""
+    """Activations on the shared sample; None if the cost does not include them."""
 
 
 class Pair(NamedTuple):
     """Two experts to align."""
 
     centroid: Neurons
-    """The one whose order stays."""
+    """Neurons of the centroid, whose order stays."""
 
     member: Neurons
-    """The one that will be reordered."""
+    """Neurons of the member, whose order changes."""
 
 
 class Matched(NamedTuple):
-    """How a member's neurons are lined up with its centroid's."""
+    """Alignment of a member's neurons with its centroid's."""
 
     order_I: Tensor
-    """As `align` returns it."""
+    """Order of the member's neurons that `align` returns."""
 
     kept: float
-    """Mean cost of a pair of neurons in the order they have; NaN if nothing counts."""
+    """Mean cost of a pair of neurons in the stored order; NaN without a cost."""
 
     least: float
-    """The same in the new order."""
+    """Mean cost of a pair of neurons in the new order; NaN without a cost."""
 
 
 def activation_cost(a_nI: Tensor, b_nI: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def cost_flop(alignment: Alignment, rows: int, hidden: int, inner: int) -> int:
 
 
 def aligning_bytes(rows: int, hidden: int, inner: int, threads: int) -> int:
-    """Return what comes and goes while a cost is made and `threads` others are matched."""
+    """Return the transient bytes of one cost matrix and of `threads` assignments."""
     square = inner**2
     # scipy makes a float64 copy of each float32 cost that it works on
     matched = threads * square * (4 + 8)

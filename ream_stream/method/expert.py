@@ -16,13 +16,13 @@ class Expert(NamedTuple):
     """The matrices of ``f(x) = down @ (act(gate @ x) * (up @ x))``."""
 
     gate_IH: Tensor
-    """Rows that the activation function is applied to."""
+    """Gate projection; the activation function is applied to its product."""
 
     up_IH: Tensor
-    """Rows that multiply the activated gate."""
+    """Up projection; its product multiplies the activated gate."""
 
     down_HI: Tensor
-    """Columns that carry the neurons back to the hidden size."""
+    """Down projection from the neurons to the hidden size."""
 
 
 _NEURON_AXIS: Mapping[str, int | None] = {

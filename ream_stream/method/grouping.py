@@ -16,7 +16,7 @@ from scipy.cluster import hierarchy
 from torch import Tensor
 
 _TIE_RTOL = 1e-6
-"""Distances to a cluster's mean closer than this share of the largest are equal.
+"""Relative tolerance, as a share of the largest, for equal distances to a cluster's mean.
 
 Two members are equidistant from their mean by construction, and which of them
 comes out nearer in floating point is noise.
@@ -25,10 +25,10 @@ comes out nearer in floating point is noise.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """What the choice is made from; a grouping raises where it lacks something."""
+    """Statistics for the choice of groups; a grouping raises if it needs a missing one."""
 
     saliency_E: Tensor
-    """Higher is more important. Ties go to the lower index."""
+    """Saliency of each expert; higher is more important. Ties go to the lower index."""
 
     distance_EE: Tensor | None = None
     """Symmetric distances in [0, 1] with zero diagonal, for `ream` and `mc_smoe`."""

@@ -23,7 +23,7 @@ def equally(weight_G: Tensor) -> Tensor:
 
 
 MERGES: Mapping[str, Callable[[Tensor], Tensor]] = {"saliency": by_saliency, "mean": equally}
-"""Shares of a group's members from their `saliency.merge_weights`; float64, sum 1."""
+"""Functions from `saliency.merge_weights` to shares of a group's members; float64, sum 1."""
 
 
 def merge(shares: Sequence[float], aligned: Iterable[Expert], dtype: torch.dtype) -> Expert:
@@ -49,7 +49,7 @@ def merge(shares: Sequence[float], aligned: Iterable[Expert], dtype: torch.dtype
 
 
 def merging_bytes(matrix: int, itemsize: int) -> int:
-    """Return what merging experts of three matrices of so many numbers takes.
+    """Return the bytes for merging experts of three matrices of so many numbers.
 
     That is a float32 sum, a member as it is stored, its widened part, and a result.
     """

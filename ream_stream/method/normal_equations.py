@@ -18,20 +18,20 @@ from torch import Tensor
 from torch.nn import functional
 
 WIDENED_ROWS = 1024
-"""Rows of activations that are in float32 at once."""
+"""Rows of activations that are converted to float32 at once."""
 
 
 class RoutedActivations(NamedTuple):
     """The tokens of a batch, padding left out, that one expert serves."""
 
     expert: int
-    """Number among the kept experts."""
+    """Index of the expert among the experts that may change."""
 
     token_R: Tensor
-    """Their rows in the batch, each at most once."""
+    """Rows of the expert's tokens in the batch, each at most once."""
 
     inner_RI: Tensor
-    """The expert's activations, times the coefficient the model multiplies it by.
+    """The expert's activations, multiplied by the model's router coefficients.
 
     Products with them are made in their dtype and added up in float32. Rows beyond those
     of `token_R` are zeros, which some dtypes' products are faster with.
@@ -66,7 +66,7 @@ def _add_product(total_IX: Tensor, left_RI: Tensor, right_RX: Tensor) -> None:
 
 
 class NormalSums:
-    """What the normal equations need besides the operator; additive over batches.
+    """Sums of the normal equations except the operator; additive over batches.
 
     For each expert e the blocks A_e = sum of a_e^T a_e, and B_e = sum of a_e^T r::
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .normal_equations import NormalSums
 
 WELL_CONDITIONED = 1e4
-"""Trace of A_e as a multiple of l_e, I / lambda: no two eigenvalues are further apart."""
+"""Bound on trace(A_e) / l_e, I / lambda, and thereby on the condition number."""
 
 
 class Preconditioner(Protocol):
@@ -67,7 +67,7 @@ class Cholesky:
 
     @staticmethod
     def working_bytes(inner: int) -> int:
-        """Return what comes and goes: a block in float64, its triangle, factor and square."""
+        """Return the transient bytes: a block in float64, its triangle, factor and square."""
         return 4 * 8 * inner**2
 
     def _factorise(self, expert: int, diagonal_I: Tensor, penalty: float) -> None:
@@ -114,4 +114,4 @@ PRECONDITIONERS: Mapping[str, Callable[[NormalSums, Tensor], Preconditioner]] = 
     "blocks": Cholesky,
     "diagonal": Diagonal,
 }
-"""How the iterations are helped; from the sums and l_e of each expert."""
+"""Preconditioners by name; each is built from the sums and the penalty l_e of each expert."""

@@ -37,7 +37,7 @@ from .preconditioning import PRECONDITIONERS, Preconditioner
 
 
 class Operator(Protocol):
-    """What the matrix of the equations, without the penalties, makes of a D (E, I, H)."""
+    """Multiplies a change D (E, I, H) by the normal matrix without the penalties."""
 
     def product(self, change_EIH: Tensor) -> Tensor:
         """Return sum over x of a_e^T (sum over f of a_f D_f), (E, I, H)."""
@@ -170,10 +170,10 @@ class Refit:
     """A solution and how it was found."""
 
     change_EIH: Tensor
-    """D_e: what is added to the transposed down projections, float32."""
+    """Change D_e of the transposed down projections, float32."""
 
     penalty: float
-    """Of the grid, the one it was found with."""
+    """Ridge penalty of the solution, from the grid."""
 
     objectives: tuple[float, ...]
     """Objective before the first iteration and after each."""
@@ -245,7 +245,7 @@ def first_direction(sums: NormalSums, penalty: float, preconditioner: str) -> Te
 
 
 class Misfit:
-    """How far outputs are from their targets, over tokens the solution has not seen."""
+    """Squared error of outputs on held-back tokens, before and after a change."""
 
     def __init__(self) -> None:
         self.before = 0.0
@@ -261,14 +261,14 @@ class Misfit:
 
     @property
     def share(self) -> float:
-        """What is left of the squared error; 1 where there was none."""
+        """Share of the squared error that remains; 1 if there was none."""
         if not self.before:
             return 1.0
         return (self.before - 2 * self._shared + self._power) / self.before
 
     @property
     def best_share(self) -> float:
-        """What would be left if the change were multiplied by the best number from 0 on."""
+        """Remaining share if the change is multiplied by its best factor, at least 0."""
         if not self.before or not self._power:
             return 1.0
         return 1 - max(0.0, self._shared) ** 2 / (self._power * self.before)

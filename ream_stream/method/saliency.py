@@ -173,4 +173,4 @@ SALIENCIES: Mapping[str, Callable[[RoutedSums], Tensor]] = {
     "frequency": frequency,
     "ean": ean,
 }
-"""Scores (E,) in float64, higher is more important; 0 where no token came."""
+"""Saliency functions; scores (E,) in float64, higher is more important; 0 without tokens."""

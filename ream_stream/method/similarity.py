@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 2**22
-"""Activations widened at a time: 16 MiB in float32."""
+"""Activations that are converted to float32 at once: 16 MiB."""
 
 
 def by_score(score_T: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ SIMILARITIES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "plain": equally,
     RANDOM: equally,
 }
-"""Weights of tokens in an expert's mean output, from the scores p_e(x).
+"""Weights of tokens in an expert's mean output, computed from the scores p_e(x).
 
 `RANDOM` is a control: distances are drawn, whatever experts do (`random_distance`).
 """
@@ -52,7 +52,7 @@ class MeanActivations:
     """
 
     WIDENED_BYTES = 4 * _BLOCK_ELEMENTS
-    """What comes and goes while activations are added."""
+    """Bytes of the temporary float32 copy while activations are added."""
 
     def __init__(
         self, num_experts: int, inner: int, *, similarity: str, device: torch.device

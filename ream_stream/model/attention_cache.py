@@ -1,7 +1,7 @@
 """Outputs of a layer's attention, kept so that it runs once for all passes over a layer.
 
-They do not depend on the experts: the compressed layer gets the same hidden states,
-so its attention would give the same bits again.
+Attention outputs do not depend on the experts: the compressed layer gets the same hidden
+states, so its attention would compute the same bits again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from .batch_store import BatchStore
 
 
 class AttentionCache:
-    """Keeps what the mixers of one layer return, batch by batch.
+    """Keeps the outputs of one layer's mixers, batch by batch.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class AttentionCache:
     def through(self, mixers: Sequence[nn.Module]) -> Iterator[None]:
         """Record the first pass over all batches, and play it back in every later one.
 
-        What runs after the experts was not reached if they were only observed: it runs.
+        A pass that only observes experts ends there, so later passes run the mixers after them.
         """
         if not self._tapes:
             names = [f"mixer-{number}" for number in range(len(mixers))]
@@ -57,13 +57,13 @@ class AttentionCache:
 
 
 def main_output(output: Any) -> Tensor:  # noqa: ANN401 - whatever a module returns
-    """Return an output without what comes beside it, attention weights, that nothing reads."""
+    """Return the first tensor of an output; nothing reads the attention weights after it."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
 
 
 class _Tape:
-    """What one mixer returned."""
+    """Recorded outputs of one mixer."""
 
     def __init__(self, store: BatchStore) -> None:
         self._store = store

@@ -31,7 +31,7 @@ class BatchStore(Protocol):
         """
 
     def get(self, number: int) -> Tensor:
-        """Return what was put, in host memory, in its shape.
+        """Return the stored tensor in host memory and in its shape.
 
         Raises
         ------

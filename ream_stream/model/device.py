@@ -1,4 +1,4 @@
-"""The machine's processors: the only module that speaks of CUDA."""
+"""The machine's processors: the only module that uses CUDA."""
 
 import platform
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ def choose_device(name: str) -> torch.device:
     Raises
     ------
     UsageError
-        There is no such device here.
+        This machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # noqa: TID251
@@ -34,56 +34,56 @@ def choose_device(name: str) -> torch.device:
 
 
 def is_here(device: torch.device) -> bool:
-    """Tell whether a device is one of this machine's."""
+    """Tell whether this machine has a device of this kind."""
     return device.type == "cpu" or torch.cuda.is_available()  # noqa: TID251
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return 90% of what a GPU has free: libraries take some of their own."""
+    """Return 90% of a GPU's free memory: libraries allocate some themselves."""
     free, _ = torch.cuda.mem_get_info(device)  # noqa: TID251
     return free * 9 // 10
 
 
 def release(device: torch.device) -> None:
-    """Give back what torch keeps of a GPU's memory without using it."""
+    """Return the GPU memory that torch caches but does not use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # noqa: TID251
 
 
 def restart_peak(device: torch.device) -> None:
-    """Begin a new `peak_bytes`."""
+    """Reset the peak that `peak_bytes` returns."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # noqa: TID251
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most that torch held of a GPU since `restart_peak`; 0 for a CPU."""
+    """Return torch's peak of reserved GPU memory since `restart_peak`; 0 for a CPU."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.max_memory_reserved(device))  # noqa: TID251
 
 
 class TransferLanes:
-    """Brings tensors to a device beside what it computes, two loads in turn.
+    """Copies tensors to a device while it computes, in two alternating lanes.
 
-    The processor is far ahead of a GPU that it gives work to: while products of one load
-    wait for the GPU, the next load is read into page-locked memory and copied by a stream
-    of its own. A load lasts until the one after the next begins.
+    The processor queues work far ahead of the GPU: while products of one load wait for
+    the GPU, the next load is read into page-locked memory and copied by a stream of its
+    own. A load's memory is reused by the second load after it.
 
     Parameters
     ----------
     device
-        Where to.
+        Target device.
     nbytes
-        Of a load at most, each tensor rounded up to `ALIGNMENT`.
+        Most bytes of a load, each tensor rounded up to `ALIGNMENT`.
     """
 
     COUNT = 2
     ALIGNMENT = 256
-    """Of a tensor in page-locked memory: enough for any dtype and for whole cache lines."""
+    """Alignment of a tensor in page-locked memory: enough for any dtype and for cache lines."""
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
-        # torch.cpu has the same names, and does everything at once
+        # torch.cpu has the same functions; they finish at once
         self._module: Any = torch.get_device_module(device)
         self._device = device
         self._stream = self._module.Stream(device)
@@ -99,22 +99,22 @@ class TransferLanes:
 
     @contextmanager
     def load(self, *, fresh: bool) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
-        """Begin a load; what the device is given in the block it does beside other work.
+        """Begin a load; the device does the work of the block in parallel to its products.
 
         Parameters
         ----------
         fresh
-            Whether it goes into memory that was just allocated, which work before may
-            still use, and not into what this lane had the last time.
+            Whether the load fills newly allocated memory, which earlier work may still
+            use, and not the buffers of this lane's last load.
 
         Yields
         ------
         tuple
-            The lane, 0 or 1, and a function that brings a tensor of the host to the device.
+            The lane, 0 or 1, and a function that copies a host tensor to the device.
         """
         self._turn = lane = (self._turn + 1) % self.COUNT
         products = self._module.current_stream(self._device)
-        # of the other lane all products are queued by now, of this one they were a load ago
+        # all products of the other lane are queued by now, those of this lane since one load
         self._free[1 - lane].record(products)
         self._copied[lane].synchronize()
         taken = 0
@@ -134,12 +134,12 @@ class TransferLanes:
 
     @classmethod
     def room(cls, tensors: Iterable[int]) -> int:
-        """Return the bytes of a load of tensors of so many bytes."""
+        """Return the bytes of a load, given the bytes of each tensor."""
         return sum(_round_up(nbytes, cls.ALIGNMENT) for nbytes in tensors)
 
     @classmethod
     def host_bytes(cls, nbytes: int) -> int:
-        """Return what loads of so many bytes take of the host: torch locks powers of two."""
+        """Return the host bytes of all lanes, given a load's: torch locks powers of two."""
         return cls.COUNT * (1 << (nbytes - 1).bit_length())
 
 
@@ -150,8 +150,8 @@ def _round_up(nbytes: int, multiple: int) -> int:
 def has_bf16_products(device: torch.device) -> bool:
     """Tell whether the device multiplies bf16 matrices faster than float32 ones.
 
-    True for GPUs, and for CPUs with AMX or AVX512-BF16: there one core does
-    bf16 products at 2-3 times its float32 rate, elsewhere at a quarter of it.
+    True for GPUs, and for CPUs with AMX or AVX512-BF16: one core of these computes
+    bf16 products at 2-3 times its float32 rate, other cores at a quarter of it.
     """
     if device.type != "cpu":
         return True

@@ -28,7 +28,7 @@ def cut_experts(count: int, blocks: int) -> list[range]:
 
 
 Listeners = Callable[[int, Batch], Callable[[Routed], None]]
-"""Gives, for a batch and its number, what hears what the layer's experts are given."""
+"""Returns the listener of the layer's experts for a batch, given its number and the batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,25 +36,25 @@ class ExpertBlockPasses:
     """Passes of all batches through one open layer."""
 
     model: StreamedModel
-    """The layer is open in it."""
+    """Model in which the layer is open."""
 
     index: int
-    """Of the layer."""
+    """Position of the layer in the model."""
 
     experts: StreamedExperts | None
-    """The layer's; None if it has none."""
+    """Experts of the layer; None for a dense layer."""
 
     blocks: int
-    """Passes over experts, at most."""
+    """Most blocks that the experts are cut into; each block is one pass."""
 
     playback: AttentionCache | None
-    """Of what its mixers return; None if they run in every pass."""
+    """Cache of attention outputs; None if attention runs in every pass."""
 
     sums: BatchStore | None = None
-    """Where outputs of blocks are added up; None if they are not asked for."""
+    """Store of partial sums of expert outputs between blocks; None if not needed."""
 
     hears_sums: bool = False
-    """Whether hooks of the experts want their outputs even if only listening."""
+    """Whether forward hooks of the experts need their summed outputs even in observation."""
 
     def __len__(self) -> int:
         return 1 if self.experts is None else len(self._parts(self.experts))

@@ -32,7 +32,7 @@ each, a gigabyte after a few layers. Rows do not change each other's bits.
 
 
 MAX_ROWS = 1024
-"""Tokens that an expert is run on at once.
+"""Most tokens that an expert processes at once.
 
 A router may send all tokens of a batch to one expert, and a promise about memory has to
 count that: with a bound it is a small part of a large batch. More rows are no faster.
@@ -40,61 +40,61 @@ count that: with a bound it is a small part of a large batch. More rows are no f
 
 
 WITHOUT_FLAGS = frozenset({EXPERTS, "Step3p7Experts"})
-"""Classes of experts that run in code of their own, not in transformers' grouped product."""
+"""Classes of experts with their own forward, without transformers' grouped product."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routed:
-    """What the experts of one layer saw and did for one batch."""
+    """Inputs and outputs of one layer's experts for one batch."""
 
     hidden_TH: Tensor
-    """Inputs of the experts."""
+    """Hidden states that enter the experts."""
 
     index_TK: Tensor
-    """Experts of each token."""
+    """Indices of the experts of each token."""
 
     weight_TK: Tensor
-    """Coefficients the model multiplies the outputs by."""
+    """Router coefficients that the model multiplies the expert outputs by."""
 
     norm_TK: Tensor
-    """L2 norms of the outputs before that multiplication, float32."""
+    """L2 norms of the expert outputs before the router coefficients, float32."""
 
 
 @dataclass(kw_only=True, slots=True)
 class BlockState:
-    """What one batch brings to and takes from the pass over one block of experts."""
+    """Partial sums and norms of one batch, carried from one block of experts to the next."""
 
     experts: range
-    """The block; experts outside of it are passed over."""
+    """Experts of the block; others are skipped."""
 
     is_last: bool = True
-    """Whether the listener hears of the batch, and the layer goes on with the sum."""
+    """Whether this is the last block: then the listener is called and the sum is complete."""
 
     norm_S: Tensor | None = None
-    """Norms of the outputs of this block and those before; None before the first."""
+    """Norms of expert outputs up to this block; None before the first block."""
 
     sum_TH: Tensor | None = None
-    """Weighted outputs of this block and those before, float32; None before the first."""
+    """Weighted sum of expert outputs up to this block, float32; None before the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """What a family's experts module makes of the weights; flags of transformers."""
+    """How a family's experts module uses its weights; flags of transformers."""
 
     is_gated: bool = True
-    """Whether there is a gate projection beside the up projection."""
+    """Whether experts have a gate projection in addition to the up projection."""
 
     is_interleaved: bool = False
-    """Whether rows of gate and up take turns; otherwise all of gate comes first."""
+    """Whether gate and up rows alternate; otherwise all gate rows come first."""
 
     is_transposed: bool = False
-    """Whether products are made with inputs as rows, which decides their last bits."""
+    """Whether weights have inputs as rows, which decides the last bits of products."""
 
     has_bias: bool = False
-    """Whether both products are followed by biases."""
+    """Whether both products have biases."""
 
     adds_in_turn: bool = False
-    """Whether experts' outputs are added up one after the other, in the model's dtype."""
+    """Whether expert outputs are added one after another in the model's dtype."""
 
     @classmethod
     def of(cls, module: nn.Module) -> "Form":
@@ -117,31 +117,31 @@ class Loaded(NamedTuple):
     """Gate and up projection, (2I, H); without a gate (I, H)."""
 
     down_HI: Tensor
-    """Down projection."""
+    """Down projection, (H, I)."""
 
     gate_up_bias: Tensor | None = None
-    """Added to the first product, if the family has biases."""
+    """Bias of the gate and up product; None if the family has no biases."""
 
     down_bias_H: Tensor | None = None
-    """Added to the second."""
+    """Bias of the down product; None if the family has no biases."""
 
 
 class ExpertWeights:
-    """Weights of single experts in the dtype and on the device they are run in.
+    """Weights of single experts in the dtype and on the device of their forward pass.
 
-    Buffers are reused: what `load` returned is overwritten by the next `load`.
+    Buffers are reused: `load` overwrites the weights that the previous `load` returned.
 
     Parameters
     ----------
     tensors, stack
-        Where they are.
+        Tensors of the layer, and the layout of its experts.
     dtype, device
-        What they are run in.
+        Dtype and device of the forward pass.
     form
-        What the family's module makes of them.
+        How the family's module uses the weights.
     beside
-        Whether the next expert is loaded beside the products of the last; by default on
-        devices that compute on their own.
+        Whether an expert is loaded during the products of the previous one; by default on
+        devices that compute asynchronously.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class ExpertWeights:
         self._lanes = TransferLanes(device, TransferLanes.room(stack.sizes)) if beside else None
 
     def _buffers(self) -> tuple[Loaded, dict[str, Tensor]]:
-        """Return room for the weights of one expert, whole and by part."""
+        """Return buffers for the weights of one expert, whole and by part."""
         stack, form, dtype, device = self.stack, self.form, self.dtype, self.device
         rows = stack.inner * (2 if form.is_gated else 1)
 
@@ -194,17 +194,17 @@ class ExpertWeights:
         return loaded, parts
 
     def _loading(self, *, fresh: bool) -> AbstractContextManager[tuple[int, Send]]:
-        """Return which buffers are loaded, and what brings tensors to the device."""
+        """Return the index of the buffers and a function that sends tensors to the device."""
         if self._lanes is None:
             return nullcontext((0, stay))
         return self._lanes.load(fresh=fresh)
 
     def turn_to(self, experts: range) -> None:
-        """Let go of experts that were kept, but for those of a block."""
+        """Drop all resident experts that are not in the block."""
         self._kept = {e: loaded for e, loaded in self._kept.items() if e in experts}
 
     def load(self, expert: int) -> Loaded:
-        """Return the weights of an expert; the first `resident` ones of a block are kept."""
+        """Return the weights of an expert; the first `resident` experts of a block are kept."""
         if expert in self._kept:
             return self._kept[expert]
         keeps = len(self._kept) < self.resident
@@ -214,8 +214,8 @@ class ExpertWeights:
             for matrix in self.stack.matrices:
                 found = matrix.read(self._tensors, expert, self.dtype, send)
                 for part, value in found.items():
-                    # copied even where the dtype is right: the last bits of a product with
-                    # one row depend on the weights' alignment, accidental in a mapped file
+                    # copied even if the dtype is right: the last bits of a product with one
+                    # row depend on the weights' alignment, which is arbitrary in a mapped file
                     parts[part].copy_(value)
         if keeps:
             self._kept[expert] = loaded
@@ -225,7 +225,7 @@ class ExpertWeights:
 
 
 class StreamedExperts(nn.Module):
-    """Stands in for the ``experts`` module of one layer."""
+    """Replaces the ``experts`` module of one layer."""
 
     def __init__(self, original: nn.Module, weights: ExpertWeights) -> None:
         super().__init__()
@@ -234,13 +234,13 @@ class StreamedExperts(nn.Module):
         self.only_listening = False
         self.part: BlockState | None = None
         self.dispatch: Callable[[Tensor, int], Iterable[tuple[int, Tensor]]] = slots_by_expert
-        # float32 products on the CPU are of another library, which compiles nothing
+        # another library makes float32 products on the CPU, and it compiles no kernels
         self._rounds_up = weights.device.type == "cpu" and weights.dtype != torch.float32
         form = weights.form
         self._activate: Any = _activation(original, form)
 
     def inner(self, hidden_RH: Tensor, loaded: Loaded) -> Tensor:
-        """Return act(gate) * up, (R, I): what the down projection is applied to."""
+        """Return act(gate) * up, (R, I), the input of the down projection."""
         product = functional.linear(hidden_RH, loaded.gate_up)
         if loaded.gate_up_bias is not None:
             product.add_(loaded.gate_up_bias)
@@ -248,7 +248,7 @@ class StreamedExperts(nn.Module):
         return inner_RI
 
     def _run(self, expert: int, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
-        """Return one expert's outputs (R, H) for some rows of the batch."""
+        """Return one expert's outputs (R, H) for the given rows of the batch."""
         loaded = self.weights.load(expert)
         padded_R = _round_up(token_R) if self._rounds_up else token_R
         inner_RI = self.inner(hidden_TH.index_select(0, padded_R), loaded)
@@ -257,13 +257,13 @@ class StreamedExperts(nn.Module):
 
     @property
     def count(self) -> int:
-        """Experts of the layer."""
+        """Number of experts in the layer."""
         return self.weights.stack.count
 
     def activations(self, loaded: Loaded, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
-        """Return `inner` of one expert for some rows of the batch.
+        """Return `inner` of one expert for the given rows of the batch.
 
-        Where rows are rounded up so are these, with zeros.
+        If the number of rows is rounded up, the additional rows are zeros.
         """
         padded_R = _round_up(token_R) if self._rounds_up else token_R
         inner_RI = torch.cat(
@@ -276,7 +276,7 @@ class StreamedExperts(nn.Module):
         return inner_RI
 
     def _outputs(self, hidden_TH: Tensor, weight_TK: Tensor) -> "_Slots | _Sums | None":
-        """Return what outputs of experts go into; None if only listening."""
+        """Return the accumulator of expert outputs; None if only listening."""
         if self.only_listening:
             return None
         if self.part is not None:
@@ -291,9 +291,9 @@ class StreamedExperts(nn.Module):
 
         The order of all operations is that of transformers' grouped product:
         each weighted output goes to the slot it was routed through, and the
-        slots of a token are summed at once. Where experts are run in blocks they
-        are added up expert after expert, which may change the last bits; so they
-        are where the family's own code does that.
+        slots of a token are summed at once. If experts run in blocks, or if the
+        family's own code does so, outputs are added expert after expert, which may
+        change the last bits.
         """
         tokens, top_k = index_TK.shape
         part, weight_S = (
@@ -307,7 +307,7 @@ class StreamedExperts(nn.Module):
         for expert, slots in self.dispatch(index_TK, self.count):
             if expert not in part.experts:
                 continue
-            # of equal size: a product with one row left over would have other last bits
+            # equal sizes: a product of a single remaining row would have other last bits
             for slot_R in slots.chunk(-(-len(slots) // MAX_ROWS)):
                 output_RH = self._run(expert, hidden_TH, slot_R // top_k)
                 if self.listener is not None:
@@ -330,7 +330,7 @@ class StreamedExperts(nn.Module):
 
 
 class _Slots:
-    """Weighted outputs where they were routed through, to be summed at once."""
+    """Weighted outputs in the slots of their tokens; the slots are summed at once."""
 
     def __init__(self, hidden_TH: Tensor, weight_TK: Tensor) -> None:
         (_, hidden), (tokens, top_k) = hidden_TH.shape, weight_TK.shape
@@ -345,7 +345,7 @@ class _Slots:
 
 
 class _Sums:
-    """Weighted outputs of expert after expert, added up in float32 unless a sum is given."""
+    """Sum of weighted outputs, expert after expert; in float32 unless a sum is given."""
 
     def __init__(self, hidden_TH: Tensor, top_k: int, part: BlockState) -> None:
         if part.sum_TH is None:
@@ -353,7 +353,7 @@ class _Sums:
         self._sum_TH, self._top_k = part.sum_TH, top_k
 
     def add(self, slot_R: Tensor, weighted_RH: Tensor) -> None:
-        # no token is in it twice, so the order of additions is that of the experts
+        # an expert has each token once, so the order of additions is the order of experts
         weighted_RH = weighted_RH.to(self._sum_TH.dtype)
         self._sum_TH.index_add_(0, slot_R // self._top_k, weighted_RH)
 
@@ -362,7 +362,7 @@ class _Sums:
 
 
 def _activation(original: Any, form: Form) -> Callable[[Tensor], Tensor]:  # noqa: ANN401
-    """Return what a family makes of the first product, (R, 2I) or (R, I): (R, I)."""
+    """Return the function from the first product, (R, 2I) or (R, I), to `inner`, (R, I)."""
     own = getattr(original, "_apply_gate", None)
 
     def activate(product: Tensor) -> Tensor:
@@ -377,7 +377,7 @@ def _activation(original: Any, form: Form) -> Callable[[Tensor], Tensor]:  # noq
 
 
 def _round_up(token_R: Tensor) -> Tensor:
-    """Return the rows with the first repeated up to the next multiple of `ROW_MULTIPLE`."""
+    """Repeat the first row until the number of rows is a multiple of `ROW_MULTIPLE`."""
     missing = -len(token_R) % ROW_MULTIPLE
     return torch.cat([token_R, token_R[:1].expand(missing)]) if missing else token_R
 

@@ -46,13 +46,13 @@ def _deepseek_v2_groups(config: Any) -> int:  # noqa: ANN401
 
 
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of config.json for the number of routed experts: classes read several of them."""
+"""Keys of config.json for the number of routed experts; a class may read several of them."""
 
 _COUNT_LISTS = ("moe_capacity",)
-"""Keys of lists in which the same number may stand again."""
+"""Keys of config.json for lists that may repeat the number of routed experts."""
 
 _BY_LAYER = ("per_layer_config", "mtp_per_layer_config")
-"""Keys of what is otherwise in some layers."""
+"""Keys of config.json for overrides in single layers."""
 
 _GATE = ("gate.weight",)
 _BIASED = ("gate.weight", "gate.e_score_correction_bias")
@@ -60,16 +60,16 @@ _BIASED = ("gate.weight", "gate.e_score_correction_bias")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
-    """How many experts a router sends each token to, and among which."""
+    """Number of experts that the router selects for a token, and their groups."""
 
     top_k: int
-    """Experts that a token is sent to."""
+    """Number of experts that the router selects for a token."""
 
     groups: int
-    """Groups of experts that the router selects in; 1 if it selects among all."""
+    """Number of expert groups in the router; 1 without groups."""
 
     groups_per_token: int
-    """Groups whose experts one token may be sent to."""
+    """Number of expert groups that the router selects for a token."""
 
     def problem(self, experts: int) -> str | None:
         """Return why the router cannot choose among so many experts; None if it can."""
@@ -96,23 +96,23 @@ class Family:
     """One Hugging Face ``model_type``; of a wrapper, that of its text decoder."""
 
     routers: tuple[str, ...] = _GATE
-    """Router-side tensors, as they are named inside the MoE block on disk; one axis is E."""
+    """Router-side tensors by name inside the MoE block on disk; one axis is E."""
 
     table: str | None = None
-    """Experts by token id, (V, K), in layers that choose by it: there in the place of the last
-    of `routers`."""
+    """Table of experts by token id, (V, K), in layers that route by it; it replaces the last
+    of `routers` there."""
 
     score: Scores = _softmax
-    """Router scores over all experts, before top-k, in float32, from the logits."""
+    """Computes router scores over all experts, before top-k, in float32, from the logits."""
 
     gives_scores: bool = False
-    """Whether the router's first output is the scores, not the logits."""
+    """Whether the router's first output holds scores; otherwise logits."""
 
     scales_inputs: bool = False
-    """Whether the router scales what goes into experts; its second output is the logits."""
+    """Whether the router scales the expert inputs; its second output then holds the logits."""
 
     groups: Callable[[Any], int] = _groups
-    """Groups of experts the router selects in, from the transformers config."""
+    """Returns the number of expert groups in the router from the transformers config."""
 
     def routing(self, config: Any, top_k: int) -> Routing:  # noqa: ANN401
         """Return how tokens are routed, from the transformers config of the text decoder."""
@@ -197,7 +197,7 @@ FAMILIES: Mapping[str, Family] = {
     "step3p5": _deepseek(routers=("gate.weight", "router_bias")),
     "flint": _deepseek(routers=_GATE),
 }
-"""By model type; each has a tiny checkpoint in tests/support/tiny.py."""
+"""Families by model type; each has a tiny checkpoint in tests/support/tiny.py."""
 
 REFUSED: Mapping[str, str] = {
     "aria": "its experts have names of their own (fc1, fc2)",
@@ -219,7 +219,7 @@ REFUSED: Mapping[str, str] = {
     "switch_transformers": "it is an encoder and a decoder",
     "nllb-moe": "it is an encoder and a decoder",
 }
-"""Families with experts that are not supported, and why."""
+"""Unsupported families with experts, and the reason."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -272,7 +272,7 @@ def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dic
 
 
 def told_counts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of the number of experts, by key.
+    """Return the numbers of experts in config.json by key.
 
     A list that gives one number layer by layer is that number.
     """

@@ -20,10 +20,10 @@ from ream_stream.errors import NumbersError
 from .hidden_states import HiddenWriter
 
 BLOCK_ELEMENTS = 1 << 22
-"""Numbers that are looked at together; what is not of a native float type is copied."""
+"""Numbers that are checked at once; types that are not native floats are copied."""
 
 MOST_EXCLUDED = 0.1
-"""Share of the calibration sequences that may be left out; more is no accident of a text."""
+"""Largest share of excluded calibration sequences; a larger one is no accident of a text."""
 
 _NATIVE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _ALWAYS_FINITE = frozenset({torch.float4_e2m1fn_x2})
@@ -70,7 +70,7 @@ class ExcludedSequences:
         yield from sorted(self._found)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of excluded sequences."""
         return len(self._found)
 
     def kept(self, first: int, count: int) -> Tensor | None:

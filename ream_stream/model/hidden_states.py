@@ -36,7 +36,7 @@ _NOT_A_STORE = (
     AttributeError,
     OverflowError,
 )
-"""What zarr 3.1 raises for a description that is missing or not one."""
+"""Exceptions that zarr 3.1 raises for a missing or invalid description."""
 
 
 def create_array(

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ream_stream.errors import UnsupportedModelError
 
 EXPERTS = "Llama4TextExperts"
-"""The class of such experts."""
+"""Class name of the experts module of Llama 4."""
 
 
 def route_scaled(layer: nn.Module) -> None:
-    """Let the blocks of a decoder layer that have such experts call the chosen ones alone.
+    """Make the MoE blocks of a Llama 4 decoder layer call the selected experts only.
 
     Raises
     ------

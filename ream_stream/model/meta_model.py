@@ -30,10 +30,10 @@ from .experts import WITHOUT_FLAGS, StreamedExperts
 from .mtp import Wiring, lengthen
 
 HEAD_BYTES = 64_000_000
-"""Rows of the output matrix are used in pieces of about this size."""
+"""Size of the pieces in which the output matrix is used."""
 
 ALIASES = {"kimi_k2": "deepseek_v3"}
-"""Model types that transformers knows under another name: the published code is the same."""
+"""Model types with transformers' name for them: the published code is the same."""
 
 NAMES_CODE = frozenset(
     {
@@ -43,13 +43,13 @@ NAMES_CODE = frozenset(
         *("experts_implementation", "_experts_implementation"),
     }
 )
-"""Keys of a config that name code: a checkpoint's own files, or somebody's on the hub."""
+"""Keys of a config that name code: files of the checkpoint or of a hub repository."""
 
 _LABELS = frozenset({"num_labels", "id2label", "label2id"})
-"""Keys of which transformers makes tables of names, which no causal model has."""
+"""Keys that transformers expands to label tables; no causal model has labels."""
 
 MAX_COMPUTED_BYTES = 1_000_000_000
-"""Of tables that a model computes, such as frequencies; the largest known takes megabytes."""
+"""Largest tables that a model computes, such as frequencies; known models need megabytes."""
 
 MAX_COUNT = 1 << 24
 _COUNT = re.compile(r"(?:^|_)(?:n|num)_|(?:layer|head|expert|group|block)s?$|depth$")
@@ -397,7 +397,7 @@ def project_pieces(bias: Tensor | None, matrix_VH: Tensor) -> Callable[[Tensor],
 
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
-    """Return where a module is in a model."""
+    """Return the path of a module in a model."""
     paths: Iterator[str] = (path for path, found in model.named_modules() if found is wanted)
     return next(paths)
 

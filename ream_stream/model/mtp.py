@@ -41,7 +41,7 @@ class NextToken(nn.Module):
     """
 
     is_normed: ClassVar[bool] = True
-    """Whether states are those behind the decoder's final norm."""
+    """Whether the layer gets states after the decoder's final norm."""
 
     def __init__(self, norm: type[nn.Module], config: Any) -> None:  # noqa: ANN401
         super().__init__()
@@ -50,17 +50,17 @@ class NextToken(nn.Module):
         self.eh_proj = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, hidden_BLH: Tensor, embedded_BLH: Tensor) -> Tensor:
-        """Return what enters the layer, from normed states and the next tokens' embeddings."""
+        """Return the layer's input, from normed states and the next tokens' embeddings."""
         both = [self.enorm(embedded_BLH), self.hnorm(hidden_BLH)]
         joined_BLH: Tensor = self.eh_proj(torch.cat(both, dim=-1))
         return joined_BLH
 
 
 class NextTokenOfStates(nn.Module):
-    """The same, of several states of a token; see `NextToken`."""
+    """Joins several states of each token with the next token; see `NextToken`."""
 
     is_normed: ClassVar[bool] = False
-    """See `NextToken`."""
+    """Whether the layer gets states after the decoder's final norm; see `NextToken`."""
 
     def __init__(self, norm: type[nn.Module], config: Any) -> None:  # noqa: ANN401
         super().__init__()
@@ -69,7 +69,7 @@ class NextTokenOfStates(nn.Module):
         self.e_proj, self.h_proj = (nn.Linear(width, width, bias=False) for _ in "eh")
 
     def forward(self, hidden_BLSH: Tensor, embedded_BLH: Tensor) -> Tensor:
-        """Return what enters the layer, (B, L, S, H)."""
+        """Return the layer's input, (B, L, S, H)."""
         embedded_BLH = self.e_proj(self.enorm(embedded_BLH))
         joined_BLSH: Tensor = embedded_BLH.unsqueeze(2) + self.h_proj(self.hnorm(hidden_BLSH))
         return joined_BLSH
@@ -77,22 +77,22 @@ class NextTokenOfStates(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wiring:
-    """How the layer of a family is named, and what it is built as."""
+    """Names and layer types of a family's multi-token-prediction layer."""
 
     experts: str
-    """Pattern of its experts' prefix; ``LAST`` is the number of decoder layers."""
+    """Pattern of the experts' prefix; ``LAST`` is the number of decoder layers."""
 
     names: tuple[tuple[str, str], ...]
-    """Patterns in names, and what they become in the model; ``LAYER`` is the layer's path."""
+    """Patterns of names with their replacements; ``LAYER`` is the path of the layer."""
 
     layer_type: str | None = None
-    """Its entry in ``layer_types``, if the config has no other; None for the last layer's."""
+    """Entry in ``layer_types`` if the config has none; None for the last layer's entry."""
 
     mlp_type: str = "sparse"
-    """Its entry in ``mlp_layer_types``."""
+    """Entry in ``mlp_layer_types``."""
 
     joins: Callable[[type[nn.Module], Any], nn.Module] = NextToken
-    """Makes the module that joins states and next tokens."""
+    """Makes the module that joins hidden states and next-token embeddings."""
 
     def place(self, name: str, layer: str) -> str:
         """Return the name of one of its tensors as if it were of decoder layer `layer`."""
@@ -105,7 +105,7 @@ _BEHIND = Wiring(
     experts=r"(?:.+\.)?layers\.LAST\..+",
     names=((r"(\.layers\.\d+)\.(enorm|hnorm|eh_proj)\.", r"\1.next_token.\2."),),
 )
-"""Under the number after the last layer's."""
+"""Wiring of an MTP layer that is numbered after the last decoder layer."""
 
 _BESIDE = Wiring(
     experts=r"mtp\.layers\.0\..+",
@@ -117,7 +117,7 @@ _BESIDE = Wiring(
     ),
     layer_type="full_attention",
 )
-"""Under a prefix of its own."""
+"""Wiring of an MTP layer with its own prefix."""
 
 _OF_STATES = Wiring(
     experts=r"mtp\.0\..+",
@@ -129,7 +129,7 @@ _OF_STATES = Wiring(
     mlp_type="moe",
     joins=NextTokenOfStates,
 )
-"""Under a numbered prefix of its own."""
+"""Wiring of an MTP layer with a numbered prefix of its own and several states a token."""
 
 WIRINGS: Mapping[str, Wiring] = {
     "deepseek_v3": _BEHIND,
@@ -143,7 +143,7 @@ WIRINGS: Mapping[str, Wiring] = {
     "qwen3_5_moe_text": _BESIDE,
     "mellum": replace(_BESIDE, layer_type="sliding_attention"),
 }
-"""By model type, of a wrapper that of its text decoder."""
+"""Wirings by model type; for a wrapper by the type of its text decoder."""
 
 
 def find_wiring(prefixes: Iterable[str], config: Mapping[str, Any]) -> Wiring | None:

@@ -1,12 +1,12 @@
-"""The model of a checkpoint, one layer of it at a time.
+"""The model of a checkpoint, with one layer in memory at a time.
 
 The class is built on the meta device: names and shapes, no data. To run layer l
 on a batch, the model's OWN forward is called with the batch's ``input_ids`` and
 ``attention_mask``. Every decoder layer's ``forward`` is replaced on the instance:
-layers other than l return what they get, layer l takes the hidden states it is
-fed, runs, and its output ends the forward. Masks, rotary embeddings, position ids
-and per-layer arguments come from the family's own code; none of it is written
-again here.
+layers other than l return their input, layer l runs on the hidden states of the
+previous layer, and its output ends the forward. Masks, rotary embeddings, position
+ids and per-layer arguments come from the family's own code; nothing of that is
+reimplemented here.
 """
 
 import math
@@ -49,7 +49,7 @@ from .tensor_map import TensorMap
 
 
 class _StopForwardError(Exception):
-    """Ends a forward once the layer in question has run."""
+    """Ends the model's forward after the active layer has run."""
 
     def __init__(self, output: Tensor | None) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ class _StopForwardError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Sequences that are run together."""
+    """Sequences of one forward pass."""
 
     input_ids_BL: Tensor
-    """Token ids."""
+    """Token ids of the sequences."""
 
     attention_mask_BL: Tensor | None
-    """1 for tokens, 0 for padding; None if there is no padding."""
+    """Attention mask, 1 for tokens, 0 for padding; None if there is no padding."""
 
 
 class StreamedModel:
@@ -75,10 +75,10 @@ class StreamedModel:
     checkpoint
         Config and tensors. Tensors of a layer are needed only when it is loaded.
     dtype
-        What the layers are run in: the model is then equal to
+        Dtype of the layers' forward pass: the model is equal to
         ``from_pretrained(..., dtype=dtype)``.
     device
-        Where they are run.
+        Device of the layers.
 
     Raises
     ------
@@ -99,7 +99,7 @@ class StreamedModel:
         self.model = build_skeleton(checkpoint.config, dtype, device, self._mtp)
         layers_path, self._decoder = find_decoder(self.model)
         self.final_norm = final_norm(self.model, layers_path) if self._mtp else None
-        """What a multi-token-prediction layer is behind; None if there is none."""
+        """The decoder's final norm for states that enter an MTP layer; None without one."""
         self._is_tuple = passes_selection(self.model, self._decoder)
         self._states = states_axis(self._decoder[0])
         self._forget = forgetting(self.model)
@@ -110,11 +110,11 @@ class StreamedModel:
             route_scaled(module)
             module.forward = self._relay(index, module.forward)
         self.map = TensorMap(checkpoint, self.model, self._mtp)
-        """Which tensors of the checkpoint go where."""
+        """Map from parameters of the model to tensors of the checkpoint."""
         self.layers, self.quantized = self.map.layers, self.map.quantized
 
     def move(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        """Run on another device, with tensors from another place that are shaped alike."""
+        """Move to another device, and read tensors of equal shapes from another checkpoint."""
         self.checkpoint, self.device = checkpoint, device
         self._forget()
         move_buffers(self.model, device)
@@ -122,17 +122,17 @@ class StreamedModel:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers, dense ones included; those for multi-token prediction are not."""
+        """Number of decoder layers, dense ones included, multi-token prediction excluded."""
         return self.map.num_layers
 
     @property
     def text_config(self) -> Any:  # noqa: ANN401 - a config of transformers
-        """Return the config of the text decoder: the model's own, but in wrappers."""
+        """Return the config of the text decoder; in a wrapper it is part of the model's."""
         return self.model.config.get_text_config(decoder=True)
 
     @property
     def hidden_size(self) -> int:
-        """Width of what goes from layer to layer; several states of a token are one row."""
+        """Width of the hidden states between layers; several states of a token are one row."""
         return math.prod(self._states) * self._width
 
     @property
@@ -155,7 +155,7 @@ class StreamedModel:
 
     @property
     def top_k(self) -> int:
-        """Experts a token is sent to, in the layer where they are most."""
+        """Number of experts that a token is routed to, the largest of all layers."""
         given = getattr(self.text_config, "top_k_experts", None)
         told: list[tuple[Any, int]] = [
             (getattr(self.router(layer.index), "top_k", given), layer.stack.count)
@@ -172,10 +172,10 @@ class StreamedModel:
 
     @contextmanager
     def open_outside(self) -> Iterator[None]:
-        """Load what is outside the layers for the length of the block.
+        """Load the tensors outside the layers for the length of the block.
 
-        The embedding and the output matrix stay in the mapped file: only the
-        rows that a batch touches, or a piece at a time, are copied.
+        The embedding and the output matrix stay in the mapped file: the model copies
+        the embedding rows of a batch, and the output matrix piece by piece.
         """
         with ExitStack() as stack:
             tensors = stack.enter_context(self.checkpoint.open())
@@ -202,17 +202,17 @@ class StreamedModel:
     def open_layer(
         self, index: int, checkpoint: Checkpoint | None = None
     ) -> Iterator[StreamedExperts | None]:
-        """Load one layer for the length of the block; give its experts, if it has any.
+        """Load one layer for the length of the block; yield its experts, if it has any.
 
-        At the end its parameters are dropped, the files unmapped and the freed
-        memory is given back.
+        At the end the block drops the layer's parameters, unmaps the files and returns
+        the freed memory to the kernel.
 
         Parameters
         ----------
         index
-            The layer.
+            Position of the layer.
         checkpoint
-            Where its tensors are, if that is not where the model's are.
+            Checkpoint of the layer's tensors; None for the model's.
         """
         keys, layer = self.layers[index], self._decoder[index]
         try:
@@ -241,16 +241,16 @@ class StreamedModel:
         Parameters
         ----------
         index
-            The layer.
+            Position of the layer.
         batch
             The batch's tokens; the model makes masks and positions from them.
         hidden_BLH
-            What leaves the layer before; None for layer 0, which takes the embeddings.
+            Output of the previous layer; None for layer 0, which takes the embeddings.
 
         Returns
         -------
         Tensor
-            What leaves it, (B, L, H).
+            Output of the layer, (B, L, H).
         """
         if index >= self.num_layers:
             assert hidden_BLH is not None
@@ -269,14 +269,14 @@ class StreamedModel:
     def observe_layer(
         self, index: int, batch: Batch, hidden_BLH: Tensor | None, *, sums: bool = False
     ) -> None:
-        """Run an open layer as far as its experts, for what their listener hears.
+        """Run an open layer up to its experts and call their listener.
 
         Parameters
         ----------
         index, batch, hidden_BLH
             As in `run_layer`.
         sums
-            Whether the experts' outputs are added up as well, for hooks of the module.
+            Whether the experts also sum their outputs, for forward hooks of the module.
         """
         module = self._decoder[index]
         experts = next(m for m in module.modules() if isinstance(m, StreamedExperts))
@@ -297,16 +297,16 @@ class StreamedModel:
     def logits(
         self, batch: Batch, hidden_BLH: Tensor, position_P: Tensor | None = None
     ) -> Tensor:
-        """Return the logits from what leaves the last layer.
+        """Return the logits from the output of the last layer.
 
         Parameters
         ----------
         batch
             The batch's tokens.
         hidden_BLH
-            What leaves the last layer.
+            Output of the last layer.
         position_P
-            Which positions of every sequence; None for all.
+            Positions in every sequence; None for all.
 
         Returns
         -------
@@ -314,7 +314,7 @@ class StreamedModel:
             (B, P, V), or (B, L, V).
         """
         self._active, self._feed, self._only_feed = self.num_layers - 1, hidden_BLH, True
-        # 0 is transformers' word for all positions
+        # transformers takes 0 for all positions
         keep = 0 if position_P is None else position_P.to(self.device)
         try:
             logits: Tensor = self._forward(batch, logits_to_keep=keep).logits
@@ -323,11 +323,11 @@ class StreamedModel:
         return logits
 
     def mixers(self, index: int) -> list[nn.Module]:
-        """Return the costly parts of a layer beside the block that holds its experts.
+        """Return the layer's costly modules outside the MoE block, the mixers.
 
-        These are its direct children with matrices, attention in its various
-        forms: their outputs do not depend on the experts, so they can be kept
-        and played back when the layer runs again with other experts.
+        Mixers are direct children with matrices, such as all forms of attention.
+        Their outputs do not depend on the experts, so an `AttentionCache` can replay
+        them when the layer runs again with other experts.
         """
         experts = find_fused_experts(self._decoder[index])[1]
         apart = {experts, self.router(index)}
@@ -335,7 +335,7 @@ class StreamedModel:
             child
             for child in self._decoder[index].children()
             if apart.isdisjoint(child.modules())
-            # cheap, and what it returns is several tensors
+            # it is cheap, and it returns several tensors
             and not mixes_states(child)
             and any(p.dim() > 1 for p in child.parameters())
         ]
@@ -343,7 +343,7 @@ class StreamedModel:
     def _forward(self, batch: Batch, **options: Any) -> Any:  # noqa: ANN401
         mask, whole = batch.attention_mask_BL, cast(Any, self.model)
         embedding = whole.get_input_embeddings()
-        if embedding.weight.is_meta:  # Llama 4 moves ids to where the table is
+        if embedding.weight.is_meta:  # Llama 4 moves ids to the table's device
             rows = torch.empty(0, self._width, dtype=self.dtype, device=self.device)
             embedding.weight = nn.Parameter(rows, requires_grad=False)
         with torch.no_grad():
@@ -351,7 +351,7 @@ class StreamedModel:
             return self.model(
                 input_ids=batch.input_ids_BL.to(self.device),
                 attention_mask=None if mask is None else mask.to(self.device),
-                # a cache written twice is silently wrong for linear attention
+                # linear attention is silently wrong if its cache is written twice
                 use_cache=False,
                 **options,
             )
@@ -376,15 +376,15 @@ class StreamedModel:
         return relayed
 
     def _apart(self, hidden_BLH: Tensor) -> Tensor:
-        """Return what the model's own layers take: with an axis of states, if it has one."""
+        """Return hidden states in the shape of the model's layers, with an axis of states."""
         return hidden_BLH.to(self.device).reshape(*hidden_BLH.shape[:2], *self._states, -1)
 
     @torch.no_grad()
     def _with_next_tokens(self, index: int, batch: Batch, hidden_BLH: Tensor) -> Tensor:
-        """Return what enters a multi-token-prediction layer.
+        """Return the states that enter a multi-token-prediction layer.
 
-        The last token of a sequence is given the first for want of a next one: only tokens
-        behind it see that, and `calibration.tokens.mask_without_next` tells which count.
+        The last token of a sequence gets the first token as its next one; no earlier token
+        sees it, and `calibration.tokens.mask_without_next` masks it.
         """
         model: Any = self.model
         layer: Any = self._decoder[index]
@@ -397,7 +397,7 @@ class StreamedModel:
         return joined_BLH.flatten(2)
 
     def _read(self, tensors: Tensors, name: str, dtype: torch.dtype) -> Tensor:
-        """Return a tensor: floats as they are stored, others decoded to `dtype`."""
+        """Return a tensor: floats as stored, quantized matrices decoded to `dtype`."""
         if name not in self.quantized:
             return tensors[name]
         stored = self.quantized[name]

@@ -31,20 +31,20 @@ class LayerTensors:
     """Position of the layer in the model."""
 
     names: tuple[str, ...]
-    """All its tensors in the checkpoint, sorted."""
+    """Names of all tensors of the layer in the checkpoint, sorted."""
 
     dense: Mapping[str, tuple[str, ...]]
-    """Of every parameter and buffer that is no expert's the tensors, several if they are
-    joined; names of their floats, if quantized."""
+    """Names of the tensors of each non-expert parameter and buffer, several if they are
+    joined; for quantized tensors the names of their floats."""
 
     stack: ExpertStack | None
-    """Its routed experts; None in a dense layer."""
+    """Routed experts of the layer; None in a dense layer."""
 
     quantized: Mapping[str, Stored] = field(default_factory=dict)
-    """How those of `dense` are stored that are not floats."""
+    """Quantized matrices of `dense`, by the name of their floats."""
 
     is_mtp: bool = False
-    """Whether it is a multi-token-prediction layer, behind the decoder's last."""
+    """Whether this is a multi-token-prediction layer, after the last decoder layer."""
 
     def shape(self, name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, ...]:
         """Return the shape of one of `dense`."""
@@ -71,7 +71,7 @@ def shape_of(
 
 
 class TensorMap:
-    """Where the tensors of a checkpoint belong in the skeleton of its model.
+    """Map from the parameters of a model's skeleton to the checkpoint's tensors.
 
     Parameters
     ----------

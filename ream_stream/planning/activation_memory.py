@@ -35,7 +35,7 @@ _RESHAPES = {
     *("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "transpose", "alias"),
     *("clone", "detach", "_to_copy"),
 }
-"""Operations of aten that leave numbers as they are, but for rounding."""
+"""Operations of aten that keep the values of their input, except for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,13 +47,13 @@ class Footprint:
     """
 
     observe: int
-    """As far as its experts, with a listener's statistics."""
+    """Bytes of the layer up to its experts, with a listener's statistics."""
 
     run: int
-    """To its end."""
+    """Bytes of the whole layer."""
 
     outputs: int
-    """What its mixers return, of which a `AttentionCache` keeps all; not at once."""
+    """Bytes of all mixer outputs, which an `AttentionCache` keeps; not alive at once."""
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -143,7 +143,7 @@ class Integers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     LARGEST = 1 << 22
-    """Numbers of a tensor that is followed; masks may be larger."""
+    """Most numbers of a tensor whose values are tracked; masks may be larger."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -225,7 +225,7 @@ class Footprints:
         return list(kinds.values())
 
     def beyond_adding(self, index: int) -> str | None:
-        """Tell what layer `index` does with its experts' outputs but to add them once.
+        """Return the operation of layer `index` on expert outputs other than adding them once.
 
         Returns
         -------
@@ -245,7 +245,7 @@ class Footprints:
             return added.other or (None if added.knows(leaving_BLH) else "nothing")
 
     def of(self, index: int, sequences: int, length: int, *, padded: bool = True) -> Footprint:
-        """Return what running layer `index` on a batch takes.
+        """Return the footprint of layer `index` on a batch.
 
         With padding a mask is made, which is as large as a head's attention weights.
         """

@@ -1,9 +1,9 @@
-"""What a run is given of a machine: a batch, blocks of experts, places for what is kept.
+"""Allocation of a machine to a run: batch size, blocks of experts, memory or disk.
 
 The largest batch that the budgets allow is chosen first. Then, if all experts of a layer
-are more than the page cache (or a device) can hold, they are cut into blocks; and what is
-kept from pass to pass goes into memory if there is room, else on disk, else it is made
-again. docs/concepts/memory.md explains the words.
+are more than the page cache (or a device) can hold, they are cut into blocks. Tensors that
+passes share are kept in memory if there is room, else on disk, else each pass computes
+them. docs/concepts/memory.md defines the terms.
 """
 
 import math
@@ -19,33 +19,33 @@ from .refit_memory import ACTIVATIONS, KEPT
 from .schedule import Budgets, Schedule, Solver
 
 MAX_BATCH_TOKENS = 8192
-"""Tokens that are run together at most: larger batches gain nothing measurable."""
+"""Most tokens of a batch; larger batches gain nothing measurable."""
 
 CACHE_SHARE = 0.5
-"""Share of the memory left to the page cache that a block of experts may fill."""
+"""Share of the page cache's memory that a block of experts may fill."""
 
 NORMS = "norms of experts"
-"""Name of a part: output norms of every token at each of its experts, kept between blocks."""
+"""Memory part: output norms of every (token, expert) pair, kept between blocks of experts."""
 
 CHUNKS = "chunks of scratch stores"
-"""Name of a part: what is in memory of what is kept on disk."""
+"""Memory part: buffers of stores that are kept on disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allocation:
-    """A schedule, and what a run with it takes."""
+    """A schedule, and the memory and disk that a run with it takes."""
 
     schedule: Schedule
-    """How the run goes through each layer."""
+    """Schedule of the run."""
 
     memory: Mapping[str, int]
-    """Bytes of host memory by part; the sum is the promised peak."""
+    """Bytes of host memory by part; the sum is the planned peak."""
 
     device: Mapping[str, int]
     """Bytes of device memory by part; empty if layers run on the processor."""
 
     scratch: Mapping[str, int]
-    """Bytes of disk by part."""
+    """Bytes of scratch files on disk by part."""
 
 
 def allocate(
@@ -55,24 +55,24 @@ def allocate(
     scratch_bytes: int | None = None,
     begun: Schedule | None = None,
 ) -> Allocation:
-    """Choose the largest batch that the budgets allow, and all that follows from it.
+    """Choose the largest batch that the budgets allow, and the rest of the schedule.
 
     Parameters
     ----------
     parts
-        What the run takes, by part.
+        Memory of the run by part.
     budgets
-        What it may take.
+        Limits on memory and disk.
     scratch_bytes
-        Disk for what is kept from pass to pass; None if there is no limit.
+        Disk for tensors that passes share; None without a limit.
     begun
-        The schedule that the run began with, if it goes on.
+        Schedule that the run began with; None for a new run.
 
     Raises
     ------
     OverBudgetError
-        Not even one sequence at a time fits, or not the batch that the run began with;
-        the smallest budget that works is told.
+        One sequence at a time does not fit, or the batch that the run began with does
+        not; the message states the smallest budget that works.
     """
     chooser = _Chooser(parts, budgets, scratch_bytes, begun)
     if begun is not None:
@@ -91,7 +91,7 @@ def allocate(
 
 @dataclass(frozen=True, slots=True)
 class _Chooser:
-    """Works out what a batch needs, where it goes, and whether it is within the budgets."""
+    """Allocates memory and disk for a batch, and checks the budgets."""
 
     parts: MemoryModel
     budgets: Budgets
@@ -99,7 +99,7 @@ class _Chooser:
     begun: Schedule | None
 
     def with_batch(self, batch: int, solver: Solver) -> Allocation:
-        """Return what follows from a batch and a solver; refuse what is over a budget."""
+        """Return the allocation for a batch and a solver; refuse one over a budget."""
         parts, budgets, begun = self.parts, self.budgets, self.begun
         memory = parts.host(batch, solver, trims_heap=budgets.trims_heap)
         self._check(memory, "ram", budgets.ram)
@@ -140,7 +140,7 @@ class _Chooser:
         )
 
     def _blocks(self, batch: int, memory: Mapping[str, int], device: Mapping[str, int]) -> int:
-        """Return how many blocks of experts are needed for each to be read once."""
+        """Return the number of blocks with which each expert is read only once."""
         parts, budgets = self.parts, self.budgets
         batches = -(-self.parts.workload.sequences // batch)
         # a refit passes over the experts batch by batch in any case
@@ -161,7 +161,7 @@ class _Chooser:
         return blocks if again < parts.stored_bytes * (batches - 1) else 1
 
     def _check(self, needs: Mapping[str, int], option: str, budget: int) -> None:
-        """Refuse parts that are more than a budget."""
+        """Refuse parts whose sum exceeds a budget."""
         needed = sum(needs.values())
         if needed <= budget:
             return
@@ -185,21 +185,21 @@ class _Chooser:
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """What is taken of memory and disk so far."""
+    """Parts of memory and disk that are allocated so far."""
 
     budgets: Budgets
     scratch_bytes: int | None
     memory: dict[str, int]
     scratch: dict[str, int]
     share: float
-    """Of a batch in all sequences."""
+    """Share of a batch in all sequences."""
 
     def place(self, part: str, nbytes: int, *, or_disk: bool) -> bool:
-        """Take room for a part in memory, or else on disk; tell whether there was any."""
+        """Allocate a part in memory, or else on disk; return whether it fits."""
         room = self.budgets.ram - sum(self.memory.values())
         fits = nbytes <= room
         self.memory[part] = nbytes if fits else 0
-        # a tensor, and what writing makes of it: its bits, and they with their checksum
+        # a tensor, its bytes to write, and these bytes with their checksum
         chunk = 3 * math.ceil(nbytes * self.share)
         if fits or not or_disk or chunk > room:
             return fits
@@ -212,15 +212,15 @@ class _Places:
 
 
 def _placed(parts: MemoryModel, places: _Places, blocks: int) -> bool:
-    """Take room for what is kept from pass to pass; tell whether what must be kept is."""
+    """Allocate the tensors that passes share; return whether all required ones fit."""
     if blocks > 1 and not places.place(NORMS, parts.norm_bytes, or_disk=False):
         return False
     if parts.passes_again or blocks > 1:
-        # a device makes them again faster than a disk gives them
+        # a device computes them again faster than a disk reads them
         places.place(OUTPUTS, parts.output_bytes, or_disk=places.budgets.vram is None)
     if parts.refits:
         kept = parts.kept_bytes
-        # those that are not kept are made again from what the experts were given
+        # activations that are not kept are computed again from the expert inputs
         if places.budgets.vram is not None or not places.place(
             ACTIVATIONS, parts.activation_bytes, or_disk=False
         ):

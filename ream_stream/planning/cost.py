@@ -25,12 +25,12 @@ PHASES = (
     *("check", "observe", "follow", "compare", "align"),
     *("refit", "write", "propagate", "finish"),
 )
-"""In the order in which they first occur; a layer has all but the last."""
+"""Phases in the order of their first use; a layer has all except the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What is to be done, in one phase or in all."""
+    """Work of one phase or of all phases."""
 
     read_bytes: int = 0
     """Bytes read from files."""
@@ -42,25 +42,25 @@ class Cost:
     """Bytes written to files."""
 
     expert_flop: int = 0
-    """Operations of experts on the tokens that are routed to them."""
+    """Floating-point operations of experts on the tokens routed to them."""
 
     product_flop: int = 0
-    """Operations of other products, on all tokens or on the sample."""
+    """Floating-point operations of other products, on all tokens or on the sample."""
 
     float32_flop: int = 0
-    """Operations of products that are made in float32: those of alignments and refits."""
+    """Floating-point operations of float32 products: those of alignments and refits."""
 
     matchings: int = 0
-    """Assignments of I neurons to I neurons."""
+    """Number of assignments of I neurons to I neurons."""
 
     merged_numbers: int = 0
-    """Numbers of the experts that go into merges."""
+    """Numbers in the experts that are merged."""
 
     decoded_numbers: int = 0
-    """Numbers of quantized matrices that are decoded."""
+    """Numbers in the quantized matrices that are decoded."""
 
     encoded_numbers: int = 0
-    """Numbers of merged experts that are encoded."""
+    """Numbers in the merged experts that are encoded."""
 
     @property
     def flop(self) -> int:
@@ -313,7 +313,7 @@ class _Layer:
         return len(cut_experts(experts, self.plan.schedule.expert_blocks))
 
     def _loads(self, experts: int) -> int:
-        """Return how often experts are loaded in the passes of all batches, in all."""
+        """Return the number of expert loads in the passes of all batches."""
         schedule = self.plan.schedule
         kept = sum(
             min(schedule.resident_experts, len(block))
@@ -322,7 +322,7 @@ class _Layer:
         return kept + (experts - kept) * self.plan.num_batches
 
     def _readings(self, passes: int) -> float:
-        """Return how often an expert is read in the passes of all batches, in the mean."""
+        """Return the mean number of reads of an expert in the passes of all batches."""
         if self.fits or self.stays or passes > 1:
             return 1.0
         return self._loads(self.plan.num_experts) / self.plan.num_experts
@@ -336,7 +336,7 @@ class _Layer:
         return Cost(read_bytes=nbytes, cached_bytes=nbytes if self.fits else 0)
 
     def _passed_again(self, passes: int) -> Cost:
-        """Return what passes beyond the first take beside experts: states and attention."""
+        """Return the cost of passes after the first except experts: states and attention."""
         kept = self.plan.keeps(OUTPUTS)
         once = self._again(self.entering) + Cost(
             read_bytes=self.plan.scratch.get(OUTPUTS, 0),

@@ -18,7 +18,7 @@ def scratch_room(
     work: Path | None,
     begun: Begun | None,
 ) -> int | None:
-    """Return what budget and disk leave for scratch stores; None if nothing limits them.
+    """Return the disk space for scratch stores; None without a limit.
 
     Raises
     ------

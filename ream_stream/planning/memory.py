@@ -1,8 +1,8 @@
-"""What a run holds in memory, part by part, in the host's and in a device's.
+"""Host and device memory of a run, part by part.
 
-Parts that stay (weights, buffers, samples) are counted from shapes. What comes and goes
-is the most that any phase has alive at once: from `activation_memory` where a layer runs,
-otherwise told by the code that does it. docs/concepts/memory.md has the words.
+Parts that stay (weights, buffers, samples) are counted from shapes. Transient memory is
+the most that any phase has alive at once: `activation_memory` measures it for a layer's
+forward, other code states its own. docs/concepts/memory.md defines the terms.
 """
 
 import math
@@ -23,55 +23,55 @@ from .refit_memory import RefitMemory
 from .schedule import Solver
 
 SAMPLE_ROWS = 2048
-"""Sampled tokens that are run through an expert at once, where experts are compared."""
+"""Sampled tokens that an expert processes at once when experts are compared."""
 
 LIBRARY_BYTES = 32_000_000
-"""What libraries take once they are used: 4 MB at once, up to 20 MB for oneDNN's kernels."""
+"""Memory of libraries in use: 4 MB at the first use, up to 20 MB for oneDNN's kernels."""
 
 HEAP_SHARE = 1.2
-"""What glibc's heap may hold on to, as a share of what comes and goes.
+"""Memory that glibc's heap may retain, as a share of transient allocations.
 
 Measured on the 106M-parameter benchmark: 0.9 to 1.0. A heap that is trimmed gives freed
-memory back to the kernel at once, but for `SMALL_BLOCKS`; that costs a small model a third
-of its speed (the kernel clears every page again) and a large one little.
+memory back to the kernel at once, except `SMALL_BLOCKS`; that costs a small model a third of
+its speed (the kernel clears every page again) and a large one little.
 """
 
 SMALL_BLOCKS = 24_000_000
-"""What the heap holds on to of blocks under a megabyte, which never go back at once.
+"""Memory that the heap retains in blocks under a megabyte; it never returns them at once.
 
-Measured on the 106M-parameter benchmark, whose blocks are of that size: 9 MB beyond the
+Measured on the 106M-parameter benchmark, which has blocks of that size: 9 MB above the
 rest of the plan with two threads, none with one.
 """
 
 ON_THE_WAY = "experts on their way"
-"""Memory part: what `TransferLanes` take of page-locked memory, and of the device."""
+"""Memory part: buffers of `TransferLanes` in page-locked memory and on the device."""
 
 ALLOCATOR_SHARE = 0.2
-"""What a device's allocator is left for fragments, as a share of what comes and goes.
+"""Reserve for fragments in a device's allocator, as a share of transient allocations.
 
-An allowance: it was not measured.
+This is an allowance that was not measured.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """How much there is to run."""
+    """Size of the calibration run."""
 
     sequences: int
-    """Calibration sequences."""
+    """Number of calibration sequences."""
 
     length: int
     """Tokens of a sequence."""
 
     threads: int
-    """Assignments matched side by side."""
+    """Number of assignments that are solved in parallel."""
 
     padded: bool
-    """Whether there is padding, for which models make masks."""
+    """Whether sequences have padding; models then make masks."""
 
     @property
     def tokens(self) -> int:
-        """All tokens, padding included."""
+        """Number of tokens, padding included."""
         return self.sequences * self.length
 
 
@@ -81,13 +81,13 @@ class MemoryModel:
     Parameters
     ----------
     footprints
-        Of the source.
+        Footprints of the source's layers.
     settings
-        What was asked for.
+        Settings of the run.
     workload
-        How much is run.
+        Size of the calibration run.
     on_device
-        Whether layers run on a device with memory of its own.
+        Whether layers run on a device with its own memory.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class MemoryModel:
         )
         self.refits = settings.refits(stack.count)
         """Whether experts are refitted."""
-        # a device keeps no activations
+        # a device caches no activations
         ways = list(refit.solvers(tokens, remakes=on_device))
         self.solvers = ways if self.refits else ways[:1]
-        """The ways to do so, the fastest first."""
+        """Possible solvers of the refit, the fastest first."""
         self.passes_again = settings.sequential or self.refits
-        """Whether the layer is run again after it was observed."""
+        """Whether the layer runs again after its observation."""
         self.kept_bytes = refit.kept(tokens) if self.refits else 0
         self.activation_bytes = refit.activations(tokens) if self.refits else 0
         self.input_bytes = refit.inputs(tokens) if self.refits else 0
@@ -124,12 +124,12 @@ class MemoryModel:
         self.experts = stack.count
         self.expert_bytes = 3 * stack.hidden * stack.inner * self._itemsize
         self.stored_bytes = max(sum(entries[n].nbytes for n in s.slots()) for s in stacks)
-        """All experts of a layer as they are on disk."""
+        """Stored bytes of all experts of a layer."""
         self._held = self._held_by_phase()
         self._compared = self._compared_by_phase()
 
     def host(self, batch: int, solver: Solver, *, trims_heap: bool) -> dict[str, int]:
-        """Return the parts of host memory with so many sequences in a batch."""
+        """Return the parts of host memory for a batch of so many sequences."""
         phases, held = dict(self._compared), self._held
         fixed = {
             "interpreter and libraries": anonymous_bytes() + LIBRARY_BYTES,
@@ -138,7 +138,7 @@ class MemoryModel:
             "buffers of one expert": self.expert_bytes,
         }
         if self._on_device:
-            # states on their way between the device and a store
+            # hidden states that move between the device and a store
             moving = 3 * batch * self.workload.length * self._stack.hidden * 4
             phases |= {"observe": moving, "propagate": moving}
             held = {}
@@ -150,7 +150,7 @@ class MemoryModel:
         return {**fixed, **parts, "kept by the heap": heap}
 
     def device(self, batch: int, solver: Solver, resident: int) -> dict[str, int]:
-        """Return the parts of a device's memory with so many experts kept on it."""
+        """Return the parts of device memory with so many resident experts."""
         phases = self._layer_by_phase(batch, solver) | self._compared
         phases.pop("write", None)
         parts, working = _largest(phases, self._held)
@@ -164,7 +164,7 @@ class MemoryModel:
         }
 
     def _runs(self, batch: int) -> list[Footprint]:
-        """Return what running a layer of each kind takes."""
+        """Return the footprint of each kind of layer."""
         size, footprints = self.workload, self._footprints
         return [
             footprints.of(index, batch, size.length, padded=size.padded)
@@ -172,7 +172,7 @@ class MemoryModel:
         ]
 
     def _dense_bytes(self, *, only_copied: bool = False) -> int:
-        """Return a layer's weights beside its experts, or those that are not mapped."""
+        """Return the bytes of a layer's non-expert weights: all, or only those not mapped."""
         model = self._footprints.model
         entries = model.checkpoint.entries
 
@@ -188,7 +188,7 @@ class MemoryModel:
         return max(map(numbers, model.layers)) * self._itemsize
 
     def _held_by_phase(self) -> dict[str, dict[str, int]]:
-        """Return what is kept from one phase to another until the shards are written."""
+        """Return the parts that are kept between phases until the shards are written."""
         held: dict[str, dict[str, int]] = {}
         stack, size = self._stack, self.workload
         if self.refits:
@@ -205,19 +205,19 @@ class MemoryModel:
         return held
 
     def _compared_by_phase(self) -> dict[str, int]:
-        """Return what comes and goes where experts are compared, aligned and merged."""
+        """Return the transient bytes of comparing, aligning and merging experts."""
         stack, method, itemsize = self._stack, self._settings.method, self._itemsize
         if not self._settings.merges(stack.count):
             return {}
         hidden, inner = stack.hidden, stack.inner
-        # an expert that is run, and its down projection in float32
+        # the forward of an expert, and its down projection in float32
         compare = SAMPLE_ROWS * 4 * inner * itemsize + hidden * inner * 4
         alignment, rows = ALIGNMENTS[method.alignment], method.alignment_tokens
         align = 0
         if alignment.compares:
             run = rows * (4 * inner + hidden) * itemsize
             align = run + aligning_bytes(rows, hidden, inner, self.workload.threads)
-        # what is quantized is decoded to float32
+        # quantized matrices are decoded to float32
         stored = ITEM_BYTES[stack.dtype] if stack.scheme == "plain" else 4
         return {
             "compare": compare + MeanActivations.WIDENED_BYTES,
@@ -226,9 +226,9 @@ class MemoryModel:
         }
 
     def _layer_by_phase(self, batch: int, solver: Solver) -> dict[str, int]:
-        """Return what comes and goes where a layer is run, or refitted."""
+        """Return the transient bytes of a layer's forward and of its refit."""
         runs, tokens = self._runs(batch), batch * self.workload.length
-        # what a store is read into and written from is more, but then no layer runs
+        # reading and writing a store takes more, but then no layer runs
         entering = tokens * self._footprints.model.hidden_size * self._itemsize
         whole = max(run.run for run in runs) + entering
         before = max(run.observe for run in runs) + entering
@@ -238,7 +238,7 @@ class MemoryModel:
                 "propagate": whole,
             }
         return {
-            # the experts' outputs are added up, as they are when the layer runs to its end
+            # the experts' outputs are summed, as in a run of the whole layer
             "observe": whole + self._refit.inputs(tokens),
             "propagate": max(whole, before + self._refit.answering(tokens, solver)),
             "refit": self._refit.solving(solver, tokens, before),
@@ -248,6 +248,6 @@ class MemoryModel:
 def _largest(
     phases: Mapping[str, int], held: Mapping[str, dict[str, int]]
 ) -> tuple[dict[str, int], int]:
-    """Return the parts of the phase that has most alive at once, and what comes and goes."""
+    """Return the parts of the phase with the highest peak, and its transient bytes."""
     phase = max(phases, key=lambda name: phases[name] + sum(held.get(name, {}).values()))
     return {**held.get(phase, {}), f"work: {phase}": phases[phase]}, phases[phase]

@@ -26,7 +26,7 @@ from ream_stream.settings import Settings
 from .plan import LayerPlan
 
 FORMAT_KEYS = (*QUANTIZATION_KEYS, "expert_dtype")
-"""Keys of config.json that tell how weights are stored."""
+"""Keys of config.json that describe the storage format of weights."""
 
 
 def lay_out(

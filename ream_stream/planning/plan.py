@@ -23,10 +23,10 @@ from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE
 from .schedule import Budgets, Schedule
 
 OUTPUTS = "attention outputs"
-"""Name of a part. Where it is neither in memory nor on disk, attention runs in each pass."""
+"""Memory part: attention outputs. If they are not kept, attention runs in each pass."""
 
 SUMS = "sums of experts"
-"""Name of a part: what experts gave so far, kept between blocks of experts."""
+"""Memory part: partial sums of expert outputs, kept between blocks of experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,78 +34,78 @@ class LayerPlan:
     """One decoder layer of the output, or a multi-token-prediction layer."""
 
     keys: LayerTensors
-    """Its tensors in the source."""
+    """Tensors of the layer in the source."""
 
     shards: tuple[Shard, ...]
-    """Its files in the output."""
+    """Shards of the layer in the output."""
 
     stack: ExpertStack | None
-    """Its experts in the output; None in a dense layer."""
+    """Experts of the layer in the output; None in a dense layer."""
 
     routers: Mapping[str, int]
-    """Router-side tensors, with their axis of experts; empty in a dense layer."""
+    """Router-side tensors with their expert axis; empty in a dense layer."""
 
     table: str | None = None
-    """Its table of experts by token id, if it chooses by one."""
+    """Name of the table of experts by token id; None if the layer does not route by it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What a run reads and writes: it follows from headers, settings and tokens alone."""
+    """Inputs and outputs of a run; they follow from headers, settings and tokens alone."""
 
     settings: Settings
-    """What was asked for."""
+    """Settings of the run."""
 
     source: Checkpoint
-    """What is read."""
+    """Source checkpoint."""
 
     kept: Checkpoint = field(repr=False)
-    """The same without layers that are left out."""
+    """Source checkpoint without the layers that the output drops."""
 
     fetcher: ShardFetcher = field(repr=False)
-    """The source's shards, layer by layer."""
+    """Fetcher of the source's shards, layer by layer."""
 
     config: Mapping[str, Any]
-    """config.json of the output."""
+    """Contents of the output's config.json."""
 
     quantization_file: Mapping[str, Any] | None
-    """hf_quant_config.json of the output; None if it has none."""
+    """Contents of the output's hf_quant_config.json; None if it has none."""
 
     inherited: Mapping[str, Any] = field(repr=False)
-    """What the output's model card takes from the source's."""
+    """Entries that the output's model card takes from the source's."""
 
     notes: tuple[str, ...]
-    """What is not as one may expect, though the run can be made."""
+    """Notes on unexpected properties of the run that do not prevent it."""
 
     family: Family
-    """The model's family."""
+    """Family of the model."""
 
     num_experts: int
     """Experts of a source layer."""
 
     top_k: int
-    """Experts a token is sent to."""
+    """Number of experts that the router selects for a token."""
 
     routing_groups: int
-    """Groups the router selects in, otherwise 1."""
+    """Number of expert groups in the router; 1 without groups."""
 
     layers: tuple[LayerPlan, ...]
-    """Decoder layers, in order, and behind them a multi-token-prediction layer with experts."""
+    """Decoder layers in order, followed by a multi-token-prediction layer with experts."""
 
     outside: tuple[Shard, ...]
-    """Shards of what is outside the layers."""
+    """Shards of the tensors outside the layers."""
 
     decoded: Mapping[str, Stored] = field(repr=False)
-    """Quantized matrices beside the experts that are written as floats, by their names then."""
+    """Quantized matrices beside the experts that are written as floats, by output name."""
 
     sequences: int
-    """Calibration sequences."""
+    """Number of calibration sequences."""
 
     sequence_length: int
     """Tokens of a sequence."""
 
     hidden_size: int
-    """H."""
+    """Hidden size, H."""
 
     @property
     def moe_layers(self) -> list[LayerPlan]:
@@ -147,7 +147,7 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers are run in."""
+        """Dtype of the layers' forward pass."""
         dtype: torch.dtype = getattr(torch, self.settings.compute_dtype)
         return dtype
 
@@ -239,25 +239,25 @@ class Plan(Layout):
     """All that is known before a run starts."""
 
     source_model: StreamedModel = field(repr=False, compare=False)
-    """The source's model, on the processor; runs of the plan move it."""
+    """Model of the source on the processor; runs of the plan move it to their device."""
 
     output_model: StreamedModel = field(repr=False, compare=False)
-    """The compressed model, likewise."""
+    """Model of the output on the processor; runs of the plan move it to their device."""
 
     budgets: Budgets
-    """What it may take of the machine."""
+    """Limits on memory and disk."""
 
     schedule: Schedule
-    """How it goes through each layer."""
+    """Schedule of the run on this machine."""
 
     memory: Mapping[str, int] = field(repr=False)
-    """Anonymous host memory at its peak, by part, bytes."""
+    """Peak of anonymous host memory by part, in bytes."""
 
     device_memory: Mapping[str, int] = field(repr=False)
-    """Device memory at its peak, by part, bytes; empty if layers run on the processor."""
+    """Peak of device memory by part, in bytes; empty if layers run on the processor."""
 
     scratch: Mapping[str, int] = field(repr=False)
-    """What is kept on disk from pass to pass over a layer, by part, bytes."""
+    """Bytes on disk, by part, that are kept between passes over a layer."""
 
     @property
     def num_batches(self) -> int:
@@ -266,7 +266,7 @@ class Plan(Layout):
 
     @property
     def refit_repeats(self) -> float:
-        """How often a refit makes activations again, in passes over all tokens."""
+        """Number of passes over all tokens in which a refit recomputes activations."""
         if self.memory.get(ACTIVATIONS):
             return 0.0
         iterations = (

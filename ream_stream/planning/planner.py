@@ -109,7 +109,7 @@ def make_plan(
 def _lay_out(
     source: Checkpoint, settings: Settings, sequences: int, sequence_length: int
 ) -> tuple[Layout, Footprints]:
-    """Return what a run writes, and the source's layers for what they take."""
+    """Return the layout of the output, and the footprints of the source's layers."""
     family = family_of(source.config)
     kept = source
     if settings.mtp == "drop":

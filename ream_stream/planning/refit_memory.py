@@ -1,4 +1,4 @@
-"""What a refit holds in memory, and how it is solved so that it fits.
+"""Memory of a refit, and the choice of solvers that fit into it.
 
 Letters: T tokens of a batch, E kept experts, K experts a token, H hidden, I inner.
 """
@@ -16,45 +16,45 @@ from ream_stream.settings import Settings
 from .schedule import Solver
 
 HELD_BACK_SHARE = 0.1
-"""Share of the sequences that a refit does not see and is judged by."""
+"""Share of the sequences that are held back from the refit to judge it."""
 
 KEPT = "kept for the refit"
-"""Name of the part that is taken only if there is room: with 0, it is on disk."""
+"""Memory part: targets, inputs and results of a refit; with 0 bytes they are on disk."""
 
 ACTIVATIONS = "activations for the refit"
-"""Name of another such part: with 0, they are computed in each pass."""
+"""Memory part: cached activations of a refit; with 0 bytes each pass computes them."""
 
 MOST_COLUMN_BLOCKS = 64
-"""Narrower columns cost a pass over the tokens each and save little."""
+"""Most column blocks; more blocks each cost a pass over the tokens and save little."""
 
 
 WIDE_COST = {4: 1, 2: 3}
-"""Time of a float32 product, in times of one of numbers of so many bytes."""
+"""Relative time of a float32 product to one in the run's dtype, by bytes of its numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefitMemory:
-    """Bytes of a refit by what they depend on."""
+    """Bytes that a refit takes, as functions of tokens and solver."""
 
     settings: Settings
-    """What was asked for."""
+    """Settings of the run."""
 
     stack: ExpertStack
-    """The experts of a source layer."""
+    """Experts of a source layer."""
 
     top_k: int
-    """K."""
+    """Number of experts that the router selects for a token, K."""
 
     itemsize: int
     """Bytes of a number in the run's dtype."""
 
     def solvers(self, tokens: int, *, remakes: bool = False) -> Iterator[Solver]:
-        """Yield the ways to solve for `tokens`, from the least time to the least memory.
+        """Yield the solvers for `tokens`, from the fastest to the one with the least memory.
 
-        With `remakes` each pass over the tokens makes activations again.
+        With `remakes` each pass over the tokens computes activations again.
         """
         gathered = self.gathered_flop(tokens)
-        # it is in float32, passes are in the run's dtype
+        # gathering is in float32, passes are in the run's dtype
         if gathered * WIDE_COST[self.itemsize] < self.pass_flop(tokens, remakes=remakes):
             yield Solver(preconditioner="blocks", gathered=True, column_blocks=1)
         for preconditioner in ("blocks", "diagonal"):
@@ -66,66 +66,66 @@ class RefitMemory:
                 blocks *= 2
 
     def gathered_flop(self, tokens: int) -> int:
-        """Return the operations that gather all products of activations, and iterate."""
+        """Return the operations to accumulate the normal matrix, and to iterate with it."""
         inner, hidden = self.stack.inner, self.stack.hidden
         product = NormalMatrix.product_flop(self.settings.experts, inner, hidden)
         gathering = NormalMatrix.gathering_flop(tokens, self.top_k, inner)
         return gathering + self.settings.method.refit_iterations * product
 
     def pass_flop(self, tokens: int, *, remakes: bool) -> int:
-        """Return the operations of all iterations that pass over the tokens."""
+        """Return the operations of all iterations, if each passes over the tokens."""
         iterations = self.settings.method.refit_iterations
-        # the last one only predicts; gate and up are two products
+        # the last iteration only predicts; gate and up are two products
         products = 2 * iterations - 1 + (2 * iterations if remakes else 0)
         return products * tokens * self.top_k * 2 * self.stack.hidden * self.stack.inner
 
     def kept(self, tokens: int) -> int:
-        """Return what is kept of `tokens` calibration tokens, and the results."""
+        """Return the bytes of the targets of `tokens` tokens, and of the results."""
         hidden, inner = self.stack.hidden, self.stack.inner
-        # codes are made of float32
+        # codes are encoded from float32
         stored = ITEM_BYTES[self.stack.dtype] if self.stack.scheme == "plain" else 4
         numbers = self.settings.experts * hidden * inner
         # targets, then their residuals in the same store
         return tokens * hidden * self.itemsize + numbers * stored
 
     def inputs(self, tokens: int) -> int:
-        """Return what the experts are given, or give; it is kept where activations are not."""
+        """Return the bytes of expert inputs, kept if activations are not, or of outputs."""
         return tokens * self.stack.hidden * self.itemsize
 
     def activations(self, tokens: int) -> int:
-        """Return what the activations of all tokens take, some rows of zeros with them."""
+        """Return the bytes of all tokens' activations, with some rows of zeros."""
         return int(1.05 * tokens * self.top_k * self.stack.inner * self.itemsize)
 
     def routing(self, tokens: int) -> int:
-        """Return what the experts of all tokens and their coefficients take."""
-        # the place of a token, and of each expert its number, its gate and the token again
+        """Return the bytes of all tokens' expert indices and router coefficients."""
+        # index of the token; for each of its experts index, coefficient and token index
         return tokens * (8 + self.top_k * (8 + 4 + 8))
 
     def answering(self, tokens: int, solver: Solver) -> int:
-        """Return what comes and goes where what was kept gives the layer's new outputs."""
-        # added up in float32, and in the run's dtype
+        """Return the transient bytes of computing the layer's outputs from kept tensors."""
+        # the sum in float32, and its copy in the run's dtype
         outputs = tokens * self.stack.hidden * (4 + self.itemsize)
         return outputs + self._activations(tokens, solver)
 
     def solving(self, solver: Solver, tokens: int, before: int) -> int:
-        """Return what comes and goes while a layer is refitted.
+        """Return the transient bytes of a layer's refit.
 
         Parameters
         ----------
         solver
-            How it is done.
+            Solver of the refit.
         tokens
-            Of a batch, T.
+            Tokens of a batch, T.
         before
-            Bytes that the layer takes for a batch as far as its experts.
+            Bytes of the layer's forward on a batch up to its experts.
         """
         hidden, itemsize = self.stack.hidden, self.itemsize
         columns = -(-hidden // solver.column_blocks)
         activations = self._activations(tokens, solver)
-        # what is predicted, it in the run's dtype, an expert's rows of it with zeros, or its
-        # share of it, for which all tokens may go to one expert
+        # the prediction, its copy in the run's dtype, and one expert's rows or share of it:
+        # all tokens may go to one expert
         product = tokens * columns * (4 + itemsize + max(2 * itemsize, 4 + itemsize))
-        # the batch's outputs and residuals, and one copy of these to be kept
+        # the batch's outputs and residuals, and one copy of the residuals to keep
         residuals = tokens * hidden * (3 * 4 + 2 * itemsize)
         adding = before + activations + residuals + product
         inputs = tokens * hidden * itemsize
@@ -134,12 +134,12 @@ class RefitMemory:
         factor = Cholesky.working_bytes(inner) + 2 * inner * columns * 8
         return max(
             self._held(solver, 1) + adding,
-            # target, residual, change, direction and product; or what the penalties lead to
+            # target, residual, change, direction and product; or a direction of each penalty
             self._held(solver, max(4, vectors)) + max(factor, passing),
         )
 
     def _held(self, solver: Solver, vectors: int) -> int:
-        """Return what is held from pass to pass, with so many of the size of all D_e or B_e."""
+        """Return the bytes held between passes, with `vectors` tensors as large as all D_e."""
         experts, inner = self.settings.experts, self.stack.inner
         columns = -(-self.stack.hidden // solver.column_blocks)
         blocks = solver.preconditioner == "blocks"
@@ -148,10 +148,10 @@ class RefitMemory:
         return held + (NormalMatrix.nbytes(experts, inner) if solver.gathered else 0)
 
     def _activations(self, tokens: int, solver: Solver) -> int:
-        """Return what the activations of a batch take, and what making them takes."""
+        """Return the bytes of a batch's activations and of their computation."""
         inner, itemsize, rows = self.stack.inner, self.itemsize, min(tokens, MAX_ROWS)
         run = rows * (3 * inner + self.stack.hidden) * itemsize + rows * inner * 2 * 4
-        # all tokens may go to one expert: its parts are put together
+        # all tokens may go to one expert, whose parts are concatenated
         made = tokens * (self.top_k + 1) * inner * itemsize
         wide = tokens * self.top_k * inner * 4 if solver.gathered and itemsize < 4 else 0
         return run + made + wide

@@ -1,31 +1,31 @@
-"""How a run goes through a layer, and what it may take of a machine for that."""
+"""Schedule of a run through each layer, and its limits on memory and disk."""
 
 from dataclasses import dataclass, replace
 
 from ream_stream.host_memory import anonymous_bytes, available_bytes
 
 RAM_SHARE = 0.8
-"""Share of the free memory that is used if no budget is given."""
+"""Share of free memory that is the default budget."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budgets:
-    """What a run may take of a machine, in bytes."""
+    """Limits on the memory and disk of a run, in bytes."""
 
     ram: int
-    """Anonymous host memory."""
+    """Most bytes of anonymous host memory."""
 
     trims_heap: bool
-    """Whether freed memory goes back to the kernel at once, which takes time."""
+    """Whether the heap returns freed memory to the kernel at once, which costs time."""
 
     available: int
-    """Host memory for anonymous memory and the page cache together."""
+    """Bytes of host memory for anonymous memory and the page cache together."""
 
     disk: int | None = None
-    """What output and work folder may hold together; None if there is no limit."""
+    """Most bytes of output and work folder together; None without a limit."""
 
     vram: int | None = None
-    """Memory of the device that layers run on; None if that is the processor."""
+    """Most bytes of memory on the GPU; None if layers run on the processor."""
 
     @classmethod
     def of(
@@ -47,36 +47,36 @@ class Budgets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solver:
-    """How the equations of a refit are solved; it decides last bits, or iterations."""
+    """Solver of a refit; the choice decides last bits, or the number of iterations."""
 
     preconditioner: str
     """Key of `method.preconditioning.PRECONDITIONERS`."""
 
     gathered: bool
-    """Whether all products of activations are gathered once: no pass for an iteration."""
+    """Whether the normal matrix is accumulated once, so that iterations need no pass."""
 
     column_blocks: int
-    """Parts that the hidden channels are solved in, one after the other."""
+    """Number of parts of the hidden channels that are solved one after another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """How a run goes through each layer on the machine that it began on."""
+    """Batches, blocks and solver of each layer on the machine that the run began on."""
 
     batch_sequences: int
-    """Sequences that are run together."""
+    """Sequences of a batch."""
 
     expert_blocks: int
-    """Blocks that a layer's experts are run in; with 1, all batches see all of them."""
+    """Number of blocks of a layer's experts; with 1, each batch passes all experts at once."""
 
     resident_experts: int
     """Experts of a block that stay on the device between batches."""
 
     solver: Solver
-    """How a refit is solved, if there is one."""
+    """Solver of the refit, if there is one."""
 
     threads: int
-    """Processor threads."""
+    """Number of processor threads."""
 
     def halved(self) -> "Schedule":
         """Return the schedule with half as much on the device at once."""
@@ -87,10 +87,10 @@ class Schedule:
         )
 
     def going_on(self, begun: "Schedule") -> "Schedule":
-        """Return what a run that began with `begun` goes on with, where this one is planned.
+        """Return the schedule of a resumed run: `begun`, adapted to this planned schedule.
 
-        What decides last bits stays. As many threads are used as were asked for this time,
-        and no more experts stay on the device than it has room for now.
+        All that decides last bits stays. The number of threads is the new one, and no more
+        experts stay on the device than it has room for now.
         """
         resident = min(self.resident_experts, begun.resident_experts)
         return replace(begun, resident_experts=resident, threads=self.threads)
@@ -98,13 +98,13 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Begun:
-    """How far a run is that a plan goes on with."""
+    """Progress of a run that a plan resumes."""
 
     schedule: Schedule
-    """What it began with."""
+    """Schedule that the run began with."""
 
     layers: int
-    """Layers that are done; unless it is 0 or all, one boundary's states are on the disk."""
+    """Number of committed layers; unless 0 or all, states of one boundary are on the disk."""
 
     written_bytes: int
-    """Bytes of the output's shards that are written."""
+    """Bytes of the output's committed shards."""

@@ -10,7 +10,7 @@ from math import lcm
 from ream_stream.errors import UsageError
 
 DIVISOR = 4
-"""Of every count that the routing kernels of TensorRT-LLM and FlashInfer take."""
+"""Divisor of the expert counts that routing kernels of TensorRT-LLM and FlashInfer accept."""
 
 _LIKED: tuple[tuple[Callable[[int], bool], str], ...] = (
     (
@@ -26,7 +26,7 @@ _LIKED: tuple[tuple[Callable[[int], bool], str], ...] = (
         "a multiple of 8: vLLM refuses to divide them among 8 devices (expert parallelism)",
     ),
 )
-"""What a count had better be, and who says so."""
+"""Preferred properties of an expert count, with the servers that prefer them."""
 
 
 def check_served(experts: int, num_experts: int, routing_groups: int) -> None:

@@ -29,10 +29,10 @@ from .cost import Cost, cost_of, total
 from .plan import Plan
 
 ASSUMED_READ = 1e9
-"""Bytes a second, where the tensors are not there to be read."""
+"""Bytes read a second, if the tensors are not on disk yet."""
 
 UNCOUNTED = 1.4
-"""What norms, softmax, routing and statistics add to the time of products.
+"""Factor on the time of products that covers norms, softmax, routing and statistics.
 
 1.4 to 1.9 on the 106M-parameter benchmark and the built-in checkpoint; wide models less.
 """
@@ -47,37 +47,37 @@ _CODED_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throughput:
-    """What this machine does in a second."""
+    """Work that this machine does in a second."""
 
     expert: float
-    """Operations of experts on as many rows as a batch sends to each, loading included."""
+    """Operations a second of experts on a batch's usual number of rows, loading included."""
 
     product: float
-    """Operations of a product with many rows."""
+    """Operations a second of a product with many rows, in the run's dtype."""
 
     float32: float
-    """The same in float32."""
+    """Operations a second of a product with many rows, in float32."""
 
     matching: float
-    """Assignments of I neurons, on all threads together."""
+    """Assignments of I neurons a second, on all threads together."""
 
     merge: float
-    """Numbers of experts merged."""
+    """Merged numbers of experts a second."""
 
     read: float
-    """Bytes read from the source; what the page cache has of it is part of the sample."""
+    """Bytes read from the source a second; the sample includes cached pages."""
 
     read_measured: bool
-    """False if the source's tensors are not there: `ASSUMED_READ`."""
+    """Whether `read` was measured; otherwise it is `ASSUMED_READ`."""
 
     digest: float
-    """Bytes of shards digested. Writing itself is taken to be as fast as reading."""
+    """Bytes of shards hashed a second; writing itself counts as fast as reading."""
 
     decode: float | None = None
-    """Numbers of quantized matrices decoded; None if there are none."""
+    """Decoded numbers of quantized matrices a second; None without such matrices."""
 
     encode: float | None = None
-    """Numbers encoded in the format of the output; None if it has none."""
+    """Encoded numbers a second in the output's format; None without encoding."""
 
     def seconds(self, cost: Cost) -> float:
         """Return about how long something takes."""
@@ -96,13 +96,13 @@ class Throughput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What a run has to do, and about how long that takes here."""
+    """Remaining work of a run, and its estimated duration on this machine."""
 
     costs: Mapping[str, Cost]
-    """By phase."""
+    """Cost of each phase."""
 
     throughput: Throughput = field(repr=False)
-    """Of this machine."""
+    """Throughput of this machine."""
 
     @property
     def total(self) -> Cost:

@@ -18,7 +18,7 @@ from .nvfp4 import Nvfp4
 SCHEMES: Mapping[str, type[Codec]] = {
     codec.scheme: codec for codec in (Plain, Fp8Block, Fp8Scaled, Int4, Mxfp4, Nvfp4)
 }
-"""Every scheme by name; a codec is an instance, with the parameters of a checkpoint."""
+"""Codec classes by scheme; an instance holds the parameters of a checkpoint."""
 
 __all__ = [
     "ACTIVATION_SUFFIXES",

@@ -26,24 +26,24 @@ class Part:
     """One of the tensors that store a matrix."""
 
     suffix: str
-    """What follows the matrix's prefix in the tensor's name: ``.weight_scale``."""
+    """Suffix of the tensor's name after the matrix's prefix: ``.weight_scale``."""
 
     dtype: str
-    """In the safetensors format's spelling."""
+    """Dtype of the tensor in the safetensors format's spelling."""
 
     shape: tuple[int, ...]
-    """Sizes of its axes; in a stack of matrices the number of matrices comes before them."""
+    """Shape of the tensor of one matrix; a stack adds the number of matrices in front."""
 
 
 class Codec(Protocol):
-    """How one matrix is stored; a frozen dataclass that holds the scheme's parameters.
+    """Storage format of one matrix; a frozen dataclass that holds the scheme's parameters.
 
     A matrix of a stack is coded like any other: the caller gives slices of the
     stacked tensors. Codecs work on the device of what they get and keep no state.
     """
 
     scheme: ClassVar[str]
-    """Key of `SCHEMES`."""
+    """Name of the scheme: a key of `SCHEMES`."""
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """Return the tensors that store a (rows, cols) matrix, the weight itself first."""
@@ -84,10 +84,10 @@ class Plain:
     scheme: ClassVar[str] = "plain"
 
     dtype: str = "BF16"
-    """One of `FLOATS`."""
+    """Dtype of the matrix, one of `FLOATS`."""
 
     suffix: str = ".weight"
-    """Empty for a fused parameter, which has no ``.weight``."""
+    """Suffix of the tensor's name; empty for a fused parameter, which has no ``.weight``."""
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""

@@ -16,7 +16,7 @@ from .codec import Codec, Part
 from .schemes import SIGNATURES, SUFFIXES, Described
 
 ACTIVATION_SUFFIXES = (".input_scale", ".input_global_scale")
-"""Scales of activations beside a weight: not part of the matrix. Among merged experts
+"""Suffixes of activation scales of a weight: not part of the matrix. Among merged experts
 the largest ``input_scale`` and the smallest ``input_global_scale`` (its inverse) hold."""
 
 REFUSED_SUFFIXES: Mapping[str, str] = {
@@ -29,30 +29,30 @@ REFUSED_SUFFIXES: Mapping[str, str] = {
     ".scales": "a scheme with .scales",
     ".weight_bitmask": "compressed-tensors, sparse",
 }
-"""Suffixes of schemes that are not read, and what they are."""
+"""Suffixes of schemes that are not supported, with the schemes' names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """How the matrix, or the stack of matrices, at a prefix is stored."""
+    """Storage format of the matrix, or the stack of matrices, at a prefix."""
 
     prefix: str
-    """Names of its tensors are this and a suffix."""
+    """Common prefix of the tensor names; a suffix follows it."""
 
     codec: Codec
-    """Decodes and encodes one matrix."""
+    """Codec that decodes and encodes one matrix."""
 
     rows: int
-    """Of one matrix."""
+    """Rows of one matrix."""
 
     cols: int
-    """Of one matrix."""
+    """Columns of one matrix."""
 
     count: int | None
-    """Matrices in the stack; None if there is but one matrix, without that axis."""
+    """Number of matrices in the stack; None for a single matrix without that axis."""
 
     activation: tuple[str, ...]
-    """Those of `ACTIVATION_SUFFIXES` that lie beside it."""
+    """Suffixes of `ACTIVATION_SUFFIXES` that the checkpoint has for this matrix."""
 
     def names(self) -> dict[str, str]:
         """Return the tensors' names by suffix."""
@@ -116,7 +116,7 @@ def detect(
 
 
 def weight_settings(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """Return what a quantization_config says of a module's weights.
+    """Return the settings in a quantization_config for a module's weights.
 
     That is the config itself, overlaid by ``weights`` of the entry of
     ``config_groups`` that targets the module: by name or expression first, else

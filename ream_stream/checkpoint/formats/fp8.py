@@ -40,13 +40,13 @@ class Fp8Block:
     """Rows and columns of a block."""
 
     scale_dtype: str = "F32"
-    """Of the scales, as stored."""
+    """Dtype of the stored scales."""
 
     scale_suffix: str = ".weight_scale_inv"
-    """What the scales are called."""
+    """Suffix of the scales' tensor name."""
 
     power_of_two: bool = False
-    """Scales are rounded up to powers of two (``scale_fmt: ue8m0``), as e8m0 must be."""
+    """Whether scales are rounded up to powers of two (``scale_fmt: ue8m0``); e8m0 needs it."""
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""
@@ -113,13 +113,13 @@ class Fp8Scaled:
     scheme: ClassVar[str] = "fp8-scaled"
 
     per_row: bool = True
-    """False: one scale for the matrix."""
+    """Whether each row has a scale; otherwise the matrix has one scale."""
 
     scale_dtype: str = "F32"
-    """Of the scales, as stored."""
+    """Dtype of the stored scales."""
 
     scale_rank: int = 2
-    """Axes that the scales are stored with, all of size 1 but the rows'."""
+    """Number of axes of the stored scales; all but the row axis have size 1."""
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""

@@ -14,7 +14,7 @@ _EXPERT = re.compile(r"\.experts\.([0-9]{1,9})(?:\.|$)")
 _EXPERT_OF_PATTERN = re.compile(r"\bexperts\\?\.([0-9]{1,9})(?:\\?\.|\*|\$|$)")
 _NUMBER = re.compile(r"(?:^|\.)\d+(?:\.|$)")
 _MODULE = re.compile(r"(?:^|\.)[A-Za-z_]\w*\.\d+(?:\.|$)")
-"""A part of a name and a number of it: no version, no size."""
+"""Pattern of a numbered module in a name, such as ``layers.3``; no version, no size."""
 
 
 class Modules:

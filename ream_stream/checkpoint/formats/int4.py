@@ -35,13 +35,13 @@ class Int4:
     scheme: ClassVar[str] = "int4"
 
     group: int = 32
-    """Columns under one scale; even, and columns are a multiple of it."""
+    """Number of columns that share a scale; even, and a divisor of the number of columns."""
 
     scale_dtype: str = "BF16"
-    """Of the scales, as stored."""
+    """Dtype of the stored scales."""
 
     shape_dtype: str = "I64"
-    """Of ``weight_shape``, as stored."""
+    """Dtype of the stored ``weight_shape``."""
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""

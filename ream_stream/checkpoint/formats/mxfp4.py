@@ -43,19 +43,19 @@ class Mxfp4:
     scheme: ClassVar[str] = "mxfp4"
 
     code_suffix: str = "_blocks"
-    """What the codes are called."""
+    """Suffix of the codes' tensor name."""
 
     scale_suffix: str = "_scales"
-    """What the exponents are called."""
+    """Suffix of the exponents' tensor name."""
 
     grouped: bool = True
-    """Codes have an axis of groups; False: their bytes are one row."""
+    """Whether codes have an axis of groups; otherwise the bytes of a row are one axis."""
 
     code_dtype: str = "U8"
-    """Of the codes, as stored."""
+    """Dtype of the stored codes."""
 
     scale_dtype: str = "U8"
-    """Of the exponents, as stored."""
+    """Dtype of the stored exponents."""
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""

@@ -45,16 +45,16 @@ class Nvfp4:
     scheme: ClassVar[str] = "nvfp4"
 
     code_suffix: str = ".weight_packed"
-    """What the codes are called."""
+    """Suffix of the codes' tensor name."""
 
     outer_suffix: str = ".weight_global_scale"
-    """What the scale of the matrix is called."""
+    """Suffix of the tensor name of the matrix's global scale."""
 
     outer_shape: tuple[int, ...] = (1,)
-    """What it is stored as: one number, with or without an axis."""
+    """Shape of the stored global scale: one number, with or without an axis."""
 
     divides: bool = True
-    """Values are divided by it; False: multiplied."""
+    """Whether values are divided by the global scale; otherwise they are multiplied by it."""
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""

@@ -13,11 +13,11 @@ from .nvfp4 import Nvfp4
 
 
 class Described(Protocol):
-    """What a header says of a tensor."""
+    """Header entry of a tensor."""
 
     @property
     def dtype(self) -> str:
-        """In the format's spelling."""
+        """Dtype of the tensor in the format's spelling."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -25,7 +25,7 @@ class Described(Protocol):
 
 
 _E8M0 = "F8_E8M0"
-"""Powers of two, in the safetensors format's spelling."""
+"""Dtype of powers of two in the safetensors format's spelling."""
 
 _Shapes = Mapping[str, tuple[int, ...]]
 _Builder = Callable[[str, _Shapes, Mapping[str, str], Mapping[str, Any]], Codec]
@@ -174,6 +174,6 @@ SIGNATURES: tuple[tuple[Mapping[str, tuple[str, ...]], _Builder], ...] = (
         _nvfp4(".weight", ".weight_scale_2", divides=False),
     ),
 )
-"""Suffixes with their dtypes, complete, the matrix's own first; and what makes its codec."""
+"""Complete sets of suffixes with their dtypes, the matrix's own first, and codec builders."""
 
 SUFFIXES = tuple(dict.fromkeys(suffix for needs, _ in SIGNATURES for suffix in needs))

@@ -3,4 +3,4 @@
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "tiny-moe"
-"""A Qwen3-MoE model of 3.9M parameters: 4 layers, 32 experts, 4 of them a token."""
+"""Folder of a Qwen3-MoE model of 3.9M parameters: 4 layers, 32 experts, top-4 routing."""

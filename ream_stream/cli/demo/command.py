@@ -30,7 +30,7 @@ from .texts import DOMAINS, documents
 
 SEQUENCE_LENGTH = 256
 METHODS = {"REAM": "ream", "REAP": "reap", "energy, refitted": "energy"}
-"""What is compared, by the name shown: presets of ``--method``."""
+"""Compared presets of ``--method`` by the name shown."""
 
 ORIGINAL = "original"
 
@@ -40,10 +40,10 @@ class Amount:
     """How much text is used."""
 
     calibration_sequences: int
-    """Of each domain."""
+    """Calibration sequences of each domain."""
 
     test_tokens: int
-    """Of each domain at most."""
+    """Most test tokens of each domain."""
 
 
 FULL = Amount(calibration_sequences=96, test_tokens=30_000)
@@ -55,19 +55,19 @@ class Measured:
     """One checkpoint of the demo."""
 
     folder: Path
-    """Where it is."""
+    """Folder of the checkpoint."""
 
     num_bytes: int
-    """Its weights."""
+    """Bytes of the checkpoint's weights."""
 
     seconds: float | None
     """Time of the compression; None for the original."""
 
     peak_bytes: int | None
-    """Its peak of anonymous memory."""
+    """Peak of the compression's anonymous memory; None for the original."""
 
     scores: Mapping[str, Evaluation]
-    """By domain."""
+    """Scores of the checkpoint by domain."""
 
 
 def demonstrate(folder: Path, console: Console, *, quick: bool) -> dict[str, Measured]:

@@ -28,14 +28,14 @@ class _Cast:
     """Who and what a problem is about, drawn before its kind is."""
 
     first: int
-    """2 to 99, like the two after it."""
+    """Number from 2 to 99, like `second` and `third`."""
 
     second: int
     third: int
     names: tuple[str, str]
     thing: str
     factor: int
-    """2 to 9."""
+    """Number from 2 to 9."""
 
 
 def _problem(rng: random.Random) -> str:
@@ -122,4 +122,4 @@ _KINDS: Mapping[Callable[[random.Random, _Cast], str], float] = {
     _factoring: 0.15,
     _derivative: 0.15,
 }
-"""Kinds of problem and how often each comes."""
+"""Functions that write a problem of each kind, with the relative frequency of the kind."""

@@ -16,10 +16,10 @@ from typing import Literal
 from . import problems
 
 Split = Literal["calibration", "test"]
-"""Documents are split whole: none gives text to both."""
+"""Split of the documents; no document is in both."""
 
 _PROBLEMS: Mapping[Split, tuple[int, int]] = {"calibration": (618, 512), "test": (314, 128)}
-"""Seed and number of generated documents."""
+"""Seed and number of generated documents of each split."""
 
 
 def documents(domain: str, split: Split) -> list[str]:

@@ -27,10 +27,10 @@ COLORS = (
     "var(--c0, #2563a8)", "var(--c1, #c2571a)", "var(--c2, #2c8553)", "var(--c3, #8a3ea8)",
     "var(--c4, #a8842c)", "var(--c5, #6b6b6b)",
 )  # fmt: skip
-"""Of series, in order; then again from the first."""
+"""Colors of the series in order; further series start again with the first."""
 
 _LEVELS, _CELL = 32, (0x4A, 0x86, 0xC8)
-"""Steps of a heat map's opacity, and its color, which is seen on light and dark."""
+"""Opacity steps of a heat map, and its color, visible on light and dark."""
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 360, 56, 44, 16, 16
 
