@@ -215,3 +215,18 @@ def test_every_data_file_of_the_package_is_packaged(tracked):
 
 def test_inputs_drawn_do_not_depend_on_the_modules_imported_so_far():
     assert list(HypothesisProvider(None)._local_constants) == []
+
+
+def test_modules_and_functions_stay_small_and_the_package_has_few_of_them_at_its_top():
+    package = ROOT / "ream_stream"
+    large = []
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if source.count("\n") > 400:
+            large.append(path.name)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                large.append(f"{path.name}: {node.name}")
+    assert large == []
+    assert len(list(package.glob("*.py"))) <= 10
+    assert len(list(package.glob("*/__init__.py"))) <= 8

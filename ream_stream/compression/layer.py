@@ -3,7 +3,7 @@
 This module does all work on a layer except its commit, which the pipeline does.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,19 +13,17 @@ from torch import Tensor
 
 from ream_stream import files
 from ream_stream.calibration.tokens import mask_without_next
-from ream_stream.checkpoint.header import TensorEntry
 from ream_stream.checkpoint.reader import MappedTensors
 from ream_stream.checkpoint.shards import Content, write_shard
 from ream_stream.errors import NumbersError
 from ream_stream.events import Phase, RefitResult, Report, Step
-from ream_stream.file_access import FileRange
 from ream_stream.files import Written
 from ream_stream.method.alignment import Matched
 from ream_stream.model.attention_cache import AttentionCache
 from ream_stream.model.batches import with_states
 from ream_stream.model.expert_blocks import ExpertBlockPasses, Listeners
 from ream_stream.model.experts import StreamedExperts
-from ream_stream.model.finite import CheckedWriter, is_finite
+from ream_stream.model.finite import CheckedWriter
 from ream_stream.model.streamed_model import Batch, StreamedModel
 from ream_stream.planning.plan import OUTPUTS, SUMS, LayerPlan
 
@@ -33,7 +31,7 @@ from . import refit_layer
 from .context import Context
 from .decision import Decision, alignment_orders, decide
 from .observer import Observer, TokenSample, mean_outputs
-from .output_tensors import Unchanged, layer_content
+from .output_tensors import Unchanged, finite_content, layer_content
 from .refit_layer import Fitted, RefitJob
 from .weight_check import check_weights
 
@@ -365,7 +363,7 @@ class _LayerRun:
         shards: list[Written] = []
         with self.context.timed("write"):
             for shard in self.layer.shards:
-                shards.append(write_shard(folder, shard, _finite(content, self.index)))
+                shards.append(write_shard(folder, shard, finite_content(content, self.index)))
                 if final:
                     self._step("write", len(shards), len(self.layer.shards))
         return tuple(shards)
@@ -391,26 +389,3 @@ def _statistics(
         ]
         tensors["aligned"] = torch.tensor(aligned, dtype=torch.float64)
     return tensors
-
-
-def _finite(content: Callable[[str], Content], index: int) -> Callable[[str], Content]:
-    """Return the same content with a check that refuses numbers that are not finite."""
-
-    def checked(name: str) -> Content:
-        value = content(name)
-        if isinstance(value, TensorEntry):
-            return value
-        return piece(name, value) if isinstance(value, Tensor) else pieces(name, value)
-
-    def pieces(name: str, values: Iterable[Tensor | FileRange]) -> Iterator[Tensor | FileRange]:
-        for value in values:
-            yield value if isinstance(value, FileRange) else piece(name, value)
-
-    def piece(name: str, value: Tensor) -> Tensor:
-        if not is_finite(value):
-            raise NumbersError(
-                f"layer {index}: merging makes numbers of {name} that are not finite"
-            )
-        return value
-
-    return checked

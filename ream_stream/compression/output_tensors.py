@@ -3,7 +3,7 @@
 Letters in shapes: I inner.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -178,3 +178,26 @@ class _Merged:
         stacked = torch.stack(values)
         # input_global_scale divides, so that the smallest has the widest range
         return stacked.amin(0) if suffix == ".input_global_scale" else stacked.amax(0)
+
+
+def finite_content(content: Callable[[str], Content], index: int) -> Callable[[str], Content]:
+    """Return the same content with a check that refuses numbers that are not finite."""
+
+    def checked(name: str) -> Content:
+        value = content(name)
+        if isinstance(value, TensorEntry):
+            return value
+        return piece(name, value) if isinstance(value, Tensor) else pieces(name, value)
+
+    def pieces(name: str, values: Iterable[Tensor | FileRange]) -> Iterator[Tensor | FileRange]:
+        for value in values:
+            yield value if isinstance(value, FileRange) else piece(name, value)
+
+    def piece(name: str, value: Tensor) -> Tensor:
+        if not is_finite(value):
+            raise NumbersError(
+                f"layer {index}: merging makes numbers of {name} that are not finite"
+            )
+        return value
+
+    return checked

@@ -67,16 +67,12 @@ def compress(
 
     Parameters
     ----------
-    plan
-        From `planning.make_plan`.
-    tokens
-        The calibration set.
+    plan, tokens
+        The run, from `planning.make_plan`, and its calibration set.
     workspace
         Where the output and the work files go; the caller holds its lock.
-    device
-        Where layers are run.
-    report
-        Told what happens, after every batch and expert too.
+    device, report
+        Where layers are run; what is called with each event.
 
     Raises
     ------
@@ -85,6 +81,47 @@ def compress(
     InterruptedRunError
         `report` asked to stop; what was committed stays.
     """
+    plan, journal = _begin(plan, tokens, workspace, report)
+    report(Started(layers=len(plan.layers), committed=len(journal.layers)))
+    if plan.budgets.trims_heap:
+        return_freed_memory()
+    seconds, peak_device_bytes = dict[str, float](), 0
+    complete = workspace.is_complete()
+    with gauge() as meter:
+        if len(journal.layers) < len(plan.layers):
+            plan.fetcher.evict_after(len(journal.layers) - 1)
+            plan.fetcher.fetch_outside()
+            with ExitStack() as stack:
+                context = _open(plan, tokens, workspace, journal, device, stack)
+                for layer in plan.layers[len(journal.layers) :]:
+                    plan.fetcher.fetch(layer.keys.index)
+                    done = _layer_that_fits(context, layer, journal, meter, report)
+                    peak_device_bytes = max(peak_device_bytes, done.peak_device_bytes)
+                    report(done)
+                    plan.fetcher.evict_after(layer.keys.index)
+                seconds = context.seconds
+        if not complete:
+            start = time.perf_counter()
+            plan.fetcher.fetch_outside()
+            _finish(plan, tokens, workspace, journal)
+            seconds["finish"] = time.perf_counter() - start
+        plan.fetcher.evict_all()
+    finished = Finished(
+        output_bytes=plan.output_bytes,
+        source_bytes=plan.source_bytes,
+        seconds=seconds,
+        peak_anonymous_bytes=meter.highest,
+        peak_device_bytes=peak_device_bytes,
+        already_complete=complete,
+    )
+    report(finished)
+    return finished
+
+
+def _begin(
+    plan: Plan, tokens: Tokens, workspace: Workspace, report: Report
+) -> tuple[Plan, Journal]:
+    """Claim the folders for a new run, or check the one that is there and keep its schedule."""
     journal, wanted = workspace.begun(), fingerprint(plan, tokens)
     if journal is not None:
         check_fingerprint(journal, wanted, workspace.output)
@@ -106,42 +143,7 @@ def compress(
         workspace.save(journal)
     workspace.check_committed(journal)
     workspace.remove_strays(journal)
-    report(Started(layers=len(plan.layers), committed=len(journal.layers)))
-    if plan.budgets.trims_heap:
-        return_freed_memory()
-    seconds: dict[str, float] = {}
-    peak_device_bytes = 0
-    complete = workspace.is_complete()
-    with gauge() as meter:
-        if len(journal.layers) < len(plan.layers):
-            plan.fetcher.evict_after(len(journal.layers) - 1)
-            plan.fetcher.fetch_outside()
-            with ExitStack() as stack:
-                context = _open(plan, tokens, workspace, journal, device, stack)
-                for layer in plan.layers[len(journal.layers) :]:
-                    plan.fetcher.fetch(layer.keys.index)
-                    done = _layer_that_fits(context, layer, journal, meter, report)
-                    peak_device_bytes = max(peak_device_bytes, done.peak_device_bytes)
-                    report(done)
-                    plan.fetcher.evict_after(layer.keys.index)
-                seconds = context.seconds
-        if not complete:
-            start = time.perf_counter()
-            plan.fetcher.fetch_outside()
-            _finish(plan, tokens, workspace, journal)
-            seconds["finish"] = time.perf_counter() - start
-        plan.fetcher.evict_all()
-        peak = meter.highest
-    finished = Finished(
-        output_bytes=plan.output_bytes,
-        source_bytes=plan.source_bytes,
-        seconds=seconds,
-        peak_anonymous_bytes=peak,
-        peak_device_bytes=peak_device_bytes,
-        already_complete=complete,
-    )
-    report(finished)
-    return finished
+    return plan, journal
 
 
 def _check_source(

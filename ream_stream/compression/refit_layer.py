@@ -112,10 +112,9 @@ class RefitJob:
         ----------
         changing
             Experts that may change, by their number after compression.
-        batches, entering
-            The calibration set and the hidden states that enter the layer.
-        playback
-            Cached attention outputs of the layer, if they were kept.
+        batches, entering, playback
+            The calibration set, the hidden states that enter the layer, and its cached
+            attention outputs if they were kept.
         report
             Called with the number of batches passed over so far, and in all.
 

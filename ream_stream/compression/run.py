@@ -76,10 +76,8 @@ def run(
         With an output and tokens.
     report
         Is told what happens; it may raise `InterruptedRunError`.
-    command
-        What goes on with the run; kept in the log and told when it ends early.
-    restart, keep_work
-        Whether the run that is there is discarded; whether the work files of this one stay.
+    command, restart, keep_work
+        As in `evaluation.api.compress`.
 
     Raises
     ------

@@ -210,8 +210,8 @@ class Workspace:
 
     def remove_strays(self, journal: Journal) -> None:
         """Delete files of ours that the journal does not name."""
-        named = {_JOURNAL, _IDENTITY, self.tokens.name, self.log.name, self.older_log.name}
-        named.add(self.streamed.name)
+        ours = (self.tokens, self.log, self.older_log, self.streamed)
+        named = {_JOURNAL, _IDENTITY, *(path.name for path in ours)}
         named |= {record.statistics.name for record in journal.layers if record.statistics}
         for record in journal.layers[-1:]:
             named |= {name for name in (record.hidden, record.original) if name}
@@ -235,10 +235,7 @@ class Workspace:
             )
 
     def clean(self) -> None:
-        """Delete the work files of a run, and its folders if nothing else is in them.
-
-        The journal goes first, as it names what goes next.
-        """
+        """Delete the work files of a run, and its folders if empty; the journal goes first."""
         files.remove(self.journal)
         self._remove_files({_IDENTITY})
         for folder in reversed(self._folders()):
@@ -251,9 +248,8 @@ class Workspace:
     def discard(self) -> None:
         """Delete everything that the run here wrote, the locks aside.
 
-        The last to be written goes first: an index never outlives a shard. Before a shard
-        goes the journal stops naming it, and it goes last: killed on the way, the folder can
-        be discarded again.
+        The last to be written goes first: an index never outlives a shard. The journal stops
+        naming a shard before that goes, and goes last: a kill on the way can be repeated.
 
         Raises
         ------
@@ -390,9 +386,9 @@ def workspace_of(output: Path, work_dir: Path | None, source: Path | None = None
         if _is_in(output, made.journal) or _is_in(output, made.data):
             raise UsageError(f"{output} would lie among the work files in {work}")
     if source is not None and output != resolved(source):
-        for path in (work, output):
-            if _is_in(path, source):
-                raise UsageError(f"{path} lies in SOURCE, which is only read; choose another")
+        inside = next((path for path in (work, output) if _is_in(path, source)), None)
+        if inside is not None:
+            raise UsageError(f"{inside} lies in SOURCE, which is only read; choose another")
     return made
 
 

@@ -139,10 +139,8 @@ def compress(
         Whether to discard the run that is in `output`; whether its work files stay.
     command
         What a person would type to go on; told by ``status`` and when the run ends early.
-    report
-        Is told what happens (`ream_stream.events`); it may raise `InterruptedRunError`.
-    options
-        More of the command line's options.
+    report, options
+        Called with each of `ream_stream.events`; more of the command line's options.
 
     Raises
     ------

@@ -96,11 +96,9 @@ def evaluate(
     work
         Folder for hidden states: for each checkpoint two boundaries at most, in a folder
         of their own that is removed at the end.
-    dtype
-        What the model is run in: the result is then that of
+    dtype, device
+        What the model is run in and where; the result is that of
         ``from_pretrained(..., dtype=dtype)``.
-    device
-        Where it is run.
     original
         The checkpoint it is compared with, on the same tokens.
     target_SL
@@ -115,16 +113,9 @@ def evaluate(
 
     Raises
     ------
-    UnsupportedModelError
-        The model cannot be driven layer by layer.
-    UsageError
-        The tokens are not of this model's vocabulary, or none can be scored.
     ReamStreamError
-        The model gives numbers that are not finite.
-    OtherRunError
-        Another evaluation uses the work folder.
-    InterruptedRunError
-        `report` asked to stop.
+        The model cannot be driven layer by layer or gives numbers that are not finite; the
+        tokens are not of its vocabulary; the folder is in use; `report` asked to stop.
     """
     checkpoints = [checkpoint] if original is None else [checkpoint, original]
     for each in checkpoints:

@@ -80,10 +80,7 @@ def layer_errors(
     InterruptedRunError
         `report` asked to stop.
     """
-    models = []
-    for each in (original, checkpoint):
-        family_of(each.config)
-        models.append(StreamedModel(each, dtype, device))
+    models = [_model(each, dtype, device) for each in (original, checkpoint)]
     widths = {get_tensor(m.model.get_input_embeddings(), "weight").shape for m in models}
     if len(widths) > 1 or models[0].num_layers != models[1].num_layers:
         raise UsageError(
@@ -106,14 +103,21 @@ def layer_errors(
                 stack.enter_context(model.open_outside())
             for index in range(len(states.records), models[0].num_layers):
                 _layer(models, states, batches, index, report)
-        try:
-            found = tuple(LayerError(**record) for record in states.records)
-        except TypeError as error:
-            raise DamagedError(
-                f"{folder / 'states'} is damaged: delete it and start over"
-            ) from error
+        found = _errors_of(states, folder / "states")
         files.remove(folder)
     return found
+
+
+def _errors_of(states: States, folder: Path) -> tuple[LayerError, ...]:
+    try:
+        return tuple(LayerError(**record) for record in states.records)
+    except TypeError as error:
+        raise DamagedError(f"{folder} is damaged: delete it and start over") from error
+
+
+def _model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StreamedModel:
+    family_of(checkpoint.config)
+    return StreamedModel(checkpoint, dtype, device)
 
 
 def _layer(

@@ -5,13 +5,12 @@ Private names of transformers used here are its key mapping and the context that
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -28,9 +27,6 @@ from ream_stream.errors import DamagedError, ReamStreamError, UnsupportedModelEr
 
 from .experts import WITHOUT_FLAGS, StreamedExperts
 from .mtp import Wiring, lengthen
-
-HEAD_BYTES = 64_000_000
-"""Size of the pieces in which the output matrix is used."""
 
 ALIASES = {"kimi_k2": "deepseek_v3"}
 """Model types with transformers' name for them: the published code is the same."""
@@ -358,44 +354,6 @@ def find_fused_experts(layer: nn.Module) -> tuple[str, nn.Module]:
     raise UnsupportedModelError("a layer has expert tensors but no experts module")
 
 
-def embed_rows(
-    embedding: nn.Module, table_VH: Tensor, dtype: torch.dtype, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """Return an embedding forward that reads only the rows it needs.
-
-    The family's own forward runs on a small table of just these rows, so that
-    scaled embeddings stay scaled.
-    """
-    forward = type(embedding).forward
-
-    def embed(input_ids: Tensor) -> Tensor:
-        used, inverse = torch.unique(input_ids, return_inverse=True)
-        rows = table_VH[used.to(table_VH.device)].to(device, dtype)
-        embedding.weight = nn.Parameter(rows, requires_grad=False)
-        try:
-            embedded: Tensor = forward(embedding, inverse)
-        finally:
-            embedding.weight = nn.Parameter(rows.to("meta"), requires_grad=False)
-        return embedded
-
-    return embed
-
-
-def project_pieces(bias: Tensor | None, matrix_VH: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a forward of the output matrix that converts a piece of its rows at a time."""
-
-    def project(hidden: Tensor) -> Tensor:
-        vocabulary, width = matrix_VH.shape
-        rows = max(1, HEAD_BYTES // (width * hidden.element_size()))
-        logits = hidden.new_empty(*hidden.shape[:-1], vocabulary)
-        for start in range(0, vocabulary, rows):
-            piece = matrix_VH[start : start + rows].to(hidden.device, hidden.dtype)
-            logits[..., start : start + rows] = functional.linear(hidden, piece)
-        return logits if bias is None else logits + bias
-
-    return project
-
-
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
     """Return the path of a module in a model."""
     paths: Iterator[str] = (path for path, found in model.named_modules() if found is wanted)
@@ -417,3 +375,16 @@ def put_tensor(model: nn.Module, target: str, value: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
         module._buffers[leaf] = value
+
+
+def drop_tensors(model: nn.Module, targets: Iterable[str]) -> None:
+    """Replace parameters and buffers by tensors without data."""
+    for target in targets:
+        put_tensor(model, target, get_tensor(model, target).to("meta"))
+
+
+def dtype_of(model: PreTrainedModel, target: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a parameter has in a model run in `dtype`: some stay float32."""
+    plan = model._get_dtype_plan(dtype)
+    own = get_tensor(model, target).dtype
+    return next((plan[part] for part in plan if part in target), own)

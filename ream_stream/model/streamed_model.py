@@ -10,7 +10,7 @@ reimplemented here.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,12 +23,14 @@ from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import DamagedError, UnsupportedModelError
 from ream_stream.host_memory import bound_kernel_caches, trim
 
+from .embeddings import embed_rows, project_pieces
 from .experts import ExpertWeights, Form, StreamedExperts
 from .llama4 import route_scaled
 from .meta_model import (
     build_skeleton,
     check_sizes,
-    embed_rows,
+    drop_tensors,
+    dtype_of,
     final_norm,
     find_decoder,
     find_fused_experts,
@@ -37,7 +39,6 @@ from .meta_model import (
     move_buffers,
     passes_selection,
     path_of,
-    project_pieces,
     put_tensor,
     restored,
     states_axis,
@@ -189,7 +190,7 @@ class StreamedModel:
                 if id(get_tensor(self.model, target)) not in large
             }
             self._fill(small, tensors)
-            stack.callback(self._drop, small)
+            stack.callback(drop_tensors, self.model, small)
             (table,) = self.map.outside[path_of(self.model, embedding) + ".weight"]
             embedding.padding_idx = None
             rows = self._read(tensors, table, self.dtype)
@@ -202,17 +203,10 @@ class StreamedModel:
     def open_layer(
         self, index: int, checkpoint: Checkpoint | None = None
     ) -> Iterator[StreamedExperts | None]:
-        """Load one layer for the length of the block; yield its experts, if it has any.
+        """Load layer `index`, of this or another checkpoint; yield its experts, if it has any.
 
         At the end the block drops the layer's parameters, unmaps the files and returns
         the freed memory to the kernel.
-
-        Parameters
-        ----------
-        index
-            Position of the layer.
-        checkpoint
-            Checkpoint of the layer's tensors; None for the model's.
         """
         keys, layer = self.layers[index], self._decoder[index]
         try:
@@ -231,12 +225,12 @@ class StreamedModel:
                 finally:
                     if keys.stack is not None:
                         layer.set_submodule(path, original)
-                    self._drop(keys.dense)
+                    drop_tensors(self.model, keys.dense)
         finally:
             trim()
 
     def run_layer(self, index: int, batch: Batch, hidden_BLH: Tensor | None) -> Tensor:
-        """Run an open layer on one batch.
+        """Run an open layer on one batch and return its output, (B, L, H).
 
         Parameters
         ----------
@@ -246,11 +240,6 @@ class StreamedModel:
             The batch's tokens; the model makes masks and positions from them.
         hidden_BLH
             Output of the previous layer; None for layer 0, which takes the embeddings.
-
-        Returns
-        -------
-        Tensor
-            Output of the layer, (B, L, H).
         """
         if index >= self.num_layers:
             assert hidden_BLH is not None
@@ -404,15 +393,8 @@ class StreamedModel:
         return tensors.matrix(stored, None, dtype, lambda part: part.to(self.device))
 
     def _fill(self, keys: Mapping[str, tuple[str, ...]], tensors: Tensors) -> None:
-        plan = self.model._get_dtype_plan(self.dtype)
         for target, names in keys.items():
-            dtype = next(
-                (plan[p] for p in plan if p in target), get_tensor(self.model, target).dtype
-            )
+            dtype = dtype_of(self.model, target, self.dtype)
             values = [self._read(tensors, name, dtype) for name in names]
             value = values[0] if len(values) == 1 else torch.cat(values)
             put_tensor(self.model, target, value.to(self.device, dtype))
-
-    def _drop(self, keys: Iterable[str]) -> None:
-        for target in keys:
-            put_tensor(self.model, target, get_tensor(self.model, target).to("meta"))

@@ -40,12 +40,8 @@ def lay_out(
 
     Parameters
     ----------
-    model
-        The source's layers.
-    family
-        Which tensors are the router's.
-    num_experts
-        Experts of a source layer.
+    model, family, num_experts
+        The source's layers, which tensors are the router's, and experts of a source layer.
     settings
         How many are kept, in which dtype, in shards of which size.
     decoded

@@ -51,22 +51,15 @@ def make_plan(
 
     Parameters
     ----------
-    source
-        The checkpoint to compress.
-    settings
-        What was asked for.
-    sequences, sequence_length
-        Size of the calibration set.
-    budgets
-        What the run may take of the machine; None for most of what is free, on the processor.
-    threads
-        Processor threads; None for what the run began with, or torch's own number.
-    padded
-        Whether there is padding in the calibration set; True if that is not known.
-    output, work
-        Where the run writes, if that is known: the disk has so much free.
-    begun
-        How far the run is, if it goes on: its schedule is kept.
+    source, settings
+        The checkpoint to compress, and what was asked for.
+    sequences, sequence_length, padded
+        Size of the calibration set; whether it has padding, True if that is not known.
+    budgets, threads
+        What the run may take of the machine; None for most of what is free, on the processor,
+        and for the threads that the run began with, or torch's own number.
+    output, work, begun
+        Where the run writes and how far it is, if that is known; its schedule is kept.
 
     Raises
     ------
@@ -83,10 +76,7 @@ def make_plan(
     # builds the compressed config's own class: refuses shapes that would not load
     compressed = StreamedModel(layout.output_checkpoint(source.folder), layout.dtype, CPU)
     workload = Workload(
-        sequences=sequences,
-        length=sequence_length,
-        threads=threads,
-        padded=padded,
+        sequences=sequences, length=sequence_length, threads=threads, padded=padded
     )
     allocation = allocate(
         MemoryModel(footprints, settings, workload, on_device=budgets.vram is not None),

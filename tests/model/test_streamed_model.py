@@ -15,7 +15,7 @@ from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import DamagedError
 from ream_stream.evaluation.source_diff import against
 from ream_stream.evaluation.verify import verify
-from ream_stream.model import meta_model
+from ream_stream.model import embeddings, meta_model
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.streamed_model import Batch, StreamedModel
 
@@ -179,7 +179,7 @@ def test_the_output_matrix_can_be_used_in_pieces(checkpoints, monkeypatch):
     folder, ids_BL = checkpoints("qwen3_moe"), tiny.some_tokens().input_ids_SL
     [full] = forward_in_transformers(folder, torch.float32, [(ids_BL, None)])
     # 64 rows of 32 numbers of 4 bytes: 7 rows a piece, the last of 1
-    monkeypatch.setattr(meta_model, "HEAD_BYTES", 7 * 32 * 4)
+    monkeypatch.setattr(embeddings, "HEAD_BYTES", 7 * 32 * 4)
     [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
     torch.testing.assert_close(streamed.logits, full.logits, rtol=1e-6, atol=1e-6)
 
