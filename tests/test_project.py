@@ -224,9 +224,8 @@ def test_modules_and_functions_stay_small_and_the_package_has_few_of_them_at_its
         source = path.read_text(encoding="utf-8")
         if source.count("\n") > 400:
             large.append(path.name)
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
-                large.append(f"{path.name}: {node.name}")
+        functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+        large += [f"{path.name}: {f.name}" for f in functions if f.end_lineno - f.lineno >= 60]
     assert large == []
     assert len(list(package.glob("*.py"))) <= 10
     assert len(list(package.glob("*/__init__.py"))) <= 8

@@ -67,10 +67,8 @@ def compress(
 
     Parameters
     ----------
-    plan, tokens
-        The run, from `planning.make_plan`, and its calibration set.
-    workspace
-        Where the output and the work files go; the caller holds its lock.
+    plan, tokens, workspace
+        The run, from `planning.make_plan`, its calibration set, and its folders, locked.
     device, report
         Where layers are run; what is called with each event.
 
