@@ -78,8 +78,9 @@ size: ## print the lines of each room of the package
 	done
 	@printf '%7d  all\n' $$(git ls-files 'ream_stream/*.py' | xargs cat | wc -l)
 
-docs: $(STAMP) ## write docs/reference/cli.md from the command line's own help
+docs: $(STAMP) ## write what docs have of the command line's help and of kept results
 	$(BIN)/python tools/docs/make_cli_docs.py
+	$(BIN)/python tools/docs/make_results.py
 
 docker: ## build the image ream-stream:VERSION; PIP_EXTRA_INDEX_URL= gives torch with CUDA
 	docker build -t ream-stream:$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \

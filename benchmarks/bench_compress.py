@@ -16,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 SEQUENCES, LENGTH = 128, 256
 EXPERTS, KEEP, TOP_K, LAYERS, HIDDEN, INNER = 64, 48, 8, 4, 512, 256
+PHASES = ("check", "observe", "compare", "align", "refit", "write", "propagate")
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -119,6 +122,20 @@ def measure(
     print(json.dumps(result))
 
 
+def row(name: str, result: Mapping[str, Any], without: float) -> str:
+    """Return a row of the table; `without` are the seconds of the run without a refit."""
+    phases = result["seconds_by_phase"]
+    cells = [
+        f"{name}, {result['compute_dtype']}",
+        f"{result['seconds']:.1f}",
+        *(f"{phases[phase]:.1f}" if phase in phases else "" for phase in PHASES),
+        f"{result['peak_anonymous_mb']:.0f}, {result['planned_mb']:.0f} MB",
+        f"{result['expert_gflops']['observe']:.0f}, {result['machine_gflops']:.0f}",
+        f"{result['seconds'] / without - 1:.2f} of the run" if result["solver"] else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     """Run both methods and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -137,6 +154,14 @@ def main() -> None:
         runs += [("REAM, refit", "ream", "down"), ("REAP, refit", "none", "down")]
     alone: dict[str, float] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    heads = (
+        "method, computed in",
+        "seconds",
+        *PHASES,
+        "peak, planned",
+        "GFLOP/s, machine's own",
+    )
+    print(f"| {' | '.join(heads)} | refit takes |\n|{'---|' * (len(heads) + 1)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source")
         make_checkpoint(source)
@@ -146,22 +171,7 @@ def main() -> None:
             command += ["--one", str(source), str(Path(folder, name)), grouping, refit]
             run = subprocess.run(command, env=environment, check=True, capture_output=True)
             result = json.loads(run.stdout)
-            more = alone.setdefault(grouping, result["seconds"])
-            phases = ", ".join(f"{k} {v:.1f}" for k, v in result["seconds_by_phase"].items())
-            rates = ", ".join(f"{k} {v:.0f}" for k, v in result["expert_gflops"].items())
-            print(
-                f"{name}: {result['seconds']:.1f} s ({phases}); "
-                f"{result['compute_dtype']}, {options.threads} thread(s); "
-                f"peak {result['peak_anonymous_mb']:.0f} MB anonymous, "
-                f"planned {result['planned_mb']:.0f} MB; GFLOP/s of expert products: {rates}; "
-                f"the machine's own: {result['machine_gflops']:.0f}"
-                + (
-                    f"; {result['seconds'] / more - 1:.2f} times the run without it more, "
-                    f"{result['solver']}"
-                    if refit != "none"
-                    else ""
-                )
-            )
+            print(row(name, result, alone.setdefault(grouping, result["seconds"])), flush=True)
 
 
 if __name__ == "__main__":
