@@ -145,7 +145,7 @@ def test_the_page_tells_what_refitting_came_to(checkpoints, tmp_path):
     for layer in done.manifest["layers"]:
         assert layer["refitted"]["penalty"] is not None
         assert f"{layer['refitted']['error_before']:.2%}" in text
-        assert f"{layer['refitted']['left']:.0%}" in text
+        assert f"{layer['refitted']['remaining_error']:.0%}" in text
 
 
 def test_the_numbers_are_those_of_the_output_and_its_log(made, capsys):

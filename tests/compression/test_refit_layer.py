@@ -135,7 +135,7 @@ def test_every_layer_is_refitted_as_dense_least_squares_would(
             wanted_EIH = least_squares(*seen, found.penalty)
             predicted_TH = torch.einsum("tei,eih->th", held, wanted_EIH)
             left = (lacking_TH[held_T] - predicted_TH).square().sum()
-            assert found.left == pytest.approx((left / energy).item(), rel=1e-3)
+            assert found.remaining_error == pytest.approx((left / energy).item(), rel=1e-3)
             assert (change_EIH - wanted_EIH).norm() < 1e-5 * wanted_EIH.norm() + 1e-6
 
 
@@ -178,7 +178,7 @@ def test_a_trajectory_is_refitted_to_what_leaves_each_layer_of_the_original(
             expected = least_squares(matrix_TEI[~held_T], lacking_TH[~held_T], found.penalty)
             assert (change_EIH - expected).norm() < 1e-4 * expected.norm() + 1e-6
             left = (lacking_TH - made_TH)[held_T].square().sum() / energy
-            assert found.left == pytest.approx(left.item(), rel=1e-3)
+            assert found.remaining_error == pytest.approx(left.item(), rel=1e-3)
     assert not list((done.output / ".ream-stream").glob("original*"))
 
 
@@ -301,7 +301,7 @@ def test_every_way_to_solve_comes_to_the_same(source, tmp_path, tokens):
         for index, found in outcomes(done).items():
             wanted = outcomes(runs["gathered"])[index]
             assert found.penalty == wanted.penalty
-            assert found.left == pytest.approx(wanted.left, rel=1e-4)
+            assert found.remaining_error == pytest.approx(wanted.remaining_error, rel=1e-4)
             assert found.residuals[-1] == pytest.approx(wanted.residuals[-1], rel=1e-4)
         for key, tensor in tiny.load_tensors(done.output).items():
             torch.testing.assert_close(tensor, first[key], rtol=1e-5, atol=1e-5, msg=name)
@@ -333,7 +333,7 @@ def test_a_layer_that_refitting_does_not_help_is_left_as_it_was(source, tmp_path
     first = min(outcomes(done))
     found = outcomes(done)[first]
     assert found.penalty is None
-    assert found.left == 1
+    assert found.remaining_error == 1
     shard = done.plan.layers[first].shards[0].name
     assert done.shards()[shard] == plain.shards()[shard]
     assert done.manifest["layers"][0]["refitted"]["penalty"] is None
@@ -368,7 +368,7 @@ def test_padding_is_neither_fitted_nor_judged_by(source, tmp_path, tokens):
         padded = outcomes(other)[index]
         assert found.penalty == padded.penalty
         assert found.error_before == pytest.approx(padded.error_before, rel=1e-3)
-        assert found.left == pytest.approx(padded.left, rel=1e-3)
+        assert found.remaining_error == pytest.approx(padded.remaining_error, rel=1e-3)
 
 
 def test_the_objective_falls_and_the_events_count_up(source, tmp_path, tokens):
@@ -376,7 +376,7 @@ def test_the_objective_falls_and_the_events_count_up(source, tmp_path, tokens):
     for found in outcomes(done).values():
         assert list(found.residuals) == sorted(found.residuals, reverse=True)
         assert dict(found.tried)[found.penalty] == min(dict(found.tried).values())
-        assert found.left < 1
+        assert found.remaining_error < 1
     for layer in outcomes(done):
         steps = [
             step
