@@ -419,6 +419,7 @@ TINY: Mapping[str, Tiny] = {
             "first_k_dense_replace": 1,
             "num_expert_group": 1,
             "topk_group": 1,
+            "linear_attn_config": {"head_dim": 8, "num_heads": 4},
             **_LATENT,
         },
         count_key="num_experts",
