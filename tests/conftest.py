@@ -56,14 +56,15 @@ def pytest_report_header():
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Give the folder of a family's tiny checkpoint, written once and never changed."""
-    import tiny  # it imports transformers, which not every test needs
+    # it imports transformers, which not every test needs
+    from tiny_checkpoints import write_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoints")
 
     @cache
     def give(name, dtype=torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
-        return tiny.write_checkpoint(folder / f"{name}-{kind}", name, dtype)
+        return write_checkpoint(folder / f"{name}-{kind}", name, dtype)
 
     return give
 

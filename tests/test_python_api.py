@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
+from tiny_runs import some_tokens
 
 import ream_stream
 from ream_stream.__main__ import main
@@ -30,7 +30,7 @@ def source(checkpoints):
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(tiny.some_tokens().tensors(), path)
+    save_file(some_tokens().tensors(), path)
     return path
 
 

@@ -197,7 +197,7 @@ FAMILIES: Mapping[str, Family] = {
     "step3p5": _deepseek(routers=("gate.weight", "router_bias")),
     "flint": _deepseek(routers=_GATE),
 }
-"""Families by model type; each has a tiny checkpoint in tests/support/tiny.py."""
+"""Families by model type; each has a tiny checkpoint in tests/support/tiny_families.py."""
 
 REFUSED: Mapping[str, str] = {
     "aria": "its experts have names of their own (fc1, fc2)",

@@ -7,11 +7,12 @@ import shutil
 import signal
 
 import pytest
-import tiny
 from crash import Kill, kills, run_in_child
 from hub_server import COMMIT, REPO, TOKEN, serving
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from tiny_checkpoints import split_by_layer
+from tiny_runs import some_tokens
 
 from ream_stream.__main__ import main
 from ream_stream.checkpoint import hub as product
@@ -27,14 +28,14 @@ REPORT = importlib.import_module("ream_stream.cli.run")
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(tiny.some_tokens().tensors(), path)
+    save_file(some_tokens().tensors(), path)
     return path
 
 
 @pytest.fixture
 def source(checkpoints, tmp_path):
     """A checkpoint of several shards, as the hub has it."""
-    return tiny.split_by_layer(shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "remote"))
+    return split_by_layer(shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "remote"))
 
 
 @pytest.fixture

@@ -4,8 +4,16 @@ import json
 import shutil
 
 import pytest
-import tiny
 from safetensors.torch import save_file
+from tiny_checkpoints import (
+    INDEX,
+    add_mtp,
+    load_tensors,
+    read_config,
+    save_tensors,
+    scatter_tensors,
+)
+from tiny_runs import run, settings
 
 from ream_stream.checkpoint import hub
 from ream_stream.checkpoint.config_json import find_mtp
@@ -27,10 +35,10 @@ COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 def without_index(folder, name, files=("mtp.safetensors",)):
     """Give a checkpoint such a layer in files beside the index; return its tensors."""
-    added = tiny.add_mtp(folder, name)
-    tensors = tiny.load_tensors(folder)
+    added = add_mtp(folder, name)
+    tensors = load_tensors(folder)
     kept = {key: tensor for key, tensor in tensors.items() if key not in added}
-    tiny.scatter_tensors(folder, kept, 2)
+    scatter_tensors(folder, kept, 2)
     for number, file in enumerate(files):
         part = sorted(added)[number :: len(files)]
         save_file({key: tensors[key] for key in part}, folder / file)
@@ -43,14 +51,14 @@ def source(checkpoints, tmp_path):
 
 
 def told(folder):
-    return [value for key, value in tiny.read_config(folder).items() if key in COUNTS]
+    return [value for key, value in read_config(folder).items() if key in COUNTS]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_layer_there_is_compressed_and_indexed(checkpoints, tmp_path, name):
     source = shutil.copytree(checkpoints(name), tmp_path / "source")
     added = without_index(source, name)
-    done = tiny.run(source, tmp_path / "out", tiny.settings(6, group_size=2))
+    done = run(source, tmp_path / "out", settings(6, group_size=2))
     findings = [*verify(done.output, load=True, run=True), *against(done.output, source)]
     assert [finding.message for finding in findings if not finding.ok] == []
     tensors = done.checkpoint.entries
@@ -58,7 +66,7 @@ def test_a_layer_there_is_compressed_and_indexed(checkpoints, tmp_path, name):
     assert find_mtp(tensors, done.checkpoint.config) == kept
     assert any(".experts.5." in key for key in kept)
     assert told(done.output) == [1]
-    index = json.loads((done.output / tiny.INDEX).read_text(encoding="utf-8"))
+    index = json.loads((done.output / INDEX).read_text(encoding="utf-8"))
     assert kept <= index["weight_map"].keys()
 
 
@@ -74,15 +82,15 @@ def test_it_does_not_matter_what_the_files_are_called(source, files):
 
 def test_one_beside_a_single_file_is_taken_too(source):
     added = without_index(source, "glm4_moe")
-    tensors = tiny.load_tensors(source)
-    tiny.save_tensors(source, {key: t for key, t in tensors.items() if key not in added})
+    tensors = load_tensors(source)
+    save_tensors(source, {key: t for key, t in tensors.items() if key not in added})
     save_file({key: tensors[key] for key in added}, source / "mtp.safetensors")
     assert open_checkpoint(source).entries.keys() == tensors.keys()
 
 
 def test_dropped_it_is_not_in_the_output(source, tmp_path):
     without_index(source, "glm4_moe")
-    done = tiny.run(source, tmp_path / "out", tiny.settings(6, grouping="none", mtp="drop"))
+    done = run(source, tmp_path / "out", settings(6, grouping="none", mtp="drop"))
     assert not find_mtp(done.checkpoint.entries, done.checkpoint.config)
     assert told(done.output) == [0]
 
@@ -108,7 +116,7 @@ def only_the_last_decoder_layer(tensors, _added):
 )
 def test_a_file_left_from_something_else_is_not_taken_in(source, left):
     added = without_index(source, "glm4_moe")
-    tensors = tiny.load_tensors(source)
+    tensors = load_tensors(source)
     (source / "mtp.safetensors").unlink()
     before = open_checkpoint(source)
     assert not find_mtp(before.entries, before.config)
@@ -117,9 +125,9 @@ def test_a_file_left_from_something_else_is_not_taken_in(source, left):
 
 
 def test_a_second_copy_of_indexed_layers_is_not_taken_in(source):
-    added = tiny.add_mtp(source, "glm4_moe")
-    tensors = tiny.load_tensors(source)
-    tiny.scatter_tensors(source, tensors, 2)
+    added = add_mtp(source, "glm4_moe")
+    tensors = load_tensors(source)
+    scatter_tensors(source, tensors, 2)
     save_file({key: tensors[key] + 1 for key in added}, source / "mtp.safetensors")
     names = {path.name for path in open_checkpoint(source).files()}
     assert "mtp.safetensors" not in names
@@ -133,10 +141,10 @@ def test_two_files_with_the_same_tensor_are_refused(source):
 
 
 def test_a_file_that_cannot_be_read_is_refused_only_if_it_may_hold_the_layer(source):
-    tiny.scatter_tensors(source, tiny.load_tensors(source), 2)
+    scatter_tensors(source, load_tensors(source), 2)
     (source / "left.safetensors").write_bytes(b"\x08")
     whole = open_checkpoint(source)
-    config = {**tiny.read_config(source), "num_nextn_predict_layers": 1}
+    config = {**read_config(source), "num_nextn_predict_layers": 1}
     (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(DamagedError, match=r"left\.safetensors is not a safetensors file"):
         open_checkpoint(source)
@@ -144,9 +152,9 @@ def test_a_file_that_cannot_be_read_is_refused_only_if_it_may_hold_the_layer(sou
 
 
 def test_a_layer_that_is_nowhere_is_a_note_and_none_in_the_output(source, tmp_path):
-    config = {**tiny.read_config(source), "num_nextn_predict_layers": 1}
+    config = {**read_config(source), "num_nextn_predict_layers": 1}
     (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    done = tiny.run(source, tmp_path / "out", tiny.settings(6, grouping="none"))
+    done = run(source, tmp_path / "out", settings(6, grouping="none"))
     assert told(done.output) == [0]
     assert sum("multi-token-prediction" in note for note in notes_of(done.plan)) == 1
     findings = [*verify(done.output), *against(done.output, source)]
@@ -162,7 +170,7 @@ def test_the_hub_is_asked_for_files_beside_the_index_only_if_a_layer_is_missing(
         files={name: hub.RemoteFile(size=size, sha256=None) for name, size in sizes.items()},
     )
     assert "mtp.safetensors" in hub.shards(remote, source)
-    config = {**tiny.read_config(source), "num_nextn_predict_layers": 0}
+    config = {**read_config(source), "num_nextn_predict_layers": 0}
     (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert hub.shards(remote, source) == [
         f"model-0000{number}-of-00002.safetensors" for number in (1, 2)

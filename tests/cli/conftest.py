@@ -1,8 +1,8 @@
 """What tests of the verbs share: a source, tokens, and the arguments of a compression."""
 
 import pytest
-import tiny
 from safetensors.torch import save_file
+from tiny_runs import some_tokens
 
 from ream_stream.__main__ import main
 
@@ -15,7 +15,7 @@ def source(checkpoints):
 @pytest.fixture(scope="session")
 def token_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(tiny.some_tokens().tensors(), path)
+    save_file(some_tokens().tensors(), path)
     return path
 
 

@@ -6,9 +6,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import tiny
 from crash import digests, kills, run_in_child
 from safetensors.torch import save_file
+from tiny_runs import some_tokens
 
 from ream_stream import files
 from ream_stream.__main__ import main
@@ -25,7 +25,7 @@ from ream_stream.events import LayerDone, Started, Step
 def words(checkpoints, tmp_path_factory):
     """Return the arguments of a compression into a folder."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(tiny.some_tokens().tensors(), tokens)
+    save_file(some_tokens().tensors(), tokens)
 
     def give(output, *more):
         fixed = ("--experts", "6", "--any-count", "--calibration", tokens)

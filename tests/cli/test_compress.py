@@ -9,9 +9,9 @@ import sys
 from collections import Counter
 
 import pytest
-import tiny
 import torch
 from command_line import call, files
+from tiny_checkpoints import read_config
 
 from ream_stream.checkpoint import reader
 from ream_stream.compression import event_log, job
@@ -37,7 +37,7 @@ def test_a_compressed_checkpoint_loads_with_fewer_experts(capsys, words, tmp_pat
     assert "8 -> 6 (80% is 6.4, rounded down)" in err
     assert "layer 3/3" in err
     assert f"next: ream-stream verify {output}" in err
-    assert tiny.read_config(output)["num_experts"] == 6
+    assert read_config(output)["num_experts"] == 6
     assert "Traceback" not in err
     assert call(capsys, "verify", output)[0] == 0
 
@@ -281,7 +281,7 @@ def test_a_folder_with_other_things_is_refused(capsys, words, tmp_path):
 
 
 def test_a_model_of_another_kind_is_10_and_a_cut_file_is_3(capsys, copied, words, tmp_path):
-    config = tiny.read_config(copied)
+    config = read_config(copied)
     (copied / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     status, _, err = call(capsys, "plan", copied, "--experts", "6")
     assert (status, "'llama' is not supported" in err) == (10, True)

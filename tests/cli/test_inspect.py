@@ -2,8 +2,8 @@
 
 import json
 
-import tiny
 from command_line import call
+from tiny_checkpoints import read_config
 
 
 def test_inspect_tells_where_the_bytes_are(capsys, source):
@@ -25,7 +25,7 @@ def test_inspect_tells_how_an_output_was_made(capsys, finished):
 
 
 def test_inspect_describes_what_cannot_be_compressed(capsys, copied):
-    config = tiny.read_config(copied)
+    config = read_config(copied)
     (copied / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     status, out, _ = call(capsys, "inspect", copied)
     assert status == 0

@@ -9,8 +9,9 @@ import zlib
 from html.parser import HTMLParser
 
 import pytest
-import tiny
+import tiny_runs
 import torch
+from tiny_runs import settings, some_tokens
 
 from ream_stream.__main__ import main
 from ream_stream.cli.demo import CHECKPOINT
@@ -138,8 +139,8 @@ def test_the_page_tells_what_is_known(made, page):
 
 def test_the_page_tells_what_refitting_came_to(checkpoints, tmp_path):
     source = checkpoints("qwen3_moe", torch.float32)
-    wanted = tiny.settings(grouping="none", refit="down")
-    done = tiny.run(source, tmp_path / "out", wanted, tiny.some_tokens(20, 24))
+    wanted = settings(grouping="none", refit="down")
+    done = tiny_runs.run(source, tmp_path / "out", wanted, some_tokens(20, 24))
     assert main(["report", str(done.output), "--html", str(tmp_path / "report.html")]) == 0
     text = " ".join(read((tmp_path / "report.html").read_text(encoding="utf-8")).text)
     for layer in done.manifest["layers"]:

@@ -11,14 +11,17 @@ import shutil
 import tracemalloc
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import run, settings, some_tokens
+from tiny_checkpoints import load_tensors, save_tensors
+from tiny_families import EXPERTS, TINY
+from tiny_parameters import families
+from tiny_runs import plan_for, run, settings, some_tokens
 
 from ream_stream.checkpoint.header import ITEM_BYTES, MAX_HEADER_BYTES, read_header
 from ream_stream.checkpoint.reader import INDEX, SINGLE, open_checkpoint
+from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import (
     DamagedError,
     OtherRunError,
@@ -396,8 +399,8 @@ def test_a_tensor_that_the_index_does_not_name(copy, tmp_path):
 
 def test_a_tensor_that_is_in_two_shards(copy, tmp_path):
     source = copy()
-    tensors = tiny.load_tensors(source)
-    tiny.save_tensors(source, tensors)
+    tensors = load_tensors(source)
+    save_tensors(source, tensors)
     shutil.copy(source / SINGLE, source / "second.safetensors")
     names = sorted(tensors)
     weight_map = dict.fromkeys(names[1:], SINGLE) | {names[0]: "second.safetensors"}
@@ -463,9 +466,9 @@ def test_links_out_of_the_folder_are_followed_as_the_hubs_cache_has_them(copy, t
 
 
 def change_tensors(source, change):
-    tensors = tiny.load_tensors(source)
+    tensors = load_tensors(source)
     change(tensors)
-    tiny.save_tensors(source, tensors)
+    save_tensors(source, tensors)
 
 
 BLOCK = "model.layers.2.mlp"
@@ -600,18 +603,18 @@ def test_a_dense_model_of_a_supported_family(copy, tmp_path):
     refused(source, UnsupportedModelError, "is a dense model: it has no experts", tmp_path)
 
 
-@pytest.mark.parametrize("name", tiny.families())
+@pytest.mark.parametrize("name", families())
 def test_a_router_missing(copy, tmp_path, name):
     source, last = copy(name), 3 if name == "qwen3_next" else 2
-    for suffix in tiny.TINY[name].routers:
-        key = f"{tiny.TINY[name].path}.{last}.{suffix}"
+    for suffix in TINY[name].routers:
+        key = f"{TINY[name].path}.{last}.{suffix}"
         change_tensors(source, lambda t, key=key: t.pop(key))
     refused(
         source, DamagedError, rf"lacks model\.layers\.{last}\..*(gate|router|bias)", tmp_path
     )
 
 
-@pytest.mark.parametrize(("expert", "told"), [(tiny.EXPERTS, "0 to 8"), (-1, "-1 to 7")])
+@pytest.mark.parametrize(("expert", "told"), [(EXPERTS, "0 to 8"), (-1, "-1 to 7")])
 def test_a_table_that_names_an_expert_that_is_not_there(copy, tmp_path, expert, told):
     source = copy("deepseek_v4")
 
@@ -621,7 +624,7 @@ def test_a_table_that_names_an_expert_that_is_not_there(copy, tmp_path, expert, 
     change_tensors(source, name_it)
     words = rf"layers\.0\.ffn\.gate\.tid2eid .* names experts {told}, the layer has 0 to 7"
     with pytest.raises(DamagedError, match=words):
-        tiny.run(source, tmp_path / "out", tiny.settings(6))
+        run(source, tmp_path / "out", settings(6))
 
 
 # What was asked for
@@ -689,7 +692,7 @@ def test_an_output_that_is_the_source(checkpoints, copy):
 def test_an_output_that_is_a_file(checkpoints, tmp_path):
     output = tmp_path / "out"
     output.write_text("not a folder", encoding="utf-8")
-    workspace = tiny.Workspace(output=output, work=tmp_path / "work")
+    workspace = Workspace(output=output, work=tmp_path / "work")
     with pytest.raises(OtherRunError, match="is a file"):
         workspace.begun()
     assert output.read_text(encoding="utf-8") == "not a folder"
@@ -725,7 +728,7 @@ def test_an_output_of_other_tokens_or_another_source(checkpoints, tmp_path):
 
 
 def test_a_disk_that_is_too_small(checkpoints, tmp_path, monkeypatch):
-    plan = tiny.plan_for(checkpoints("olmoe"), some_tokens(), settings())
+    plan = plan_for(checkpoints("olmoe"), some_tokens(), settings())
     monkeypatch.setattr(disk, "free_bytes", lambda _path: plan.disk_bytes)
     check_disk(plan, tmp_path / "out")
     monkeypatch.setattr(disk, "free_bytes", lambda _path: plan.disk_bytes - 1)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from crash import (
     Ending,
@@ -23,6 +22,8 @@ from crash import (
     run_in_child,
     unsynced,
 )
+from tiny_checkpoints import add_mtp
+from tiny_runs import scheduled
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ream_stream import files as durable
@@ -110,7 +111,7 @@ def write_mtp_source(folder):
     )
     made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     made.save_pretrained(folder)
-    tiny.add_mtp(folder, "glm4_moe")
+    add_mtp(folder, "glm4_moe")
     return open_checkpoint(folder)
 
 
@@ -134,9 +135,7 @@ class Runs:
         plan = make_plan(source, settings, SEQUENCES, LENGTH)
         # what a refit keeps goes to disk: more steps, and strays
         memory = {**plan.memory, KEPT: 0}
-        self.plan = tiny.scheduled(
-            dataclasses.replace(plan, memory=memory), batch_sequences=BATCH
-        )
+        self.plan = scheduled(dataclasses.replace(plan, memory=memory), batch_sequences=BATCH)
         ids_SL = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) * 7 % 32
         self.tokens = from_tensors({"input_ids": ids_SL}, description="counted")
         self.report = folder / "report.json"

@@ -23,15 +23,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import zarr.storage._local
 from crash import Kill, digests
 from safetensors.torch import save_file
 from test_crash import VARIANTS, Runs, check_what_is_left
 from test_crash import source as crash_source  # noqa: F401 - a fixture
+from tiny_runs import some_tokens
 
 from ream_stream import files
 from ream_stream.__main__ import main
+from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.cli import console
 from ream_stream.compression import event_log
 from ream_stream.compression.file_lock import lock
@@ -71,7 +72,7 @@ class Case:
         """Return a source shard that the second layer is read from."""
         (path,) = {
             entry.path
-            for name, entry in tiny.open_checkpoint(self.source).entries.items()
+            for name, entry in open_checkpoint(self.source).entries.items()
             if name == "model.layers.1.mlp.up_proj.weight"
         }
         return path
@@ -410,7 +411,7 @@ def flip_digit(path):
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(tiny.some_tokens().tensors(), path)
+    save_file(some_tokens().tensors(), path)
     return path
 
 

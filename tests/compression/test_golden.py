@@ -11,10 +11,11 @@ from dataclasses import asdict
 import numpy as np
 import plain_method
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from small_qwen import DATA, NUM_EXPERTS, TOP_K, Variant, compress
+from tiny_checkpoints import load_tensors
+from tiny_runs import run, settings
 
 from ream_stream.calibration.tokens import from_file
 from ream_stream.method.alignment import ALIGNMENTS
@@ -82,11 +83,11 @@ WHOLE_RUNS = [
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_a_run_from_disk_to_disk_makes_what_the_release_made(name, tmp_path):
     fields = asdict(VARIANTS[name])
-    wanted = tiny.settings(
+    wanted = settings(
         fields.pop("keep"), **fields, similarity_tokens=0, alignment_tokens=1 << 20
     )
     tokens = from_file(DATA / "calibration.safetensors")
-    done = tiny.run(DATA / "model", tmp_path / "output", wanted, tokens)
+    done = run(DATA / "model", tmp_path / "output", wanted, tokens)
     released = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
     for have, want in zip(done.manifest["layers"], released["layers"], strict=True):
         if wanted.method.grouping == "none":
@@ -96,7 +97,7 @@ def test_a_run_from_disk_to_disk_makes_what_the_release_made(name, tmp_path):
                 want
             )
     tensors = load_file(DATA / f"{name}.safetensors")
-    ours = tiny.load_tensors(done.output)
+    ours = load_tensors(done.output)
     assert tensors
     for key, theirs in tensors.items():
         torch.testing.assert_close(ours[key], theirs, rtol=0, atol=2e-7)

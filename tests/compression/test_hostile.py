@@ -10,11 +10,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import settings
+from tiny_runs import run, settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ream_stream.__main__ import main
@@ -74,7 +73,7 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(copy, tmp_path, monkeypatc
     (source / "modeling_evil.py").write_text(EVIL, encoding="utf-8")
     auto_map = {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}
     edit_config(source, auto_map=auto_map)
-    done = tiny.run(source, tmp_path / "out", settings())
+    done = run(source, tmp_path / "out", settings())
     assert not list(tmp_path.rglob("it-ran"))
     # for those who trust it, it is in the output
     assert (done.output / "modeling_evil.py").read_text(encoding="utf-8") == EVIL
@@ -313,4 +312,4 @@ def test_a_model_whose_config_is_of_a_dense_one_with_kernels_is_still_refused(co
     source = copy()
     edit_config(source, model_type="llama", attn_implementation="evil/kernel")
     with pytest.raises(UnsupportedModelError, match="'llama' is not supported"):
-        tiny.run(source, source.parent / "out", settings())
+        run(source, source.parent / "out", settings())

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import load_tensors
+from tiny_checkpoints import load_tensors
 
 import ream_stream
 from ream_stream.checkpoint.reader import MappedTensors, open_checkpoint

@@ -1,9 +1,10 @@
 """The model card: metadata that the hub reads, and facts of the run."""
 
 import pytest
-import tiny
+import torch
 from huggingface_hub import ModelCard
-from tiny import settings, some_tokens
+from tiny_checkpoints import write_checkpoint
+from tiny_runs import run, settings, some_tokens
 
 from ream_stream.calibration.tokens import joined
 from ream_stream.checkpoint.source_card import source_metadata
@@ -28,10 +29,10 @@ def made(checkpoints, tmp_path_factory):
         tmp_path_factory.mktemp("card") / "models--some--Model-8x" / "snapshots" / ("f" * 40)
     )
     folder.parent.mkdir(parents=True)
-    source = tiny.write_checkpoint(folder, "qwen3_moe", tiny.torch.bfloat16)
+    source = write_checkpoint(folder, "qwen3_moe", torch.bfloat16)
     (source / "README.md").write_text(SOURCE_CARD, encoding="utf-8")
     tokens = joined({"code": some_tokens(3), "math": some_tokens(1)}, description="mix")
-    return tiny.run(source, folder.parents[2] / "out", settings(6), tokens)
+    return run(source, folder.parents[2] / "out", settings(6), tokens)
 
 
 def test_the_hub_s_own_reader_finds_the_metadata(made):
@@ -60,7 +61,7 @@ def test_the_card_tells_the_facts_of_the_run(made):
 
 def test_pruned_experts_are_told_as_byte_copies(checkpoints, tmp_path):
     wanted = settings(6, grouping="none")
-    made = tiny.run(checkpoints("mixtral"), tmp_path / "out", wanted)
+    made = run(checkpoints("mixtral"), tmp_path / "out", wanted)
     text = (made.output / "README.md").read_text(encoding="utf-8")
     assert "All 18 experts that are left are byte copies." in text
     assert ModelCard.load(made.output / "README.md").data.tags[1] == "expert-pruning"

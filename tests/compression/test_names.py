@@ -3,8 +3,7 @@
 import shutil
 
 import pytest
-import tiny
-from tiny import settings
+from tiny_runs import run, settings
 
 from ream_stream.__main__ import main
 from ream_stream.compression.finalize import check_names
@@ -69,7 +68,7 @@ def test_names_that_are_not_utf_8_are_carried_over(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "source")
     put(source, "caf\udce9.txt")
     output = tmp_path / "out"
-    tiny.run(source, output, settings())
+    run(source, output, settings())
     assert (output / "caf\udce9.txt").read_text() == "x"
     assert main(["verify", str(output)]) == 0
     assert main(["status", str(output), "--json"]) == 0

@@ -10,10 +10,23 @@ from itertools import cycle
 import numpy as np
 import plain_method
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import TINY, forward_in_transformers, forward_streamed, run, settings, some_tokens
+from tiny_checkpoints import STACKED, load_tensors, read_config, save_tensors, write_checkpoint
+from tiny_families import EXPERTS, TINY, TOP_K
+from tiny_parameters import families, families_in
+from tiny_runs import (
+    forward_in_transformers,
+    forward_streamed,
+    plan_for,
+    routed_to,
+    run,
+    run_plan,
+    same_in,
+    scheduled,
+    settings,
+    some_tokens,
+)
 from transformers import AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import from_tensors, joined
@@ -27,7 +40,7 @@ from ream_stream.method.merging import MERGES
 from ream_stream.method.saliency import SALIENCIES, RoutedSums
 from ream_stream.method.similarity import SIMILARITIES
 
-FAMILIES = tiny.families()
+FAMILIES = families()
 KEEP = 6
 EXPERT = re.compile(r"((?:\w+\.)*layers\.(\d+)\..+\.experts)\.(\d+)\.(\w+\.\w+)")
 
@@ -84,13 +97,13 @@ def sliced_by_hand(name, source, groups):
             if int(number) in kept:
                 sliced[f"{prefix}.{kept.index(int(number))}.{part}"] = tensor
         elif router:
-            axis = 0 if tensor.shape[0] == tiny.EXPERTS else 1
+            axis = 0 if tensor.shape[0] == EXPERTS else 1
             sliced[key] = torch.stack([tensor.select(axis, i) for i in kept], dim=axis)
         elif kept and key.endswith("tid2eid"):
             rows = source[key.replace("tid2eid", "weight")].double().numpy()
             table = plain_method.renumber(tensor.tolist(), rows, groups[int(layer[1])])
             sliced[key] = torch.tensor(table, dtype=tensor.dtype)
-        elif kept and tiny.STACKED.fullmatch(key):
+        elif kept and STACKED.fullmatch(key):
             sliced[key] = torch.stack([tensor[i] for i in kept])
         else:
             sliced[key] = tensor
@@ -104,7 +117,7 @@ def by_expert(tensors):
         expert, layer = EXPERT.fullmatch(key), re.search(r"layers\.(\d+)\.", key)
         if expert:
             split[expert[2], expert[3], expert[4]] = tensor
-        elif tiny.STACKED.fullmatch(key):
+        elif STACKED.fullmatch(key):
             split |= {(layer[1], str(e), key): one for e, one in enumerate(tensor)}
         else:
             split[key] = tensor
@@ -122,7 +135,7 @@ def experts_inputs(folder, tokens):
             if path.endswith("experts") and (is_llama4 or hasattr(module, "has_gate")):
                 module.register_forward_hook(
                     lambda module, args, _, index=index: seen.update(
-                        {index: (module, *tiny.routed_to(args))}
+                        {index: (module, *routed_to(args))}
                     )
                 )
     # a cache of linear attention alone cannot tell its length
@@ -155,7 +168,7 @@ def output_in_transformers(module, expert, x_RH):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    tiny.families_in({"float32": ["float32"], "bfloat16": ["bfloat16"]}),
+    families_in({"float32": ["float32"], "bfloat16": ["bfloat16"]}),
 )
 def test_the_output_loads_and_computes_what_the_streamed_passes_did(ream, name, dtype):
     done, run_in = ream(name, dtype), getattr(torch, dtype)
@@ -168,7 +181,7 @@ def test_the_output_loads_and_computes_what_the_streamed_passes_did(ream, name, 
     full = forward_in_transformers(done.output, run_in, inputs)
     # what the run itself propagated through the layers it had just written
     assert sorted(done.hidden) == list(range(len(full[0].hidden) - 1))
-    same = tiny.same_in(name, run_in)
+    same = same_in(name, run_in)
     for layer, hidden_SLH in done.hidden.items():
         assert (torch.equal if name == "jamba" else same)(hidden_SLH, full[0].hidden[layer])
     streamed = forward_streamed(done.output, run_in, inputs)
@@ -183,8 +196,8 @@ def test_the_output_loads_and_computes_what_the_streamed_passes_did(ream, name, 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_dtypes_and_shapes_are_those_of_a_sliced_source(ream, checkpoints, name):
     done = ream(name)
-    want = sliced_by_hand(name, tiny.load_tensors(checkpoints(name)), groups_by_layer(done))
-    have = tiny.load_tensors(done.output)
+    want = sliced_by_hand(name, load_tensors(checkpoints(name)), groups_by_layer(done))
+    have = load_tensors(done.output)
     assert have.keys() == want.keys()
     for key, tensor in have.items():
         assert (tensor.dtype, tensor.shape) == (want[key].dtype, want[key].shape), key
@@ -196,8 +209,8 @@ def test_names_dtypes_and_shapes_are_those_of_a_sliced_source(ream, checkpoints,
 def test_only_experts_of_merged_groups_differ_from_a_sliced_source(ream, checkpoints, name):
     done = ream(name)
     groups = groups_by_layer(done)
-    want = by_expert(sliced_by_hand(name, tiny.load_tensors(checkpoints(name)), groups))
-    have = by_expert(tiny.load_tensors(done.output))
+    want = by_expert(sliced_by_hand(name, load_tensors(checkpoints(name)), groups))
+    have = by_expert(load_tensors(done.output))
     assert have.keys() == want.keys()
     different = {key for key, tensor in have.items() if not same_bits(tensor, want[key])}
     merged = {
@@ -219,17 +232,17 @@ def test_config_json_differs_in_the_count_alone(ream, checkpoints, name):
         for folder in (checkpoints(name), ream(name).output)
     ]
     key = TINY[name].count_key
-    assert (key, tiny.EXPERTS) in map(tuple, pairs[0])
+    assert (key, EXPERTS) in map(tuple, pairs[0])
     assert [(k, KEEP if k == key else v) for k, v in pairs[0]] == list(map(tuple, pairs[1]))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keeping_all_experts_changes_no_tensor(checkpoints, tmp_path, name):
-    done = run(checkpoints(name), tmp_path / "out", settings(tiny.EXPERTS))
-    want, have = tiny.load_tensors(checkpoints(name)), tiny.load_tensors(done.output)
+    done = run(checkpoints(name), tmp_path / "out", settings(EXPERTS))
+    want, have = load_tensors(checkpoints(name)), load_tensors(done.output)
     assert have.keys() == want.keys()
     assert all(same_bits(have[key], want[key]) for key in want)
-    assert tiny.read_config(done.output) == tiny.read_config(checkpoints(name))
+    assert read_config(done.output) == read_config(checkpoints(name))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -237,16 +250,16 @@ def test_pruning_is_slicing(pruned, checkpoints, name):
     done = pruned(name)
     groups = groups_by_layer(done)
     assert set(groups) == set(range(len(done.plan.layers))) - set(TINY[name].dense)
-    want = sliced_by_hand(name, tiny.load_tensors(checkpoints(name)), groups)
-    have = tiny.load_tensors(done.output)
+    want = sliced_by_hand(name, load_tensors(checkpoints(name)), groups)
+    have = load_tensors(done.output)
     assert have.keys() == want.keys()
     assert all(same_bits(have[key], want[key]) for key in want)
     for layer in done.manifest["layers"]:
         # the best of each of the router's groups, of which most families have one
-        size = tiny.EXPERTS // done.plan.routing_groups
+        size = EXPERTS // done.plan.routing_groups
         best = [
             expert
-            for start in range(0, tiny.EXPERTS, size)
+            for start in range(0, EXPERTS, size)
             for expert in sorted(
                 sorted(range(start, start + size), key=lambda e: -layer["saliency"][e])[
                     : KEEP // done.plan.routing_groups
@@ -266,7 +279,7 @@ def test_saliency_is_the_mean_of_what_transformers_adds_to_a_token(pruned, check
     assert sorted(seen) == [layer["index"] for layer in done.manifest["layers"]]
     for layer in done.manifest["layers"]:
         module, x_TH, index_TK, weight_TK = seen[layer["index"]]
-        for expert in range(tiny.EXPERTS):
+        for expert in range(EXPERTS):
             token, slot = (index_TK[keep_T] == expert).nonzero(as_tuple=True)
             x = x_TH[keep_T][token].double()
             norm = output_in_transformers(module, expert, x).norm(dim=1)
@@ -280,7 +293,7 @@ def test_without_sequential_every_layer_sees_the_source(pruned, checkpoints, nam
     inputs = [(done.tokens.input_ids_SL, done.tokens.attention_mask_SL)]
     [full] = forward_in_transformers(checkpoints(name), torch.float32, inputs)
     assert sorted(done.hidden) == list(range(len(full.hidden) - 1))
-    same = torch.equal if name == "jamba" else tiny.same_in(name, torch.float32)
+    same = torch.equal if name == "jamba" else same_in(name, torch.float32)
     for layer, hidden_SLH in done.hidden.items():
         assert same(hidden_SLH, full.hidden[layer]), layer
 
@@ -299,7 +312,7 @@ def test_a_whole_run_agrees_with_plain_loops_over_the_equations(checkpoints, tmp
     seen = experts_inputs(done.output, tokens)
     assert sorted(seen) == sorted(groups_by_layer(done)) == [0, 2]
     before, after = (
-        {key: tensor.double().numpy() for key, tensor in tiny.load_tensors(folder).items()}
+        {key: tensor.double().numpy() for key, tensor in load_tensors(folder).items()}
         for folder in (source, done.output)
     )
 
@@ -311,9 +324,9 @@ def test_a_whole_run_agrees_with_plain_loops_over_the_equations(checkpoints, tmp
         index = layer["index"]
         plain = plain_method.compress_layer(
             seen[index][1].double().numpy(),
-            [expert(before, index, number) for number in range(tiny.EXPERTS)],
+            [expert(before, index, number) for number in range(EXPERTS)],
             before[f"model.layers.{index}.mlp.gate.weight"],
-            top_k=tiny.TOP_K,
+            top_k=TOP_K,
             keep=5,
             group_size=3,
         )
@@ -329,7 +342,7 @@ def test_a_whole_run_agrees_with_plain_loops_over_the_equations(checkpoints, tmp
 @pytest.mark.parametrize(
     "name",
     # attention of every kind that can leave out padding
-    tiny.families(
+    families(
         *("deepseek_v3", "gemma4_text", "gpt_oss", "hunyuan_v1_moe", "llama4_text"),
         *("qwen2_moe", "qwen3_moe", "qwen3_next"),
     ),
@@ -404,7 +417,7 @@ def test_padding_is_not_drawn_into_the_sample(checkpoints, tmp_path):
         )
     )
     assert groups_by_layer(one) == groups_by_layer(other)
-    ours, theirs = tiny.load_tensors(one.output), tiny.load_tensors(other.output)
+    ours, theirs = load_tensors(one.output), load_tensors(other.output)
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
 
@@ -421,9 +434,9 @@ def test_playing_attention_back_gives_the_bytes_of_running_it_twice(
 ):
     # nemotron has nothing beside the experts in their layers
     assert (ream(name).plan.memory["attention outputs"] > 0) == (name != "nemotron_h")
-    plan = tiny.plan_for(checkpoints(name), some_tokens(), settings(KEEP))
+    plan = plan_for(checkpoints(name), some_tokens(), settings(KEEP))
     plan = replace(plan, memory={**plan.memory, "attention outputs": 0})
-    again = tiny.run_plan(plan, some_tokens(), tmp_path / "out")
+    again = run_plan(plan, some_tokens(), tmp_path / "out")
     assert again.files() == ream(name).files()
     for layer, hidden_SLH in again.hidden.items():
         assert torch.equal(hidden_SLH, ream(name).hidden[layer])
@@ -434,16 +447,14 @@ def test_playing_attention_back_gives_the_bytes_of_running_it_twice(
 def test_the_size_of_a_batch_does_not_matter(checkpoints, tmp_path, name, batch):
     """Stored in float32: rounding to bf16 would hide, or enlarge, what differs."""
     source = checkpoints(name, torch.float32)
-    whole = tiny.plan_for(source, some_tokens(), settings(KEEP))
+    whole = plan_for(source, some_tokens(), settings(KEEP))
     assert whole.schedule.batch_sequences == 4
     runs = [
-        tiny.run_plan(
-            tiny.scheduled(whole, batch_sequences=size), some_tokens(), tmp_path / str(size)
-        )
+        run_plan(scheduled(whole, batch_sequences=size), some_tokens(), tmp_path / str(size))
         for size in (4, batch)
     ]
     assert groups_by_layer(runs[0]) == groups_by_layer(runs[1])
-    one, other = (tiny.load_tensors(done.output) for done in runs)
+    one, other = (load_tensors(done.output) for done in runs)
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6)
 
@@ -451,12 +462,12 @@ def test_the_size_of_a_batch_does_not_matter(checkpoints, tmp_path, name, batch)
 @pytest.mark.parametrize("grouping", ["ream", "mc-smoe", "none"])
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
 def test_the_routers_groups_stay_equal_even_if_all_in_one_matter_less(tmp_path, name, grouping):
-    source = tiny.write_checkpoint(tmp_path / "source", name, torch.bfloat16)
-    tensors = tiny.load_tensors(source)
+    source = write_checkpoint(tmp_path / "source", name, torch.bfloat16)
+    tensors = load_tensors(source)
     for key in tensors:
         if re.search(r"\.experts\.[0-3]\.down_proj", key):
             tensors[key] /= 100
-    tiny.save_tensors(source, tensors)
+    save_tensors(source, tensors)
     done = run(source, tmp_path / "out", settings(KEEP, grouping=grouping))
     for layer in done.manifest["layers"]:
         assert max(layer["saliency"][:4]) < min(layer["saliency"][4:])
@@ -485,7 +496,7 @@ def test_events_tell_every_layer_once_in_order(ream):
         for event in layers:
             dense = event.layer in TINY[name].dense
             counts = (event.experts_before, event.experts_after)
-            assert counts == ((0, 0) if dense else (tiny.EXPERTS, KEEP))
+            assert counts == ((0, 0) if dense else (EXPERTS, KEEP))
             phases = Counter(
                 step.phase
                 for step in done.events
@@ -510,14 +521,14 @@ def test_the_manifest_tells_what_was_done(ream, name):
     manifest = done.manifest
     fields = ["format", "fingerprint", "versions", "experts", "files", "documents", "layers"]
     assert list(manifest) == fields
-    assert manifest["experts"] == {"before": tiny.EXPERTS, "after": KEEP}
+    assert manifest["experts"] == {"before": EXPERTS, "after": KEEP}
     assert manifest["fingerprint"]["calibration"] == done.tokens.digest
     assert manifest["fingerprint"]["source"] == done.plan.source.digest()
     assert manifest["fingerprint"]["saliency"] == "reap"
     sizes = {name: file["size"] for name, file in manifest["files"].items()}
     assert sizes == {name: len(data) for name, data in done.shards().items()}
     for layer in manifest["layers"]:
-        assert len(layer["saliency"]) == tiny.EXPERTS
+        assert len(layer["saliency"]) == EXPERTS
         assert sorted(e for group in layer["groups"] for e in group) == list(range(8))
         assert layer["groups"] == sorted(layer["groups"])
         assert len(layer["groups"]) == KEEP
@@ -525,14 +536,14 @@ def test_the_manifest_tells_what_was_done(ream, name):
         routed = config.get("n_group", config.get("num_expert_group", 1))
         for number, group in enumerate(layer["groups"]):
             # a centroid stays in its routing group, so that the router's groups stay equal
-            assert number // (KEEP // routed) == group[0] // (tiny.EXPERTS // routed)
+            assert number // (KEEP // routed) == group[0] // (EXPERTS // routed)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_index_and_other_files_are_complete(ream, checkpoints, name):
     done = ream(name)
     index = json.loads((done.output / INDEX).read_text(encoding="utf-8"))
-    have = tiny.load_tensors(done.output)
+    have = load_tensors(done.output)
     assert index["weight_map"].keys() == have.keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in have.values())
     for path in done.output.glob("*.safetensors"):
@@ -547,7 +558,7 @@ def test_the_index_and_other_files_are_complete(ream, checkpoints, name):
 
 
 def test_files_in_folders_are_copied_and_weights_beside_the_index_are_not(tmp_path):
-    source = tiny.write_checkpoint(tmp_path / "source", "mixtral", torch.bfloat16)
+    source = write_checkpoint(tmp_path / "source", "mixtral", torch.bfloat16)
     copied = ["chat_template.jinja", "additional_chat_templates/rag.jinja", "a/b/config.json"]
     left = [
         # the first two would be loaded in place of the output's own
@@ -573,7 +584,7 @@ def test_files_in_folders_are_copied_and_weights_beside_the_index_are_not(tmp_pa
 
 
 def test_the_source_is_not_changed(checkpoints, tmp_path):
-    source = tiny.write_checkpoint(tmp_path / "source", "deepseek_v3", torch.bfloat16)
+    source = write_checkpoint(tmp_path / "source", "deepseek_v3", torch.bfloat16)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     for path in source.iterdir():
         path.chmod(0o444)
@@ -588,23 +599,23 @@ def test_shards_are_cut_at_the_size_asked_for(ream, checkpoints, tmp_path):
     for data in done.shards().values():
         header = 8 + int.from_bytes(data[:8], "little")
         assert len(data) - header <= 9_000
-    want, have = tiny.load_tensors(ream("mixtral").output), tiny.load_tensors(done.output)
+    want, have = load_tensors(ream("mixtral").output), load_tensors(done.output)
     assert have.keys() == want.keys()
     assert all(same_bits(have[key], want[key]) for key in want)
     AutoModelForCausalLM.from_pretrained(done.output)
 
 
 def test_tensors_that_the_model_does_not_know_are_copied(tmp_path):
-    source = tiny.write_checkpoint(tmp_path / "source", "mixtral", torch.bfloat16)
+    source = write_checkpoint(tmp_path / "source", "mixtral", torch.bfloat16)
     unknown = {
         # older exports have the first, multi-token-prediction and vision towers the others
         "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(4.0),
         "mtp.norm.weight": torch.randn(32).bfloat16(),
         "visual.blocks.0.attn.bias": torch.randint(-9, 9, (3, 5), dtype=torch.int8),
     }
-    tiny.save_tensors(source, {**tiny.load_tensors(source), **unknown})
+    save_tensors(source, {**load_tensors(source), **unknown})
     done = run(source, tmp_path / "out", settings(KEEP))
-    have = tiny.load_tensors(done.output)
+    have = load_tensors(done.output)
     assert all(same_bits(have[key], tensor) for key, tensor in unknown.items())
 
 
@@ -649,6 +660,6 @@ def test_the_choices_above_are_all_there_are():
 def test_threads_do_not_change_the_result(ream, checkpoints, tmp_path):
     source = checkpoints("olmoe")
     alone = run(source, tmp_path / "one", settings(4))
-    plan = tiny.plan_for(source, some_tokens(), settings(4))
-    together = tiny.run_plan(tiny.scheduled(plan, threads=3), some_tokens(), tmp_path / "three")
+    plan = plan_for(source, some_tokens(), settings(4))
+    together = run_plan(scheduled(plan, threads=3), some_tokens(), tmp_path / "three")
     assert alone.files() == together.files()

@@ -6,12 +6,13 @@ from functools import cache
 
 import pytest
 import quantized
-import tiny
 import torch
 from quantized import PUBLISHED
 from test_pipeline import by_expert, groups_by_layer, same_bits
 from test_refit_layer import outcomes
-from tiny import CPU, forward_in_transformers, forward_streamed, run, settings, some_tokens
+from tiny_checkpoints import load_tensors, read_config, save_tensors
+from tiny_families import EXPERTS
+from tiny_runs import CPU, forward_in_transformers, forward_streamed, run, settings, some_tokens
 
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.refit_activations import held_back
@@ -90,9 +91,9 @@ def test_merging_makes_what_it_makes_of_the_floats_but_for_rounding(
     coded, plain = pair(name)
     done = merged(name)
     good(done.output, coded)
-    assert tiny.read_config(done.output)["quantization_config"] == PUBLISHED[name].config
+    assert read_config(done.output)["quantization_config"] == PUBLISHED[name].config
     # the same names and dtypes, experts of groups of one byte for byte with their scales
-    source, have = (by_expert(tiny.load_tensors(folder)) for folder in (coded, done.output))
+    source, have = (by_expert(load_tensors(folder)) for folder in (coded, done.output))
     groups = {str(layer): groups for layer, groups in groups_by_layer(done).items()}
     seen = 0
     for key, tensor in have.items():
@@ -109,8 +110,8 @@ def test_merging_makes_what_it_makes_of_the_floats_but_for_rounding(
     wanted = settings(KEEP, dtype_out="bf16", sequential=False)
     decoded, floats = (run(folder, tmp_path / folder.name, wanted) for folder in (coded, plain))
     assert groups_by_layer(decoded) == groups_by_layer(floats)
-    want = by_expert(tiny.load_tensors(floats.output))
-    near = by_expert(tiny.load_tensors(decoded.output))
+    want = by_expert(load_tensors(floats.output))
+    near = by_expert(load_tensors(decoded.output))
     assert near.keys() == want.keys()
     for key, tensor in near.items():
         torch.testing.assert_close(tensor.float(), want[key].float(), rtol=2**-8, atol=2e-3)
@@ -119,11 +120,11 @@ def test_merging_makes_what_it_makes_of_the_floats_but_for_rounding(
 @pytest.mark.parametrize("name", NAMES)
 def test_keeping_all_experts_changes_no_byte(pair, tmp_path, name):
     coded, _ = pair(name)
-    done = run(coded, tmp_path / "out", settings(tiny.EXPERTS))
-    want, have = tiny.load_tensors(coded), tiny.load_tensors(done.output)
+    done = run(coded, tmp_path / "out", settings(EXPERTS))
+    want, have = load_tensors(coded), load_tensors(done.output)
     assert have.keys() == want.keys()
     assert all(same_bits(have[key], want[key]) for key in want)
-    assert tiny.read_config(done.output) == tiny.read_config(coded)
+    assert read_config(done.output) == read_config(coded)
 
 
 def given_by_experts(folder, layer, tokens):
@@ -195,8 +196,8 @@ def test_written_as_floats_it_loads_in_transformers(pair, tmp_path, name):
 
 def test_scales_of_activations_serve_all_members(pair, merged):
     """The smallest input_global_scale, which divides, has the widest range."""
-    done, source = merged("qwen3_moe-nvfp4"), tiny.load_tensors(pair("qwen3_moe-nvfp4")[0])
-    have = tiny.load_tensors(done.output)
+    done, source = merged("qwen3_moe-nvfp4"), load_tensors(pair("qwen3_moe-nvfp4")[0])
+    have = load_tensors(done.output)
     for layer, groups in groups_by_layer(done).items():
         for number, group in enumerate(groups):
             start = f"model.layers.{layer}.mlp.experts."
@@ -206,7 +207,7 @@ def test_scales_of_activations_serve_all_members(pair, merged):
 
 def test_gate_and_up_of_a_merged_expert_share_the_outer_scale(merged):
     done = merged("qwen3_moe-nvfp4")
-    have = tiny.load_tensors(done.output)
+    have = load_tensors(done.output)
     for layer, groups in groups_by_layer(done).items():
         for number in (n for n, group in enumerate(groups) if len(group) > 1):
             start = f"model.layers.{layer}.mlp.experts.{number}."
@@ -237,7 +238,7 @@ def test_gate_and_up_of_a_merged_expert_share_the_outer_scale(merged):
 def test_a_config_that_tells_another_format_is_seen(merged, tmp_path, check, change, words):
     output = tmp_path / "out"
     shutil.copytree(merged("gpt_oss-mxfp4").output, output)
-    config = tiny.read_config(output)
+    config = read_config(output)
     change(config)
     (output / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (finding,) = (f for f in verify(output, scan=False) if not f.ok)
@@ -247,7 +248,7 @@ def test_a_config_that_tells_another_format_is_seen(merged, tmp_path, check, cha
 
 def test_lists_of_modules_lose_experts_that_are_gone(tmp_path):
     coded, _ = quantized.write(tmp_path, "qwen3_moe-nvfp4", torch.float32)
-    config = tiny.read_config(coded)
+    config = read_config(coded)
     config["quantization_config"]["ignore"] = [
         "lm_head",
         "re:.*self_attn.*",
@@ -257,7 +258,7 @@ def test_lists_of_modules_lose_experts_that_are_gone(tmp_path):
     ]
     (coded / "config.json").write_text(json.dumps(config), encoding="utf-8")
     done = run(coded, tmp_path / "out", settings(KEEP, grouping="none"))
-    left = tiny.read_config(done.output)["quantization_config"]["ignore"]
+    left = read_config(done.output)["quantization_config"]["ignore"]
     listed = config["quantization_config"]["ignore"]
     assert left == [*listed[:4], "model.layers.2.mlp.gate"]
 
@@ -265,7 +266,7 @@ def test_lists_of_modules_lose_experts_that_are_gone(tmp_path):
 def moved(coded, folder, place):
     """Return a copy of a checkpoint whose description of formats stands elsewhere."""
     copy = shutil.copytree(coded, folder)
-    config = tiny.read_config(copy)
+    config = read_config(copy)
     described = config.pop("quantization_config")
     names = ["lm_head", *(f"model.layers.1.mlp.experts.{e}.up_proj" for e in (0, 7))]
     inside = {"quant_algo": "NVFP4", "exclude_modules": names}
@@ -294,7 +295,7 @@ def test_a_description_of_formats_is_followed_wherever_it_stands(pair, tmp_path,
         done = run(source, tmp_path / f"out-{dtype}", wanted)
         plain = run(coded, tmp_path / f"plain-{dtype}", wanted)
         good(done.output, source)
-        have, want = tiny.load_tensors(done.output), tiny.load_tensors(plain.output)
+        have, want = load_tensors(done.output), load_tensors(plain.output)
         assert have.keys() == want.keys()
         assert all(same_bits(have[key], want[key]) for key in want)
         said = "".join(path.read_text(encoding="utf-8") for path in done.output.glob("*.json"))
@@ -331,13 +332,13 @@ def test_scales_of_the_cache_are_kept_with_the_format_and_no_longer(pair, tmp_pa
     scales = {
         f"model.layers.{i}.self_attn.{n}": torch.tensor(0.5) for i in (0, 1) for n in names
     }
-    tiny.save_tensors(source, tiny.load_tensors(source) | scales)
+    save_tensors(source, load_tensors(source) | scales)
     done = run(source, tmp_path / "out", settings(KEEP, grouping="none"))
     good(done.output, source)
-    assert scales.keys() <= tiny.load_tensors(done.output).keys()
+    assert scales.keys() <= load_tensors(done.output).keys()
     [note] = [f for f in verify(done.output, load=True) if f.is_note and f.check == "load"]
     assert f"{len(scales)} scales of cached keys and values" in note.message
     floats = run(source, tmp_path / "floats", settings(KEEP, dtype_out="bf16", grouping="none"))
     good(floats.output, source)
-    assert not scales.keys() & tiny.load_tensors(floats.output).keys()
+    assert not scales.keys() & load_tensors(floats.output).keys()
     assert not any(f.is_note and f.check == "load" for f in verify(floats.output, load=True))

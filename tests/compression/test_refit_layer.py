@@ -5,10 +5,19 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import tiny
 import torch
 from reports import StopAt, stop_when
-from tiny import run, settings, some_tokens
+from tiny_checkpoints import load_tensors
+from tiny_runs import (
+    CPU,
+    forward_in_transformers,
+    plan_for,
+    run,
+    run_plan,
+    scheduled,
+    settings,
+    some_tokens,
+)
 from transformers import AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import from_tensors
@@ -203,7 +212,7 @@ def test_what_enters_the_next_layer_is_what_the_written_one_gives(
     assert any(found.penalty for found in outcomes(done).values())
     real_SL = padded.attention_mask_SL.bool()
     given = [(padded.input_ids_SL, padded.attention_mask_SL)]
-    (full,) = tiny.forward_in_transformers(done.output, dtype, given)
+    (full,) = forward_in_transformers(done.output, dtype, given)
     for layer, hidden_SLH in done.hidden.items():
         ours, theirs = (each[real_SL].float() for each in (hidden_SLH, full.hidden[layer]))
         # as far apart as roundings in the dtype take them from layer to layer
@@ -215,12 +224,12 @@ def test_activations_made_again_give_the_same_bytes_as_kept_ones(
     checkpoints, tmp_path, tokens, experts
 ):
     wanted = settings(KEEP, group_size=2, refit="down", refit_experts=experts, dtype="bfloat16")
-    plan = tiny.plan_for(checkpoints("qwen2_moe"), tokens, wanted)
+    plan = plan_for(checkpoints("qwen2_moe"), tokens, wanted)
     assert plan.memory[ACTIVATIONS] > 0
-    plan = tiny.scheduled(plan, batch_sequences=7)
-    kept = tiny.run_plan(plan, tokens, tmp_path / "kept")
+    plan = scheduled(plan, batch_sequences=7)
+    kept = run_plan(plan, tokens, tmp_path / "kept")
     plan = replace(plan, memory={**plan.memory, ACTIVATIONS: 0})
-    again = tiny.run_plan(plan, tokens, tmp_path / "again")
+    again = run_plan(plan, tokens, tmp_path / "again")
     assert any(found.penalty for found in outcomes(kept).values())
     assert kept.files() == again.files()
     for layer, hidden_SLH in kept.hidden.items():
@@ -236,7 +245,7 @@ def test_a_budget_too_small_for_a_refit_is_refused_with_what_else_would_do(sourc
 
 def test_a_trajectory_takes_twice_the_disk_for_states(source, tokens):
     one, two = (
-        tiny.plan_for(source, tokens, refitted(refit_target=target))
+        plan_for(source, tokens, refitted(refit_target=target))
         for target in ("layer", "trajectory")
     )
     assert two.disk["hidden states"] == 2 * one.disk["hidden states"]
@@ -250,27 +259,27 @@ def test_a_layer_that_puts_its_experts_outputs_through_a_norm_or_factor_has_no_t
     wanted = refitted(refit_target="trajectory")
     source = checkpoints(name, torch.float32)
     with pytest.raises(UnsupportedModelError, match=f"layer 0 of {name} does not simply"):
-        tiny.plan_for(source, tokens, wanted)
-    tiny.plan_for(source, tokens, refitted())
+        plan_for(source, tokens, wanted)
+    plan_for(source, tokens, refitted())
 
 
 def test_a_refit_goes_on_with_the_batch_it_began_with(source, tmp_path, tokens):
-    plan = tiny.plan_for(source, tokens, refitted())
+    plan = plan_for(source, tokens, refitted())
     plan = replace(plan, memory={**plan.memory, KEPT: 0})  # stores of as many rows as batches
-    small, large = (tiny.scheduled(plan, batch_sequences=size) for size in (3, 20))
-    wanted = tiny.run_plan(small, tokens, tmp_path / "wanted")
+    small, large = (scheduled(plan, batch_sequences=size) for size in (3, 20))
+    wanted = run_plan(small, tokens, tmp_path / "wanted")
     output = tmp_path / "output"
     workspace = Workspace(output=output, work=output / ".ream-stream")
     leave = stop_when(lambda event: isinstance(event, LayerDone))
     with workspace.locked(), pytest.raises(StopAt):
-        compress(small, tokens, workspace, device=tiny.CPU, report=leave)
-    assert tiny.run_plan(large, tokens, output).files() == wanted.files()
+        compress(small, tokens, workspace, device=CPU, report=leave)
+    assert run_plan(large, tokens, output).files() == wanted.files()
 
 
 def test_only_down_projections_change(source, tmp_path, tokens):
     plain = run(source, tmp_path / "plain", pruned(sequential=False), tokens)
     done = run(source, tmp_path / "out", refitted(sequential=False), tokens)
-    ours, theirs = tiny.load_tensors(done.output), tiny.load_tensors(plain.output)
+    ours, theirs = load_tensors(done.output), load_tensors(plain.output)
     helped = {layer for layer, found in outcomes(done).items() if found.penalty}
     assert helped
     for key, tensor in theirs.items():
@@ -290,29 +299,29 @@ WAYS = {
 
 def test_every_way_to_solve_comes_to_the_same(source, tmp_path, tokens):
     wanted = refitted(refit_iterations=30, refit_lambda=(1.0,))
-    plan = tiny.plan_for(source, tokens, wanted)
+    plan = plan_for(source, tokens, wanted)
     assert plan.schedule.solver == WAYS["gathered"]
     runs = {
-        name: tiny.run_plan(tiny.scheduled(plan, solver=way), tokens, tmp_path / name)
+        name: run_plan(scheduled(plan, solver=way), tokens, tmp_path / name)
         for name, way in WAYS.items()
     }
-    first = tiny.load_tensors(runs["gathered"].output)
+    first = load_tensors(runs["gathered"].output)
     for name, done in runs.items():
         for index, found in outcomes(done).items():
             wanted = outcomes(runs["gathered"])[index]
             assert found.penalty == wanted.penalty
             assert found.remaining_error == pytest.approx(wanted.remaining_error, rel=1e-4)
             assert found.residuals[-1] == pytest.approx(wanted.residuals[-1], rel=1e-4)
-        for key, tensor in tiny.load_tensors(done.output).items():
+        for key, tensor in load_tensors(done.output).items():
             torch.testing.assert_close(tensor, first[key], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_stores_on_disk_give_the_same_bytes_and_are_gone_afterwards(source, tmp_path, tokens):
-    plan = tiny.plan_for(source, tokens, refitted())
+    plan = plan_for(source, tokens, refitted())
     assert plan.memory[KEPT] > 0
-    one = tiny.run_plan(plan, tokens, tmp_path / "memory")
-    plan = tiny.scheduled(replace(plan, memory={**plan.memory, KEPT: 0}), batch_sequences=20)
-    other = tiny.run_plan(plan, tokens, tmp_path / "disk")
+    one = run_plan(plan, tokens, tmp_path / "memory")
+    plan = scheduled(replace(plan, memory={**plan.memory, KEPT: 0}), batch_sequences=20)
+    other = run_plan(plan, tokens, tmp_path / "disk")
     assert one.files() == other.files()
     assert not list((other.output / ".ream-stream").glob("scratch*"))
 
@@ -346,7 +355,7 @@ def test_experts_that_were_not_merged_may_be_left_as_they_are(source, tmp_path, 
         settings(KEEP, group_size=2, refit="down", refit_experts="changed"),
         tokens,
     )
-    before, after = tiny.load_tensors(source), tiny.load_tensors(done.output)
+    before, after = load_tensors(source), load_tensors(done.output)
     assert any(found.penalty for found in outcomes(done).values())
     for layer in done.manifest["layers"]:
         start = f"model.layers.{layer['index']}.mlp.experts."
@@ -425,4 +434,4 @@ def test_one_sequence_cannot_be_judged_by_another(source, tmp_path):
 )
 def test_what_cannot_be_refitted_is_refused(source, tokens, wanted, message):
     with pytest.raises(UsageError, match=message):
-        tiny.plan_for(source, tokens, refitted(**wanted))
+        plan_for(source, tokens, refitted(**wanted))

@@ -8,9 +8,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import split_by_layer
+from tiny_runs import CPU, plan_for, settings, some_tokens
 
 from ream_stream.checkpoint import other_files
 from ream_stream.checkpoint.header import read_header
@@ -27,7 +28,7 @@ from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import DamagedError, NumbersError, OtherRunError, UsageError
 from ream_stream.events import LayerDone, Step
 
-TOKENS = tiny.some_tokens()
+TOKENS = some_tokens()
 FIRST, SECOND, LAST, REST = (f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4))
 CARD = "---\nlicense: mit\n---\n"
 
@@ -36,7 +37,7 @@ CARD = "---\nlicense: mit\n---\n"
 def original(checkpoints, tmp_path_factory):
     """A checkpoint with a shard a layer, a card and a folder of code."""
     folder = shutil.copytree(checkpoints("qwen3_moe"), tmp_path_factory.mktemp("it") / "model")
-    tiny.split_by_layer(folder)
+    split_by_layer(folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     (folder / "code").mkdir()
     (folder / "code" / "model.py").write_text("pass\n", encoding="utf-8")
@@ -65,7 +66,7 @@ def go(source, output, *, layers=None, during=None, **changes):
 
     `during` is called when the first layer is.
     """
-    plan = tiny.plan_for(source, TOKENS, tiny.settings())
+    plan = plan_for(source, TOKENS, settings())
     plan = replace(plan, source=replace(plan.source, **changes))
     workspace = Workspace(output=output, work=output / ".ream-stream")
     events = []
@@ -78,7 +79,7 @@ def go(source, output, *, layers=None, during=None, **changes):
             raise EnoughError
 
     with workspace.locked(), suppress(EnoughError):
-        compress(plan, TOKENS, workspace, device=tiny.CPU, report=report)
+        compress(plan, TOKENS, workspace, device=CPU, report=report)
     return events
 
 

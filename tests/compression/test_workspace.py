@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_faults import when_a_layer_is_committed
-from tiny import SCHEDULE
+from tiny_runs import SCHEDULE
 
 from ream_stream.__main__ import main
 from ream_stream.compression.journal import Journal, LayerRecord

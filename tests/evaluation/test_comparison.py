@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reports import Events, StopAt, stop_when
-from tiny import CPU, settings
+from tiny_runs import CPU, settings
 
 from ream_stream.calibration.tokens import from_tensors, joined
 from ream_stream.checkpoint.reader import open_checkpoint

@@ -3,10 +3,12 @@
 import math
 
 import pytest
-import tiny
 import torch
 from reports import Events
-from tiny import CPU, some_tokens
+from tiny_checkpoints import load_tensors, save_tensors, write_checkpoint
+from tiny_families import VOCABULARY
+from tiny_parameters import families
+from tiny_runs import CPU, forward_in_transformers, run, settings, some_tokens
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,12 +75,12 @@ def tokens_of(tokens):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("name", tiny.families())
+@pytest.mark.parametrize("name", families())
 def test_the_mean_is_that_of_transformers(checkpoints, tmp_path, monkeypatch, name, padded):
     folder, tokens = checkpoints(name, torch.bfloat16), some_tokens(5, 12, padded=padded)
     # batches of 2, 2 and 1 sequences; logits of 3 positions at once
     monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 24)
-    monkeypatch.setattr(module, "LOGITS_BYTES", 3 * 4 * tiny.VOCABULARY)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 3 * 4 * VOCABULARY)
     result = streamed(folder, tokens, tmp_path)
     assert result.nats == pytest.approx(whole(folder, tokens), rel=1e-6)
     assert result.predicted == (55 if not padded else 55 - 4 - 3)
@@ -258,10 +260,10 @@ def test_a_family_that_was_never_tried_is_refused(checkpoints, tmp_path):
 def test_a_model_that_gives_no_numbers_is_an_error_and_not_a_perplexity(
     checkpoints, tmp_path, monkeypatch
 ):
-    tensors = tiny.load_tensors(checkpoints("mixtral", torch.bfloat16))
-    folder = tiny.write_checkpoint(tmp_path / "broken", "mixtral", torch.bfloat16)
+    tensors = load_tensors(checkpoints("mixtral", torch.bfloat16))
+    folder = write_checkpoint(tmp_path / "broken", "mixtral", torch.bfloat16)
     tensors["model.norm.weight"][3] = math.nan
-    tiny.save_tensors(folder, tensors)
+    save_tensors(folder, tensors)
     with pytest.raises(ReamStreamError, match="sequence 0 of drawn is not finite"):
         streamed(folder, some_tokens(), tmp_path / "work")
     assert list((tmp_path / "work").iterdir()) == []
@@ -286,7 +288,7 @@ def pruned(tmp_path_factory):
     """Give the demo checkpoint with half of its experts."""
     output = tmp_path_factory.mktemp("pruned") / "out"
     tokens = demo_tokens(8, 64)
-    return tiny.run(CHECKPOINT, output, tiny.settings(16, grouping="none"), tokens).output
+    return run(CHECKPOINT, output, settings(16, grouping="none"), tokens).output
 
 
 @torch.no_grad()
@@ -416,7 +418,7 @@ def test_the_errors_of_layers_are_those_of_transformers_layers(pruned, tmp_path)
     assert (len(steps), len(errors)) == (8, 4)
     inputs = [(tokens.input_ids_SL, tokens.attention_mask_SL)]
     original, compressed = (
-        tiny.forward_in_transformers(folder, torch.float32, inputs)[0].hidden
+        forward_in_transformers(folder, torch.float32, inputs)[0].hidden
         for folder in (CHECKPOINT, pruned)
     )
     mask_SL = tokens.attention_mask_SL.bool()
@@ -483,7 +485,7 @@ def write_wide(folder, layers):
     """Write a model whose layers can be seen in the process's memory."""
     config = AutoConfig.for_model(
         "qwen3_moe",
-        vocab_size=tiny.VOCABULARY,
+        vocab_size=VOCABULARY,
         hidden_size=256,
         moe_intermediate_size=128,
         num_hidden_layers=layers,

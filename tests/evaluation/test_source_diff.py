@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import quantized
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import add_mtp, load_tensors, read_config, save_tensors, scatter_tensors
+from tiny_families import MTP
+from tiny_runs import run, settings, some_tokens
 
 from ream_stream.evaluation.source_diff import against
 
@@ -20,9 +22,7 @@ def bad(output, source):
 @pytest.mark.parametrize("grouping", ["ream", "none"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "ernie4_5_moe"])
 def test_what_was_not_merged_is_the_source_byte_for_byte(name, grouping, checkpoints, tmp_path):
-    done = tiny.run(
-        checkpoints(name), tmp_path / "out", tiny.settings(grouping=grouping)
-    ).output
+    done = run(checkpoints(name), tmp_path / "out", settings(grouping=grouping)).output
     findings = list(against(done, checkpoints(name)))
     assert all(finding.ok for finding in findings)
     assert (made(findings) > 0) == (grouping == "ream")
@@ -39,17 +39,17 @@ def test_what_was_not_merged_is_the_source_byte_for_byte(name, grouping, checkpo
 )
 def test_it_does_not_matter_in_which_file_a_matrix_of_an_expert_is(name, checkpoints, tmp_path):
     whole = shutil.copytree(checkpoints(name), tmp_path / "whole")
-    if name in tiny.MTP:
-        tiny.add_mtp(whole, name)
+    if name in MTP:
+        add_mtp(whole, name)
     source = shutil.copytree(whole, tmp_path / "source")
-    tiny.scatter_tensors(source, tiny.load_tensors(whole))
-    wanted = tiny.settings(6, group_size=2)
-    done = tiny.run(source, tmp_path / "out", wanted).output
+    scatter_tensors(source, load_tensors(whole))
+    wanted = settings(6, group_size=2)
+    done = run(source, tmp_path / "out", wanted).output
     findings = list(against(done, source))
     assert all(finding.ok for finding in findings), findings
     assert made(findings) > 0
-    same = tiny.load_tensors(tiny.run(whole, tmp_path / "same", wanted).output)
-    have = tiny.load_tensors(done)
+    same = load_tensors(run(whole, tmp_path / "same", wanted).output)
+    have = load_tensors(done)
     assert have.keys() == same.keys()
     assert all(torch.equal(have[key], same[key]) for key in have)
 
@@ -59,9 +59,9 @@ def test_it_does_not_matter_in_which_file_a_matrix_of_an_expert_is(name, checkpo
 @pytest.mark.parametrize("dtype_out", ["keep", "bf16"])
 def test_nor_where_its_scales_are(name, dtype_out, tmp_path):
     source, _ = quantized.write(tmp_path, name, torch.float32)
-    tiny.scatter_tensors(source, tiny.load_tensors(source))
-    wanted = tiny.settings(6, group_size=2, dtype_out=dtype_out)
-    done = tiny.run(source, tmp_path / "out", wanted).output
+    scatter_tensors(source, load_tensors(source))
+    wanted = settings(6, group_size=2, dtype_out=dtype_out)
+    done = run(source, tmp_path / "out", wanted).output
     findings = list(against(done, source))
     assert all(finding.ok for finding in findings), findings
 
@@ -84,8 +84,8 @@ def test_down_projections_that_were_refitted_may_differ_and_nothing_else(
     name, changes, per_layer, checkpoints, tmp_path
 ):
     source = checkpoints(name, torch.float32)
-    wanted = tiny.settings(6, refit="down", **changes)
-    done = tiny.run(source, tmp_path / "out", wanted, tiny.some_tokens(20, 24))
+    wanted = settings(6, refit="down", **changes)
+    done = run(source, tmp_path / "out", wanted, some_tokens(20, 24))
     layers = done.manifest["layers"]
     refitted = [layer for layer in layers if layer["refitted"] and layer["refitted"]["penalty"]]
     assert refitted
@@ -98,7 +98,7 @@ def test_down_projections_that_were_refitted_may_differ_and_nothing_else(
 
 def test_one_flipped_bit_is_told_with_the_tensor(checkpoints, tmp_path):
     source = checkpoints("qwen3_moe")
-    done = tiny.run(source, tmp_path / "out", tiny.settings(grouping="none")).output
+    done = run(source, tmp_path / "out", settings(grouping="none")).output
     index = json.loads((done / "model.safetensors.index.json").read_bytes())["weight_map"]
     name = "model.layers.2.mlp.experts.0.up_proj.weight"
     tensors = load_file(done / index[name])
@@ -109,9 +109,7 @@ def test_one_flipped_bit_is_told_with_the_tensor(checkpoints, tmp_path):
 
 
 def test_another_source_is_refused(checkpoints, tmp_path):
-    done = tiny.run(
-        checkpoints("qwen3_moe"), tmp_path / "out", tiny.settings(grouping="none")
-    ).output
+    done = run(checkpoints("qwen3_moe"), tmp_path / "out", settings(grouping="none")).output
     assert "is not the checkpoint" in bad(done, checkpoints("olmoe"))[0]
 
 
@@ -122,7 +120,7 @@ def copy(checkpoints, tmp_path):
     shutil.copytree(checkpoints("qwen3_moe"), source)
     (source / "code").mkdir()
     (source / "code" / "template.jinja").write_text("{{ bos_token }}", encoding="utf-8")
-    return source, tiny.run(source, tmp_path / "out", tiny.settings()).output
+    return source, run(source, tmp_path / "out", settings()).output
 
 
 def test_a_copied_file_that_was_changed_or_lost_is_told(copy):
@@ -138,7 +136,7 @@ def test_a_copied_file_that_was_changed_or_lost_is_told(copy):
 
 def test_a_config_that_differs_in_more_than_counts_is_told(copy):
     source, done = copy
-    config = tiny.read_config(done)
+    config = read_config(done)
     del config["rms_norm_eps"]
     config["rope_theta_"] = None
     (done / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -150,11 +148,11 @@ def test_a_config_that_differs_in_more_than_counts_is_told(copy):
 
 def test_a_merged_tensor_of_another_dtype_is_told_though_its_bytes_are_new(copy):
     source, done = copy
-    tensors = tiny.load_tensors(done)
+    tensors = load_tensors(done)
     manifest = json.loads((done / "ream_stream.json").read_bytes())
     groups = manifest["layers"][0]["groups"]
     merged = next(n for n, group in enumerate(groups) if len(group) > 1)
     name = f"model.layers.0.mlp.experts.{merged}.up_proj.weight"
-    tiny.save_tensors(done, {**tensors, name: tensors[name].float()})
+    save_tensors(done, {**tensors, name: tensors[name].float()})
     (done / "model.safetensors.index.json").unlink(missing_ok=True)
     assert bad(done, source) == [f"{name} is F32, in the source BF16"]

@@ -5,9 +5,11 @@ import math
 import shutil
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import INDEX, load_tensors, save_tensors
+from tiny_parameters import families
+from tiny_runs import run, settings
 
 from ream_stream.checkpoint.formats import Modules
 from ream_stream.cli.demo import CHECKPOINT
@@ -23,7 +25,7 @@ from ream_stream.planning.serving_limits import serving_notes
 
 ALL = (*CHECKS, LOAD, RUN, *SHARD_CHECKS)
 
-INDEX, CONFIG = tiny.INDEX, "config.json"
+CONFIG = "config.json"
 EXPERTS = "model.layers.0.mlp.experts"
 """Of the first MoE layer of qwen3_moe."""
 NORM = "model.layers.0.input_layernorm.weight"
@@ -38,8 +40,8 @@ def outputs(checkpoints, tmp_path_factory):
         key = (name, experts, *fields.items())
         if key not in made:
             folder = tmp_path_factory.mktemp("outputs") / name
-            wanted = tiny.settings(experts, max_shard_bytes=30_000, **fields)
-            tiny.run(checkpoints(name, torch.bfloat16), folder, wanted)
+            wanted = settings(experts, max_shard_bytes=30_000, **fields)
+            run(checkpoints(name, torch.bfloat16), folder, wanted)
             shutil.rmtree(folder / ".ream-stream")
             made[key] = folder
         return made[key]
@@ -135,9 +137,9 @@ def change_tensors(change):
     """Rewrite the whole output as one shard, its index right, after `change` at its tensors."""
 
     def damage(folder):
-        tensors = tiny.load_tensors(folder)
+        tensors = load_tensors(folder)
         change(tensors)
-        tiny.save_tensors(folder, tensors)
+        save_tensors(folder, tensors)
 
     return damage
 
@@ -437,7 +439,7 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize("name", tiny.families())
+@pytest.mark.parametrize("name", families())
 def test_a_good_output_of_every_family_passes_every_check(outputs, name):
     findings = list(verify(outputs(name, 6), load=True, run=True))
     assert [finding for finding in findings if not finding.ok] == []

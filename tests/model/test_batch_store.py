@@ -1,8 +1,8 @@
 import re
 
 import pytest
-import tiny
 import torch
+from tiny_runs import SCHEDULE
 
 from ream_stream.compression.journal import Journal
 from ream_stream.compression.workspace import Workspace
@@ -120,7 +120,7 @@ def test_strays_of_a_killed_run_are_removed_and_look_alikes_stay(tmp_path):
         (workspace.scratch("mixer-0") / "zarr.json").write_text("{}")
         foreign = workspace.work / "scratch-My notes"
         foreign.mkdir()
-        workspace.remove_strays(Journal(fingerprint={}, schedule=tiny.SCHEDULE))
+        workspace.remove_strays(Journal(fingerprint={}, schedule=SCHEDULE))
         assert not workspace.scratch("mixer-0").exists()
         assert foreign.exists()
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-import tiny
 import torch
 from reports import StopAt, stop_when
 from safetensors.torch import load_file
+from tiny_checkpoints import load_tensors
+from tiny_runs import CPU, plan_for, run_plan, scheduled, settings, some_tokens
 
 from ream_stream.compression.journal import load
 from ream_stream.compression.pipeline import compress
@@ -29,19 +30,19 @@ def done(checkpoints, tmp_path_factory):
 
     @cache
     def give(name="qwen3_moe", blocks=1, batch=2, outputs="memory", *, padded=True, **fields):
-        tokens = tiny.some_tokens(5, 12, padded=padded)
-        wanted = tiny.settings(6, **fields)
-        plan = tiny.plan_for(checkpoints(name, torch.float32), tokens, wanted)
+        tokens = some_tokens(5, 12, padded=padded)
+        wanted = settings(6, **fields)
+        plan = plan_for(checkpoints(name, torch.float32), tokens, wanted)
         kept = {part: outputs if part == OUTPUTS else "memory" for part in (OUTPUTS, SUMS)}
         if outputs == "disk":
             kept[SUMS] = "disk"
         plan = replace(
-            tiny.scheduled(plan, batch_sequences=batch, expert_blocks=blocks),
+            scheduled(plan, batch_sequences=batch, expert_blocks=blocks),
             memory={**plan.memory, **{k: int(place == "memory") for k, place in kept.items()}},
             scratch={k: 1 for k, place in kept.items() if place == "disk"},
         )
         output = tmp_path_factory.mktemp("blocks") / "output"
-        return tiny.run_plan(plan, tokens, output)
+        return run_plan(plan, tokens, output)
 
     return give
 
@@ -59,8 +60,8 @@ def statistics(run):
 
 def assert_nearly_the_same(got, wanted):
     assert groups(got) == groups(wanted)
-    wanted = tiny.load_tensors(wanted.output)
-    for name, tensor in tiny.load_tensors(got.output).items():
+    wanted = load_tensors(wanted.output)
+    for name, tensor in load_tensors(got.output).items():
         assert (tensor - wanted[name]).norm() <= 1e-6 * wanted[name].norm(), name
 
 
@@ -104,8 +105,8 @@ def test_a_wrong_sum_would_be_seen(done, checkpoints, tmp_path, monkeypatch):
         experts._Sums, "add", lambda self, slot, weighted: add(self, slot, weighted * 1.0001)
     )
     whole = done()
-    plan = tiny.scheduled(whole.plan, expert_blocks=3)
-    off = tiny.run_plan(plan, whole.tokens, tmp_path / "output")
+    plan = scheduled(whole.plan, expert_blocks=3)
+    off = run_plan(plan, whole.tokens, tmp_path / "output")
     with pytest.raises(AssertionError):
         assert_nearly_the_same(off, whole)
 
@@ -122,7 +123,7 @@ def test_all_batches_are_run_through_a_block_before_the_next_is_read(
     def observed(blocks):
         """Return the experts that are loaded while layer 0 is observed, in order."""
         loaded.clear()
-        plan = tiny.scheduled(whole.plan, expert_blocks=blocks)
+        plan = scheduled(whole.plan, expert_blocks=blocks)
         output = tmp_path / f"output-{blocks}"
         workspace = Workspace(output=output, work=output / ".ream-stream")
         with workspace.locked(), pytest.raises(StopAt) as left:
@@ -130,7 +131,7 @@ def test_all_batches_are_run_through_a_block_before_the_next_is_read(
                 plan,
                 whole.tokens,
                 workspace,
-                device=tiny.CPU,
+                device=CPU,
                 report=stop_when(
                     lambda event: (
                         isinstance(event, Step)
@@ -153,9 +154,9 @@ def test_a_run_goes_on_with_the_blocks_it_began_with(done, tmp_path):
     with workspace.locked():
         leave = stop_when(lambda event: isinstance(event, LayerDone))
         with pytest.raises(StopAt):
-            compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, report=leave)
+            compress(whole.plan, whole.tokens, workspace, device=CPU, report=leave)
     assert load(workspace.journal).schedule.expert_blocks == 3
-    again = tiny.run_plan(tiny.scheduled(whole.plan, expert_blocks=1), whole.tokens, output)
+    again = run_plan(scheduled(whole.plan, expert_blocks=1), whole.tokens, output)
     assert again.files() == whole.files()
     assert not list((output / ".ream-stream").glob("scratch-*"))
 
@@ -189,9 +190,9 @@ def test_a_device_short_of_memory_gets_half_as_much_at_once(
     done, tmp_path, monkeypatch, times, batch
 ):
     whole = done(batch=4)
-    plan = tiny.scheduled(whole.plan, resident_experts=3)
+    plan = scheduled(whole.plan, resident_experts=3)
     short_of_memory(monkeypatch, 2, times)
-    again = tiny.run_plan(plan, whole.tokens, tmp_path / "output")
+    again = run_plan(plan, whole.tokens, tmp_path / "output")
     halved = [event for event in again.events if isinstance(event, BatchHalved)]
     assert [event.layer for event in halved] == [2] * times
     assert (halved[-1].batch_sequences, halved[-1].resident_experts) == (batch, 3 >> times)
@@ -203,15 +204,15 @@ def test_a_run_that_was_short_of_memory_goes_on_with_the_smaller_batch(
 ):
     whole = done(batch=4)
     short_of_memory(monkeypatch, 2, 1)
-    wanted = tiny.run_plan(whole.plan, whole.tokens, tmp_path / "wanted")
+    wanted = run_plan(whole.plan, whole.tokens, tmp_path / "wanted")
     short_of_memory(monkeypatch, 2, 1)
     output = tmp_path / "output"
     workspace = Workspace(output=output, work=output / ".ream-stream")
     with workspace.locked():
         leave = stop_when(lambda event: isinstance(event, BatchHalved))
         with pytest.raises(StopAt):
-            compress(whole.plan, whole.tokens, workspace, device=tiny.CPU, report=leave)
-    again = tiny.run_plan(whole.plan, whole.tokens, output)
+            compress(whole.plan, whole.tokens, workspace, device=CPU, report=leave)
+    again = run_plan(whole.plan, whole.tokens, output)
     assert again.files() == wanted.files()
 
 
@@ -219,4 +220,4 @@ def test_one_sequence_that_does_not_fit_the_device_ends_the_run(done, tmp_path, 
     whole = done(batch=4)
     short_of_memory(monkeypatch, 2, 9)
     with pytest.raises(OverBudgetError, match=r"layer 2 does not fit .*--sequence-length"):
-        tiny.run_plan(whole.plan, whole.tokens, tmp_path / "output")
+        run_plan(whole.plan, whole.tokens, tmp_path / "output")

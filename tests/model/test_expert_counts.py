@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
+from tiny_checkpoints import read_config
+from tiny_families import TINY
+from tiny_runs import forward_in_transformers, run, settings
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ream_stream.evaluation.source_diff import against
@@ -31,8 +33,8 @@ def test_each_key_that_a_class_reads_is_patched(name):
 
 def with_counts(folder, source, name, counts):
     shutil.copytree(source, folder)
-    config = tiny.read_config(folder)
-    del config[tiny.TINY[name].count_key]
+    config = read_config(folder)
+    del config[TINY[name].count_key]
     (folder / "config.json").write_text(json.dumps({**config, **counts}), encoding="utf-8")
     return folder
 
@@ -61,12 +63,12 @@ def test_an_output_loads_whichever_keys_told_the_count(
     checkpoints, tmp_path, name, counts, told
 ):
     folder = with_counts(tmp_path / "source", checkpoints(name), name, counts)
-    done = tiny.run(folder, tmp_path / "out", tiny.settings(6, grouping="none"))
-    config = tiny.read_config(done.output)
+    done = run(folder, tmp_path / "out", settings(6, grouping="none"))
+    config = read_config(done.output)
     assert {key: config[key] for key in COUNT_KEYS if key in config} == told
     findings = [*verify(done.output, load=True), *against(done.output, folder)]
     assert [finding.message for finding in findings if not finding.ok] == []
-    tiny.forward_in_transformers(done.output, torch.float32, [(done.tokens.input_ids_SL, None)])
+    forward_in_transformers(done.output, torch.float32, [(done.tokens.input_ids_SL, None)])
 
 
 def test_counts_of_layers_and_of_a_text_decoder_are_patched_and_other_numbers_are_not():
@@ -96,9 +98,9 @@ def test_a_count_that_was_left_is_told(checkpoints, tmp_path):
     folder = with_counts(
         tmp_path / "source", checkpoints("mixtral"), "mixtral", {"num_local_experts": 8}
     )
-    done = tiny.run(folder, tmp_path / "out", tiny.settings(6, grouping="none"))
+    done = run(folder, tmp_path / "out", settings(6, grouping="none"))
     path = done.output / "config.json"
-    config = {**tiny.read_config(done.output), "n_routed_experts": 8}
+    config = {**read_config(done.output), "n_routed_experts": 8}
     path.write_text(json.dumps(config), encoding="utf-8")
     bad = [finding.message for finding in verify(done.output, scan=False) if not finding.ok]
     assert bad == ["config.json says n_routed_experts=8, the manifest that 6 of them are kept"]

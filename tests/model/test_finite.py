@@ -4,13 +4,16 @@ import json
 import shutil
 
 import pytest
-import tiny
+import tiny_runs
 import torch
-from tiny import settings, some_tokens
+from tiny_checkpoints import load_tensors, save_tensors
+from tiny_families import EXPERTS
+from tiny_runs import plan_for, run_plan, scheduled, settings, some_tokens
 
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.compression import journal, layer, observer, refit_layer
 from ream_stream.compression.refit_activations import held_back
+from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import NumbersError
 from ream_stream.events import LayerDone
 from ream_stream.method.grouping import GROUPINGS
@@ -26,9 +29,9 @@ def copy(checkpoints, tmp_path):
 
     def give(name, change):
         source = shutil.copytree(checkpoints(name), tmp_path / "source")
-        tensors = tiny.load_tensors(source)
+        tensors = load_tensors(source)
         change(tensors)
-        tiny.save_tensors(source, tensors)
+        save_tensors(source, tensors)
         return source
 
     return give
@@ -51,11 +54,11 @@ def test_weights_that_are_no_numbers_are_named_and_what_was_done_stays(
     with pytest.raises(
         NumbersError, match=f"{name} in .*model.safetensors holds NaN"
     ) as caught:
-        tiny.run(source, tmp_path / "out", settings())
+        tiny_runs.run(source, tmp_path / "out", settings())
     assert caught.value.exit_status == 1
     index = int(name.split(".")[2]) if "layers" in name else 0
     assert f"(found at layer {index})" in str(caught.value)
-    workspace = tiny.Workspace(output=tmp_path / "out", work=tmp_path / "out" / ".ream-stream")
+    workspace = Workspace(output=tmp_path / "out", work=tmp_path / "out" / ".ream-stream")
     assert len(journal.load(workspace.journal).layers) == index
 
 
@@ -98,8 +101,8 @@ class Overflowing:
 
 def in_threes(source, tokens, **wanted):
     """Plan a run of batches of three sequences."""
-    plan = tiny.plan_for(source, tokens, settings(**wanted))
-    return tiny.scheduled(plan, batch_sequences=3)
+    plan = plan_for(source, tokens, settings(**wanted))
+    return scheduled(plan, batch_sequences=3)
 
 
 @pytest.mark.parametrize("sequential", [True, False])
@@ -113,7 +116,7 @@ def test_a_sequence_that_overflows_counts_no_more_and_the_others_as_if_it_were_n
     plan = in_threes(source, tokens, **wanted)
     with monkeypatch.context() as patch:
         Overflowing(patch, [(0, 4)], tokens)
-        done = tiny.run_plan(plan, tokens, tmp_path / "out")
+        done = run_plan(plan, tokens, tmp_path / "out")
     layers = [event for event in done.events if isinstance(event, LayerDone)]
     assert [event.excluded for event in layers] == [1, 1, 1]
     saved = json.loads((tmp_path / "out/.ream-stream/journal.json").read_text(encoding="utf-8"))
@@ -122,7 +125,7 @@ def test_a_sequence_that_overflows_counts_no_more_and_the_others_as_if_it_were_n
     rest = torch.arange(SEQUENCES) != 4
     fewer = {name: tensor[rest] for name, tensor in tokens.tensors().items()}
     fewer = from_tensors(fewer, description="fewer")
-    plain = tiny.run_plan(in_threes(source, fewer, **wanted), fewer, tmp_path / "fewer")
+    plain = run_plan(in_threes(source, fewer, **wanted), fewer, tmp_path / "fewer")
     for with_it, without in zip(done.manifest["layers"], plain.manifest["layers"], strict=True):
         assert with_it["groups"] == without["groups"]
         assert with_it["saliency"] == pytest.approx(without["saliency"], rel=1e-5)
@@ -131,7 +134,7 @@ def test_a_sequence_that_overflows_counts_no_more_and_the_others_as_if_it_were_n
 @pytest.mark.parametrize("held", [False, True], ids=["fitted", "held back"])
 @pytest.mark.parametrize(
     ("experts", "sequential", "target"),
-    [(tiny.EXPERTS, True, "layer"), (6, False, "layer"), (tiny.EXPERTS, True, "trajectory")],
+    [(EXPERTS, True, "layer"), (6, False, "layer"), (EXPERTS, True, "trajectory")],
     ids=["source", "compressed", "trajectory"],
 )
 def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
@@ -145,11 +148,11 @@ def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
     plan = in_threes(source, tokens, **wanted)
     with monkeypatch.context() as patch:
         Overflowing(patch, [(0, bad)], tokens, experts=experts)
-        done = tiny.run_plan(plan, tokens, tmp_path / "out")
+        done = run_plan(plan, tokens, tmp_path / "out")
     rest = torch.arange(SEQUENCES) != bad
     fewer = from_tensors({"input_ids": tokens.input_ids_SL[rest]}, description="fewer")
     monkeypatch.setattr(refit_layer, "held_back", lambda *_: held_S[rest])
-    plain = tiny.run_plan(in_threes(source, fewer, **wanted), fewer, tmp_path / "fewer")
+    plain = run_plan(in_threes(source, fewer, **wanted), fewer, tmp_path / "fewer")
     chosen = [[layer["groups"] for layer in run.manifest["layers"]] for run in (done, plain)]
     assert chosen[0] == chosen[1]
     told = [[e for e in run.events if isinstance(e, LayerDone)] for run in (done, plain)]
@@ -160,16 +163,16 @@ def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
             found, expected = (getattr(e.refitted, field) for e in (with_it, without))
             assert found == pytest.approx(expected, rel=1e-3), (field, with_it.layer)
     assert any(event.refitted.penalty for event in told[0])
-    ours, theirs = tiny.load_tensors(done.output), tiny.load_tensors(plain.output)
+    ours, theirs = load_tensors(done.output), load_tensors(plain.output)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_exclusions_are_the_same_after_a_stop(checkpoints, tmp_path, monkeypatch):
     tokens, source = some_tokens(SEQUENCES, 12), checkpoints("olmoe")
-    plan, save = in_threes(source, tokens), tiny.Workspace.save
+    plan, save = in_threes(source, tokens), Workspace.save
     Overflowing(monkeypatch, [(0, 4), (1, 7)], tokens)
-    whole = tiny.run_plan(plan, tokens, tmp_path / "whole")
+    whole = run_plan(plan, tokens, tmp_path / "whole")
 
     def stop(workspace, saved):
         save(workspace, saved)
@@ -177,10 +180,10 @@ def test_exclusions_are_the_same_after_a_stop(checkpoints, tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiny.Workspace, "save", stop)
+        patch.setattr(Workspace, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            tiny.run_plan(plan, tokens, tmp_path / "out")
-    again = tiny.run_plan(plan, tokens, tmp_path / "out")
+            run_plan(plan, tokens, tmp_path / "out")
+    again = run_plan(plan, tokens, tmp_path / "out")
     assert again.files() == whole.files()
     assert [e.excluded for e in again.events if isinstance(e, LayerDone)] == [2, 2]
 
@@ -192,7 +195,7 @@ def test_more_than_a_tenth_of_the_sequences_is_fatal(checkpoints, tmp_path, monk
     with pytest.raises(
         NumbersError, match=r"layer 2: .* 3 of 20 calibration sequences"
     ) as caught:
-        tiny.run_plan(plan, tokens, tmp_path / "out")
+        run_plan(plan, tokens, tmp_path / "out")
     assert "the first is number 4" in str(caught.value)
 
 
@@ -206,7 +209,7 @@ def test_statistics_that_are_no_numbers_stop_the_run(checkpoints, tmp_path, monk
 
     monkeypatch.setattr(layer, "mean_outputs", spoiled)
     with pytest.raises(NumbersError, match="layer 0: the mean output of expert 5 is not"):
-        tiny.run(checkpoints("olmoe"), tmp_path / "out", settings())
+        tiny_runs.run(checkpoints("olmoe"), tmp_path / "out", settings())
 
 
 def test_a_merge_that_overflows_stops_the_run(checkpoints, tmp_path, monkeypatch):
@@ -223,7 +226,7 @@ def test_a_merge_that_overflows_stops_the_run(checkpoints, tmp_path, monkeypatch
 
     monkeypatch.setattr(layer, "layer_content", spoiled)
     with pytest.raises(NumbersError, match="layer 0: merging makes numbers of model"):
-        tiny.run(checkpoints("olmoe"), tmp_path / "out", settings())
+        tiny_runs.run(checkpoints("olmoe"), tmp_path / "out", settings())
 
 
 def never_picked(tensors):
@@ -250,11 +253,11 @@ CHOICES += [("olmoe", all_alike, {"grouping": name}) for name in sorted(GROUPING
 def test_experts_that_no_token_reaches_or_that_are_all_alike_give_a_model_that_loads(
     copy, tmp_path, name, change, choice
 ):
-    done = tiny.run(copy(name, change), tmp_path / "out", settings(**choice))
+    done = tiny_runs.run(copy(name, change), tmp_path / "out", settings(**choice))
     for number in done.manifest["layers"]:
         assert all(value >= 0 for value in number["saliency"])
         assert sorted(expert for group in number["groups"] for expert in group) == [
-            *range(tiny.EXPERTS)
+            *range(EXPERTS)
         ] or choice == {"grouping": "none"}
-    tensors = tiny.load_tensors(done.output)
+    tensors = load_tensors(done.output)
     assert all(tensor.isfinite().all() for tensor in tensors.values())

@@ -10,14 +10,23 @@ from functools import cache
 
 import pytest
 import quantized
-import tiny
 import torch
 from safetensors.torch import load_file
 from test_activation_memory import LENGTH, SEQUENCES, Really
 from test_pipeline import by_expert, groups_by_layer, output_in_transformers, same_bits
 from test_pipeline import sliced_by_hand as sliced
 from test_wrappers import write as write_wrapper
-from tiny import CPU, forward_streamed, run, settings, some_tokens
+from tiny_checkpoints import (
+    INDEX,
+    add_mtp,
+    load_tensors,
+    read_config,
+    save_tensors,
+    write_checkpoint,
+)
+from tiny_families import BESIDE, EXPERTS, MTP, TINY
+from tiny_parameters import mtp_families
+from tiny_runs import CPU, forward_streamed, run, settings, some_tokens
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
@@ -33,7 +42,7 @@ from ream_stream.model.mtp import WIRINGS, without_mtp
 from ream_stream.model.streamed_model import Batch, StreamedModel
 from ream_stream.planning.activation_memory import Footprints
 
-FAMILIES = tiny.mtp_families()
+FAMILIES = mtp_families()
 SLOW = pytest.mark.slow
 KEEP = 6
 
@@ -45,7 +54,7 @@ def source(tmp_path_factory):
     @cache
     def give(name):
         folder = tmp_path_factory.mktemp("sources") / name
-        tiny.add_mtp(tiny.write_checkpoint(folder, name, torch.bfloat16), name)
+        add_mtp(write_checkpoint(folder, name, torch.bfloat16), name)
         return folder
 
     return give
@@ -88,16 +97,16 @@ class Published:
 def decoder_alone(folder, into):
     """Write a checkpoint without its multi-token-prediction layer."""
     shutil.copytree(folder, into)
-    tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
+    tensors, config = load_tensors(folder), read_config(folder)
     gone = find_mtp(tensors, config)
-    tiny.save_tensors(into, {key: t for key, t in tensors.items() if key not in gone})
+    save_tensors(into, {key: t for key, t in tensors.items() if key not in gone})
     return into
 
 
 def block_alone(folder, into, last):
     """Write the layer's decoder block as the only layer of a model."""
     decoder_alone(folder, into)
-    tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
+    tensors, config = load_tensors(folder), read_config(folder)
     block = {key: t for key, t in tensors.items() if not key.startswith("model.layers.")}
     for start in ("mtp.layers.0.", f"model.layers.{last}."):
         block |= {
@@ -106,7 +115,7 @@ def block_alone(folder, into, last):
             if key.startswith(start)
         }
     beside = ("mtp.", *(f"model.layers.0.{p}" for p in ("e", "hn", "shared_head")))
-    tiny.save_tensors(into, {k: t for k, t in block.items() if not k.startswith(beside)})
+    save_tensors(into, {k: t for k, t in block.items() if not k.startswith(beside)})
     config |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "mlp_only_layers": []}
     one = {"mlp_layer_types": ["sparse"], "indexer_types": ["full"]}
     if "layer_types" in config:
@@ -131,9 +140,9 @@ def published(folder, name, tokens, tmp_path):
     """Compute the layer as the published code does, in plain torch around transformers."""
     if name == "deepseek_v4":
         return published_of_states(folder, tokens, tmp_path)
-    tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
+    tensors, config = load_tensors(folder), read_config(folder)
     last, qwen = config["num_hidden_layers"], name.startswith("qwen")
-    beside = name in tiny.BESIDE
+    beside = name in BESIDE
     ids_BL, mask_BL = tokens.input_ids_SL, tokens.attention_mask_SL
     trunk = load(decoder_alone(folder, tmp_path / "decoder"))
     hidden_BLH = trunk.model(ids_BL, mask_BL, use_cache=False).last_hidden_state
@@ -169,7 +178,7 @@ def published(folder, name, tokens, tmp_path):
 
 def published_of_states(folder, tokens, tmp_path):
     """The same of a family whose layers pass several states of a token on."""
-    tensors, config = tiny.load_tensors(folder), tiny.read_config(folder)
+    tensors, config = load_tensors(folder), read_config(folder)
     ids_BL, mask_BL = tokens.input_ids_SL, tokens.attention_mask_SL
     trunk, seen = load(decoder_alone(folder, tmp_path / "decoder")), []
     trunk.model.layers[-1].register_forward_hook(lambda _m, _a, output: seen.append(output))
@@ -193,7 +202,7 @@ def published_of_states(folder, tokens, tmp_path):
         for key, tensor in tensors.items()
         if not key.startswith(others)
     }
-    tiny.save_tensors(alone, block)
+    save_tensors(alone, block)
     config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
     config["mlp_layer_types"] = ["moe"]
     (alone / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -283,11 +292,11 @@ def test_what_leaves_it_is_what_transformers_drafts_from(source, tmp_path, name)
 def test_its_experts_are_merged_to_the_same_number_under_their_names(source, ream, name):
     done = ream(name)
     good(done.output, source(name))
-    last = tiny.read_config(done.output)["num_hidden_layers"]
+    last = read_config(done.output)["num_hidden_layers"]
     assert max(groups_by_layer(done)) == last
     groups = groups_by_layer(done)
     before, after = (
-        as_last(tiny.load_tensors(folder), last) for folder in (source(name), done.output)
+        as_last(load_tensors(folder), last) for folder in (source(name), done.output)
     )
     want, have = by_expert(sliced(name, before, groups)), by_expert(after)
     assert have.keys() == want.keys()
@@ -302,10 +311,10 @@ def test_its_experts_are_merged_to_the_same_number_under_their_names(source, rea
     assert any(layer == str(last) for layer, _ in merged)
     changed = {
         key
-        for key, value in tiny.read_config(source(name)).items()
-        if tiny.read_config(done.output)[key] != value
+        for key, value in read_config(source(name)).items()
+        if read_config(done.output)[key] != value
     }
-    assert changed == {tiny.TINY[name].count_key}
+    assert changed == {TINY[name].count_key}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -313,13 +322,13 @@ def test_pruning_it_is_slicing_and_keeping_all_changes_no_byte(source, pruned, t
     done = pruned(name)
     last = done.plan.layers[-1].keys.index
     before, after = (
-        as_last(tiny.load_tensors(folder), last) for folder in (source(name), done.output)
+        as_last(load_tensors(folder), last) for folder in (source(name), done.output)
     )
     want = sliced(name, before, groups_by_layer(done))
     assert after.keys() == want.keys()
     assert all(same_bits(after[key], want[key]) for key in want)
-    whole = run(source(name), tmp_path / "whole", settings(tiny.EXPERTS))
-    have, want = tiny.load_tensors(whole.output), tiny.load_tensors(source(name))
+    whole = run(source(name), tmp_path / "whole", settings(EXPERTS))
+    have, want = load_tensors(whole.output), load_tensors(source(name))
     assert have.keys() == want.keys()
     assert all(same_bits(have[key], want[key]) for key in want)
 
@@ -332,7 +341,7 @@ def test_its_saliency_is_of_the_tokens_that_have_a_next_one(source, pruned, tmp_
     keep_T = mask_without_next(tokens).attention_mask_SL.reshape(-1).bool()
     assert int(keep_T.sum()) == 4 * 11 - 4 - 3
     record = done.manifest["layers"][-1]
-    for expert in range(tiny.EXPERTS):
+    for expert in range(EXPERTS):
         token, slot = (index_TK[keep_T] == expert).nonzero(as_tuple=True)
         x = x_TH[keep_T][token].double()
         norm = output_in_transformers(module, expert, x).norm(dim=1)
@@ -357,10 +366,10 @@ def test_the_decoder_runs_as_if_it_were_not_there(source, tmp_path, name):
 @pytest.mark.parametrize("name", ["deepseek_v3-fp8", "deepseek_v4-fp4"])
 def test_a_quantized_one_keeps_its_format(tmp_path, name):
     coded, _ = quantized.write(tmp_path, name, torch.float32)
-    added = tiny.add_mtp(coded, quantized.PUBLISHED[name].family)
+    added = add_mtp(coded, quantized.PUBLISHED[name].family)
     done = run(coded, tmp_path / "out", settings(KEEP))
     good(done.output, coded)
-    before, after = tiny.load_tensors(coded), tiny.load_tensors(done.output)
+    before, after = load_tensors(coded), load_tensors(done.output)
     assert {after[key].dtype for key in added & after.keys()} == {
         before[key].dtype for key in added
     }
@@ -371,13 +380,13 @@ def test_a_quantized_one_keeps_its_format(tmp_path, name):
 def test_one_beside_a_wrapped_decoder_is_compressed_with_it(tmp_path):
     folder = write_wrapper(tmp_path / "source", "qwen3_5_moe")
     path = "model.language_model.layers"
-    added = tiny.add_mtp(folder, "qwen3_5_moe_text", path=path)
+    added = add_mtp(folder, "qwen3_5_moe_text", path=path)
     done = run(folder, tmp_path / "out", settings(KEEP))
     good(done.output, folder)
     assert max(groups_by_layer(done)) == 3
     numbers = {
         key.split(".")[5]
-        for key in added & tiny.load_tensors(done.output).keys()
+        for key in added & load_tensors(done.output).keys()
         if ".experts." in key
     }
     assert numbers == {str(number) for number in range(KEEP)}
@@ -420,11 +429,9 @@ def test_its_memory_is_planned_as_a_layers_is(source, name):
 
 def test_shards_hold_and_the_index_names_all_of_it(source, tmp_path):
     done = run(source("glm4_moe"), tmp_path / "out", settings(KEEP, max_shard_bytes=20_000))
-    weight_map = json.loads((done.output / tiny.INDEX).read_text(encoding="utf-8"))[
-        "weight_map"
-    ]
-    assert weight_map.keys() == tiny.load_tensors(done.output).keys()
-    own = find_mtp(weight_map, tiny.read_config(done.output))
+    weight_map = json.loads((done.output / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    assert weight_map.keys() == load_tensors(done.output).keys()
+    own = find_mtp(weight_map, read_config(done.output))
     shards = {weight_map[name] for name in own}
     assert len(shards) > 1
     assert shards.isdisjoint(weight_map[name] for name in weight_map.keys() - own)
@@ -434,10 +441,10 @@ def test_shards_hold_and_the_index_names_all_of_it(source, tmp_path):
 def test_dropped_it_is_in_neither_tensors_nor_config(source, tmp_path, name):
     folder = source(name)
     done = run(folder, tmp_path / "out", settings(mtp="drop"))
-    have, config = tiny.load_tensors(done.output), tiny.read_config(done.output)
+    have, config = load_tensors(done.output), read_config(done.output)
     assert not find_mtp(have, config)
     key = "mtp_num_hidden_layers" if name.startswith("qwen") else "num_nextn_predict_layers"
-    assert (tiny.read_config(folder)[key], config[key]) == (1, 0)
+    assert (read_config(folder)[key], config[key]) == (1, 0)
     good(done.output, folder)
     load(done.output)
 
@@ -453,24 +460,24 @@ def test_dropped_it_is_in_neither_tensors_nor_config(source, tmp_path, name):
 )
 def test_what_is_not_known_is_refused_by_name(checkpoints, tmp_path, name, place, message):
     folder = shutil.copytree(checkpoints(name), tmp_path / "source")
-    tensors = tiny.load_tensors(folder)
+    tensors = load_tensors(folder)
     layer = f"model.layers.{2 if name == 'qwen3_moe' else 1}."
     extra = {
         key.replace(layer, place): tensor.clone()
         for key, tensor in tensors.items()
         if key.startswith(layer)
     }
-    tiny.save_tensors(folder, {**tensors, **extra})
+    save_tensors(folder, {**tensors, **extra})
     with pytest.raises(UnsupportedModelError, match=f"{message}.* --mtp drop"):
         run(folder, tmp_path / "out", settings(KEEP))
     assert not (tmp_path / "out" / "config.json").exists()
     done = run(folder, tmp_path / "dropped", settings(KEEP, mtp="drop"))
-    assert not set(extra) & set(tiny.load_tensors(done.output))
+    assert not set(extra) & set(load_tensors(done.output))
 
 
 def test_compressed_keys_there_are_refused(source, tmp_path):
     folder = shutil.copytree(source("deepseek_v4"), tmp_path / "source")
-    config = tiny.read_config(folder) | {"compress_ratios": [4, 0, 128, 4]}
+    config = read_config(folder) | {"compress_ratios": [4, 0, 128, 4]}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UnsupportedModelError, match=r"compress_ratios .* --mtp drop"):
         run(folder, tmp_path / "out", settings(KEEP))
@@ -478,20 +485,20 @@ def test_compressed_keys_there_are_refused(source, tmp_path):
 
 def test_a_second_one_is_refused(source, tmp_path):
     folder = shutil.copytree(source("deepseek_v3"), tmp_path / "source")
-    tensors = tiny.load_tensors(folder)
+    tensors = load_tensors(folder)
     second = {
         key.replace("layers.3.", "layers.4."): tensor.clone()
         for key, tensor in tensors.items()
         if "layers.3." in key
     }
-    tiny.save_tensors(folder, {**tensors, **second})
+    save_tensors(folder, {**tensors, **second})
     with pytest.raises(UnsupportedModelError, match="there are 2 of them"):
         run(folder, tmp_path / "out", settings(KEEP))
 
 
 def test_embeddings_of_its_own_are_refused(source, tmp_path):
     folder = shutil.copytree(source("qwen3_next"), tmp_path / "source")
-    config = tiny.read_config(folder) | {"mtp_use_dedicated_embeddings": True}
+    config = read_config(folder) | {"mtp_use_dedicated_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UnsupportedModelError, match="embeddings of its own"):
         run(folder, tmp_path / "out", settings(KEEP))
@@ -517,4 +524,4 @@ def test_layers_after_the_last_are_found_and_others_are_not():
 
 
 def test_every_known_family_is_tried():
-    assert set(WIRINGS) - set(tiny.MTP) == {"kimi_k2"}  # deepseek_v3 by another name
+    assert set(WIRINGS) - set(MTP) == {"kimi_k2"}  # deepseek_v3 by another name

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
-from tiny import CPU
+from tiny_checkpoints import read_config
+from tiny_runs import CPU, forward_in_transformers, forward_streamed, run, settings
 
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import UnsupportedModelError
@@ -60,7 +60,7 @@ def published_now(kind, names=()):
 
 def with_config(folder, source, changes):
     shutil.copytree(source, folder)
-    config = {**tiny.read_config(folder), **changes}
+    config = {**read_config(folder), **changes}
     if "rope_scaling" in changes:
         del config["rope_parameters"]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -108,9 +108,9 @@ def test_no_batch_is_run_otherwise_because_of_those_before(
 ):
     folder = with_config(tmp_path / "source", checkpoints(name, torch.float32), changes)
     inputs = batches()
-    streamed = tiny.forward_streamed(folder, torch.float32, inputs)
+    streamed = forward_streamed(folder, torch.float32, inputs)
     for ours, batch in zip(streamed, inputs, strict=True):
-        [theirs] = tiny.forward_in_transformers(folder, torch.float32, [batch])
+        [theirs] = forward_in_transformers(folder, torch.float32, [batch])
         length = batch[0].shape[1]
         for our, their in zip(ours.hidden, theirs.hidden, strict=True):
             assert torch.equal(our, their), length
@@ -125,5 +125,5 @@ def test_a_scaling_that_transformers_cannot_run_is_refused_in_a_sentence(checkpo
     changes["rope_parameters"]["long_factor"] = [2.0] * 7
     folder = with_config(tmp_path / "source", checkpoints("qwen3_moe"), changes)
     with pytest.raises(UnsupportedModelError, match="cannot run layer 0 of the model"):
-        tiny.run(folder, tmp_path / "out", tiny.settings())
+        run(folder, tmp_path / "out", settings())
     assert not (tmp_path / "out").exists()

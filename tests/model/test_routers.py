@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import pytest
-import tiny
 import torch
-from tiny import CPU, EXPERTS, TINY
+from tiny_checkpoints import load_tensors, read_config, save_tensors, write_checkpoint
+from tiny_families import EXPERTS, TINY
+from tiny_parameters import families
+from tiny_runs import CPU, routed_to, same_in, some_tokens
 from transformers import AutoModelForCausalLM
 
 from ream_stream.checkpoint.reader import open_checkpoint
@@ -22,7 +24,7 @@ from ream_stream.model.streamed_model import Batch, StreamedModel
 HUGE = 1e4
 TWINS = ((0, 1), (2, 3), (4, 6))
 """Experts that a router cannot tell apart; the last two have huge logits."""
-TOKENS = tiny.some_tokens()
+TOKENS = some_tokens()
 GIVEN = {"gemma4_text"}
 SCALING = {"llama4_text"}
 SIGMOID = {
@@ -34,8 +36,8 @@ SIGMOID = {
 
 def twisted(folder, name):
     """Write a checkpoint of a family whose routers meet ties and huge logits."""
-    tiny.write_checkpoint(folder, name, torch.float32)
-    tensors = tiny.load_tensors(folder)
+    write_checkpoint(folder, name, torch.float32)
+    tensors = load_tensors(folder)
     for key, tensor in tensors.items():
         if not key.endswith(TINY[name].routers):
             continue
@@ -44,7 +46,7 @@ def twisted(folder, name):
             rows[4] *= HUGE
         for one, other in TWINS:
             rows[other] = rows[one]
-    tiny.save_tensors(folder, tensors)
+    save_tensors(folder, tensors)
     return folder
 
 
@@ -103,7 +105,7 @@ def seen_in_transformers(folder, ids_BL):
 
 def take(seen, experts, args):
     """Note what the experts module receives, and what each expert makes of every token."""
-    seen.hidden_TH, seen.index_TK, seen.weight_TK = tiny.routed_to(args)
+    seen.hidden_TH, seen.index_TK, seen.weight_TK = routed_to(args)
     tokens = len(seen.hidden_TH)
     if len(args) == 1:
         made_EH = experts.forward(seen.hidden_TH.repeat(EXPERTS, 1))
@@ -167,13 +169,13 @@ def score_of(name, logits_TE):
     return raised_TE / raised_TE.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("name", tiny.families())
+@pytest.mark.parametrize("name", families())
 def test_statistics_are_of_what_the_family_gives_its_experts(met, name):
     folder, tokens, own = met(name)
     streamed = heard_while_streaming(folder, tokens)
     assert len(own) == len(streamed) == 3 + (name == "qwen3_next") - len(TINY[name].dense)
     for theirs, (ours, observer) in zip(own, streamed, strict=True):
-        assert tiny.same_in(name, torch.float32)(ours.hidden_TH, theirs.hidden_TH)
+        assert same_in(name, torch.float32)(ours.hidden_TH, theirs.hidden_TH)
         assert torch.equal(ours.index_TK, theirs.index_TK)
         assert torch.equal(ours.weight_TK, theirs.weight_TK)
         assert ours.index_TK.shape[1] == TINY[name].top_k
@@ -199,13 +201,13 @@ def test_statistics_are_of_what_the_family_gives_its_experts(met, name):
         assert observer.gram.gram_EE.isfinite().all()
 
 
-@pytest.mark.parametrize("name", tiny.families())
+@pytest.mark.parametrize("name", families())
 def test_the_scores_are_those_that_the_family_weighs_its_experts_by(met, name):
     """So is the table's score function right: coefficients are in the ratio of the scores."""
     folder, _, own = met(name)
     for seen in own:
         scale_E = torch.as_tensor(seen.scale_E).expand(EXPERTS).double()
-        score_TE = family_of(tiny.read_config(folder)).score(seen.logits_TE).double() * scale_E
+        score_TE = family_of(read_config(folder)).score(seen.logits_TE).double() * scale_E
         score_TK = score_TE.gather(1, seen.index_TK)
         if name == "phimoe":  # each of the two is weighed among those near it
             continue
@@ -223,7 +225,7 @@ def test_the_scores_are_those_that_the_family_weighs_its_experts_by(met, name):
         )
 
 
-@pytest.mark.parametrize("name", tiny.families())
+@pytest.mark.parametrize("name", families())
 def test_the_twisted_routers_meet_ties_and_huge_logits(met, name):
     """What the tests above are worth."""
     _, _, own = met(name)

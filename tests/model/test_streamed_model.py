@@ -5,10 +5,20 @@ import re
 from importlib import import_module
 
 import pytest
-import tiny
 import torch
 import transformers
-from tiny import CPU, TINY, forward_in_transformers, forward_streamed
+from tiny_checkpoints import load_tensors, save_tensors, write_checkpoint
+from tiny_families import TINY
+from tiny_parameters import families, families_in
+from tiny_runs import (
+    CPU,
+    forward_in_transformers,
+    forward_streamed,
+    run,
+    same_in,
+    settings,
+    some_tokens,
+)
 from transformers.core_model_loading import rename_source_key
 
 from ream_stream.checkpoint.reader import open_checkpoint
@@ -19,7 +29,7 @@ from ream_stream.model import embeddings, meta_model
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.streamed_model import Batch, StreamedModel
 
-FAMILIES = tiny.families()
+FAMILIES = families()
 STORED_AND_RUN = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16-run-in-fp32": (torch.bfloat16, torch.float32),
@@ -43,7 +53,7 @@ def batches():
     yield "one padded on the left", ids_BL[:1], left_BL[2:3]
 
 
-@pytest.mark.parametrize(("name", "stored", "run_in"), tiny.families_in(STORED_AND_RUN))
+@pytest.mark.parametrize(("name", "stored", "run_in"), families_in(STORED_AND_RUN))
 def test_every_boundary_and_the_logits_have_the_bits_of_transformers(
     checkpoints, name, stored, run_in
 ):
@@ -52,7 +62,7 @@ def test_every_boundary_and_the_logits_have_the_bits_of_transformers(
     inputs = list(zip(*inputs, strict=True))
     full = forward_in_transformers(folder, run_in, inputs)
     streamed = forward_streamed(folder, run_in, inputs)
-    same = tiny.same_in(name, run_in)
+    same = same_in(name, run_in)
     for what, ours, theirs in zip(names, streamed, full, strict=True):
         assert theirs.logits.isfinite().all(), what
         for layer, (our, their) in enumerate(zip(ours.hidden, theirs.hidden, strict=True)):
@@ -62,8 +72,8 @@ def test_every_boundary_and_the_logits_have_the_bits_of_transformers(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_changed_column_of_one_expert_is_seen(checkpoints, tmp_path, name):
-    folder = tiny.write_checkpoint(tmp_path / "changed", name, torch.float32)
-    tensors = tiny.load_tensors(folder)
+    folder = write_checkpoint(tmp_path / "changed", name, torch.float32)
+    tensors = load_tensors(folder)
     last = max(set(range(4 if name == "qwen3_next" else 3)) - set(TINY[name].dense))
     ends = (
         "s.5.down_proj.weight",
@@ -74,13 +84,13 @@ def test_one_changed_column_of_one_expert_is_seen(checkpoints, tmp_path, name):
     (down,) = (key for key in tensors if f"layers.{last}." in key and key.endswith(ends))
     matrix = tensors[down][5] if tensors[down].dim() == 3 else tensors[down]
     (matrix.T if name == "gpt_oss" else matrix)[:, 3] *= 1.01
-    tiny.save_tensors(folder, tensors)
-    ids_BL = tiny.some_tokens().input_ids_SL
+    save_tensors(folder, tensors)
+    ids_BL = some_tokens().input_ids_SL
     [full] = forward_in_transformers(
         checkpoints(name, torch.float32), torch.float32, [(ids_BL, None)]
     )
     [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
-    same = tiny.same_in(name, torch.float32)
+    same = same_in(name, torch.float32)
     assert same(streamed.hidden[0], full.hidden[0])
     assert not same(streamed.hidden[-1], full.hidden[-1])
     assert not same(streamed.logits, full.logits)
@@ -88,7 +98,7 @@ def test_one_changed_column_of_one_expert_is_seen(checkpoints, tmp_path, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_dropped_mask_is_seen(checkpoints, name):
-    folder, tokens = checkpoints(name, torch.float32), tiny.some_tokens(padded=True)
+    folder, tokens = checkpoints(name, torch.float32), some_tokens(padded=True)
     ids_BL, mask_BL = tokens.input_ids_SL, tokens.attention_mask_SL
     [full] = forward_in_transformers(folder, torch.float32, [(ids_BL, mask_BL)])
     [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
@@ -142,7 +152,7 @@ def test_tensors_have_the_dtypes_transformers_runs_them_in(checkpoints, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_layer_run_twice_gives_the_same_and_leaves_its_input_alone(checkpoints, name):
     model = StreamedModel(open_checkpoint(checkpoints(name)), torch.float32, CPU)
-    tokens = tiny.some_tokens(padded=True)
+    tokens = some_tokens(padded=True)
     batch = Batch(input_ids_BL=tokens.input_ids_SL, attention_mask_BL=tokens.attention_mask_SL)
     with model.open_outside():
         hidden_BLH = None
@@ -176,7 +186,7 @@ def test_what_is_played_back_does_not_depend_on_the_experts(checkpoints, name):
 
 
 def test_the_output_matrix_can_be_used_in_pieces(checkpoints, monkeypatch):
-    folder, ids_BL = checkpoints("qwen3_moe"), tiny.some_tokens().input_ids_SL
+    folder, ids_BL = checkpoints("qwen3_moe"), some_tokens().input_ids_SL
     [full] = forward_in_transformers(folder, torch.float32, [(ids_BL, None)])
     # 64 rows of 32 numbers of 4 bytes: 7 rows a piece, the last of 1
     monkeypatch.setattr(embeddings, "HEAD_BYTES", 7 * 32 * 4)
@@ -187,21 +197,21 @@ def test_the_output_matrix_can_be_used_in_pieces(checkpoints, monkeypatch):
 @pytest.mark.parametrize(("hidden", "inner"), [(64, 32), (32, 64)])
 def test_stacks_with_inputs_as_rows_may_be_of_any_width(tmp_path, hidden, inner):
     widths = {"hidden_size": hidden, "intermediate_size": inner}
-    folder = tiny.write_checkpoint(tmp_path / "source", "gpt_oss", torch.bfloat16, **widths)
-    ids_BL = tiny.some_tokens().input_ids_SL
+    folder = write_checkpoint(tmp_path / "source", "gpt_oss", torch.bfloat16, **widths)
+    ids_BL = some_tokens().input_ids_SL
     [full] = forward_in_transformers(folder, torch.bfloat16, [(ids_BL, None)])
     [streamed] = forward_streamed(folder, torch.bfloat16, [(ids_BL, None)])
     assert torch.equal(streamed.logits, full.logits)
-    done = tiny.run(folder, tmp_path / "out", tiny.settings(4, refit="down"))
+    done = run(folder, tmp_path / "out", settings(4, refit="down"))
     findings = [*verify(done.output, load=True, run=True), *against(done.output, folder)]
     assert [finding.message for finding in findings if not finding.ok] == []
 
 
 def test_a_model_that_lacks_a_tensor_is_refused_by_its_name(tmp_path):
-    folder = tiny.write_checkpoint(tmp_path / "lacking", "mixtral", torch.bfloat16)
-    tensors = tiny.load_tensors(folder)
+    folder = write_checkpoint(tmp_path / "lacking", "mixtral", torch.bfloat16)
+    tensors = load_tensors(folder)
     del tensors["model.layers.1.self_attn.k_proj.weight"]
-    tiny.save_tensors(folder, tensors)
+    save_tensors(folder, tensors)
     with pytest.raises(DamagedError, match=r"layers\.1\.self_attn\.k_proj\.weight"):
         StreamedModel(open_checkpoint(folder), torch.float32, CPU)
 
@@ -210,10 +220,10 @@ def test_a_model_that_lacks_a_tensor_is_refused_by_its_name(tmp_path):
     "name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"]
 )
 def test_a_model_that_lacks_a_tensor_outside_the_layers_is_refused(tmp_path, name):
-    folder = tiny.write_checkpoint(tmp_path / "lacking", "mixtral", torch.bfloat16)
-    tensors = tiny.load_tensors(folder)
+    folder = write_checkpoint(tmp_path / "lacking", "mixtral", torch.bfloat16)
+    tensors = load_tensors(folder)
     del tensors[name]
-    tiny.save_tensors(folder, tensors)
+    save_tensors(folder, tensors)
     with pytest.raises(DamagedError, match=name):
         StreamedModel(open_checkpoint(folder), torch.float32, CPU)
 
@@ -227,22 +237,22 @@ def test_a_model_that_lacks_a_tensor_outside_the_layers_is_refused(tmp_path, nam
     ],
 )
 def test_a_tensor_of_another_shape_than_the_model_has_is_refused(tmp_path, name):
-    folder = tiny.write_checkpoint(tmp_path / "other", "mixtral", torch.bfloat16)
-    tensors = tiny.load_tensors(folder)
+    folder = write_checkpoint(tmp_path / "other", "mixtral", torch.bfloat16)
+    tensors = load_tensors(folder)
     tensors[name] = tensors[name][:-2].clone()
-    tiny.save_tensors(folder, tensors)
+    save_tensors(folder, tensors)
     with pytest.raises(DamagedError, match=name):
         StreamedModel(open_checkpoint(folder), torch.float32, CPU)
 
 
 def test_tied_embeddings_that_differ_are_both_used(checkpoints, tmp_path):
     """A config may say tied where the file has two tensors; transformers then keeps both."""
-    folder = tiny.write_checkpoint(tmp_path / "both", "ernie4_5_moe", torch.float32)
-    tensors = tiny.load_tensors(folder)
+    folder = write_checkpoint(tmp_path / "both", "ernie4_5_moe", torch.float32)
+    tensors = load_tensors(folder)
     assert "lm_head.weight" not in tensors
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
-    tiny.save_tensors(folder, tensors)
-    ids_BL = tiny.some_tokens().input_ids_SL
+    save_tensors(folder, tensors)
+    ids_BL = some_tokens().input_ids_SL
     [full] = forward_in_transformers(folder, torch.float32, [(ids_BL, None)])
     [streamed] = forward_streamed(folder, torch.float32, [(ids_BL, None)])
     assert torch.equal(streamed.logits, full.logits)
@@ -313,12 +323,12 @@ def test_the_familys_modules_are_what_the_streamed_experts_stand_in_for(checkpoi
 
 
 def test_experts_of_another_width_than_the_model_has_are_refused(tmp_path):
-    folder = tiny.write_checkpoint(tmp_path / "other", "mixtral", torch.bfloat16)
-    tensors = tiny.load_tensors(folder)
+    folder = write_checkpoint(tmp_path / "other", "mixtral", torch.bfloat16)
+    tensors = load_tensors(folder)
     for name in [name for name in tensors if ".experts." in name]:
         narrow = slice(None, -2)
         cut = tensors[name][:, narrow] if ".w2." in name else tensors[name][narrow]
         tensors[name] = cut.clone()
-    tiny.save_tensors(folder, tensors)
+    save_tensors(folder, tensors)
     with pytest.raises(DamagedError, match=r"w1\.weight has shape \(22, 32\)"):
         StreamedModel(open_checkpoint(folder), torch.float32, CPU)

@@ -4,10 +4,11 @@ import json
 from functools import cache
 
 import pytest
-import tiny
 import torch
 from test_pipeline import groups_by_layer, same_bits
-from tiny import forward_streamed, run, settings, some_tokens
+from tiny_checkpoints import load_tensors, read_config, save_tensors
+from tiny_families import FIRST_DENSE, LINEAR, SHAPE, TINY, TOP_K
+from tiny_runs import forward_streamed, run, same_in, settings, some_tokens
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -17,10 +18,10 @@ from ream_stream.evaluation.verify import verify
 from ream_stream.model.meta_model import build_skeleton
 
 TEXT = {
-    **tiny._SHAPE,
+    **SHAPE,
     "pad_token_id": 0,
     "moe_intermediate_size": 24,
-    "num_experts_per_tok": tiny.TOP_K,
+    "num_experts_per_tok": TOP_K,
 }
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 WRAPPERS = {
@@ -29,18 +30,18 @@ WRAPPERS = {
         "shared_expert_intermediate_size": 16,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "rope_parameters": {**ROTARY, "partial_rotary_factor": 1.0},
-        **tiny._LINEAR,
+        **LINEAR,
     },
     "qwen3_vl_moe": {"num_experts": 8, "rope_parameters": ROTARY},
     "gemma4": {
-        **tiny.TINY["gemma4_text"].config,
+        **TINY["gemma4_text"].config,
         "moe_intermediate_size": 24,
     },
     "llama4": {
-        **tiny.TINY["llama4_text"].config,
+        **TINY["llama4_text"].config,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
-    "kimi_k25": {"model_type": "deepseek_v3", **tiny.TINY["deepseek_v3"].config},
+    "kimi_k25": {"model_type": "deepseek_v3", **TINY["deepseek_v3"].config},
     "step3p7": {
         "n_routed_experts": 8,
         "mlp_layer_types": ["dense", "sparse", "sparse"],
@@ -51,7 +52,7 @@ WRAPPERS = {
         "moe_router_scaling_factor": 2.0,
     },
     "glm4v_moe": {
-        **tiny._FIRST_DENSE,
+        **FIRST_DENSE,
         "n_group": 1,
         "topk_group": 1,
         "rope_parameters": {**ROTARY, "partial_rotary_factor": 1.0},
@@ -108,7 +109,7 @@ def write(folder, name):
             if tensor.dim() > 1 and not key.endswith("inv_freq"):
                 tensor.copy_(0.3 * torch.randn(tensor.shape, generator=draw))
     model.save_pretrained(folder)
-    tensors = tiny.load_tensors(folder)
+    tensors = load_tensors(folder)
     if name == "kimi_k25":  # transformers 5.23 gives the decoder's layers another name
         tensors = {
             key.replace("model.blocks.", "model.layers."): t for key, t in tensors.items()
@@ -121,8 +122,8 @@ def write(folder, name):
             for key, t in tensors.items()
         }
     tensors["mtp.norm.weight"] = torch.ones(3)
-    tiny.save_tensors(folder, tensors)
-    values = tiny.read_config(folder)
+    save_tensors(folder, tensors)
+    values = read_config(folder)
     text = values["text_config"]
     for key in ("num_local_experts", "n_routed_experts"):
         if name in COUNT and key in text:
@@ -160,7 +161,7 @@ def test_the_text_decoder_of_a_wrapper_has_the_bits_of_the_whole(wrapper, name):
         inputs = [(tokens.input_ids_SL, mask_BL)]
         for dtype in (torch.float32, torch.bfloat16):
             want = logits_in_transformers(folder, dtype, *inputs[0])
-            same = tiny.same_in(name, dtype)
+            same = same_in(name, dtype)
             assert same(forward_streamed(folder, dtype, inputs)[0].logits, want)
 
 
@@ -171,12 +172,12 @@ def test_a_wrapper_is_compressed_and_all_but_its_decoder_copied(wrapper, tmp_pat
     findings = [*verify(done.output, load=True, run=True), *against(done.output, source)]
     assert [finding.message for finding in findings if not finding.ok] == []
     assert groups_by_layer(done)
-    want, have = tiny.load_tensors(source), tiny.load_tensors(done.output)
+    want, have = load_tensors(source), load_tensors(done.output)
     decoder = "model.layers." if name == "step3p7" else "language_model"
     rest = [key for key in want if ".layers." not in key or decoder not in key]
     assert {"mtp.norm.weight"} <= set(rest)
     assert all(same_bits(have[key], want[key]) for key in rest)
-    before, after = tiny.read_config(source), tiny.read_config(done.output)
+    before, after = read_config(source), read_config(done.output)
     changed = {k for k in before if before[k] != after[k]}
     assert changed == {"text_config"}
     text = {k for k, v in before["text_config"].items() if v != after["text_config"][k]}
@@ -185,7 +186,7 @@ def test_a_wrapper_is_compressed_and_all_but_its_decoder_copied(wrapper, tmp_pat
     ids_BL = done.tokens.input_ids_SL
     want = logits_in_transformers(done.output, torch.float32, ids_BL, None)
     ours = forward_streamed(done.output, torch.float32, [(ids_BL, None)])[0].logits
-    assert tiny.same_in(name, torch.float32)(ours, want)
+    assert same_in(name, torch.float32)(ours, want)
 
 
 def test_a_decoder_that_transformers_has_in_a_wrapper_alone_is_refused_without_it():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import CPU, TINY, some_tokens
+from tiny_families import TINY
+from tiny_runs import CPU, some_tokens
 
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.observer import Observer

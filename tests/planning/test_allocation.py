@@ -4,7 +4,8 @@ import re
 from dataclasses import replace
 
 import pytest
-import tiny
+from tiny_families import TOP_K
+from tiny_runs import SCHEDULE, settings
 
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import OverBudgetError
@@ -29,7 +30,7 @@ def plan_of(checkpoints, monkeypatch):
     def give(cache=1 << 40, ram=1 << 40, disk=None, vram=None, **options):
         monkeypatch.setattr(schedule, "available_bytes", lambda: cache)
         # comparing experts would take more than any batch of so small a model
-        wanted = tiny.settings(6, grouping="none")
+        wanted = settings(6, grouping="none")
         plan = planner.make_plan(
             checkpoint,
             wanted,
@@ -62,7 +63,7 @@ def test_a_layer_that_it_does_not_hold_is_cut_and_read_once_a_phase(plan_of):
     # 8 experts of 3 KiB in blocks that fill half of 20 kB
     assert plan.schedule.expert_blocks == 3
     tokens = SEQUENCES * LENGTH
-    assert plan.memory[NORMS] == 4 * tokens * tiny.TOP_K
+    assert plan.memory[NORMS] == 4 * tokens * TOP_K
     assert plan.memory[SUMS] == 4 * tokens * HIDDEN
     one, cut = (total(cost_of(each, cache_bytes=0).values()) for each in (whole, plan))
     # 2 layers of experts are observed in 16 batches, and the first, with 6, is propagated
@@ -153,7 +154,7 @@ def test_parts_of_device_memory_add_up_to_no_more_than_its_budget(plan_of):
 
 
 def begun(batch, blocks=1):
-    then = replace(tiny.SCHEDULE, batch_sequences=batch, expert_blocks=blocks)
+    then = replace(SCHEDULE, batch_sequences=batch, expert_blocks=blocks)
     return Begun(schedule=then, layers=0, written_bytes=0)
 
 
@@ -193,7 +194,7 @@ def test_padding_is_counted_where_there_is_some(plan_of):
 def test_experts_that_all_stay_are_not_compared(checkpoints):
     source = open_checkpoint(checkpoints("qwen3_moe"))
     merged, kept = (
-        planner.make_plan(source, tiny.settings(experts), 4, 12).memory for experts in (6, 8)
+        planner.make_plan(source, settings(experts), 4, 12).memory for experts in (6, 8)
     )
     # running an expert on the sample is more than any batch of so small a model
     assert merged["token sample"] > 0

@@ -5,10 +5,11 @@ import resource
 import shutil
 
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
+from tiny_checkpoints import load_tensors, save_tensors
+from tiny_runs import settings
 
 from ream_stream.__main__ import main
 from ream_stream.checkpoint.reader import open_checkpoint
@@ -34,7 +35,7 @@ FAMILIES = ["qwen3_moe", "deepseek_v3", "gpt_oss"]
 def planned(source):
     """Plan; return the plan or the error of ours that it ends in."""
     try:
-        return make_plan(open_checkpoint(source), tiny.settings(6), 4, 12)
+        return make_plan(open_checkpoint(source), settings(6), 4, 12)
     except ReamStreamError as error:
         return error
 
@@ -111,9 +112,9 @@ def test_what_transformers_raises_is_told_with_its_kind(copies, checkpoints):
 )
 def test_numbers_in_names_that_are_none_are_refused(checkpoints, tmp_path, capsys, number):
     source = shutil.copytree(checkpoints("mixtral"), tmp_path / "source")
-    tensors = tiny.load_tensors(source)
+    tensors = load_tensors(source)
     named = {n.replace("experts.1.", f"experts.{number}."): t for n, t in tensors.items()}
-    tiny.save_tensors(source, named)
+    save_tensors(source, named)
     capsys.readouterr()
     assert main(["plan", str(source), "--experts", "4"]) in {3, 10}
     assert capsys.readouterr().err.count("\n") == 1

@@ -5,8 +5,9 @@ from dataclasses import fields, replace
 
 import pytest
 import quantized
-import tiny
 import torch
+from tiny_families import TINY, TOP_K
+from tiny_runs import plan_for, run_plan, scheduled, settings, some_tokens
 
 from ream_stream.checkpoint.formats import Fp8Block
 from ream_stream.checkpoint.reader import open_checkpoint
@@ -25,7 +26,7 @@ EXPERT = 3 * 16 * 32
 def plan_of(checkpoints):
     def give(name="qwen3_moe", experts=6, **fields):
         checkpoint = open_checkpoint(checkpoints(name))
-        return make_plan(checkpoint, tiny.settings(experts, **fields), 4, 12)
+        return make_plan(checkpoint, settings(experts, **fields), 4, 12)
 
     return give
 
@@ -58,13 +59,13 @@ def test_a_layer_that_memory_cannot_hold_is_read_for_each_batch(plan_of):
 
 
 def test_experts_are_read_for_each_batch_if_neither_cache_nor_device_keeps_them(plan_of):
-    plan = tiny.scheduled(plan_of(), batch_sequences=1)
+    plan = scheduled(plan_of(), batch_sequences=1)
     entries, stacks = plan.source.entries, [layer.keys.stack for layer in plan.moe_layers]
     layers = [sum(entries[name].nbytes for name in stack.slots()) for stack in stacks]
     [each] = set(layers)
 
     def read(cache_bytes, resident=0):
-        kept = tiny.scheduled(plan, resident_experts=resident)
+        kept = scheduled(plan, resident_experts=resident)
         observe = cost_of(kept, cache_bytes=cache_bytes)["observe"]
         assert not observe.cached_bytes
         return observe.read_bytes
@@ -79,7 +80,7 @@ def test_experts_are_read_for_each_batch_if_neither_cache_nor_device_keeps_them(
 def test_operations_of_experts_are_those_of_routed_tokens(plan_of):
     work = cost_of(plan_of(), cache_bytes=PLENTY)
     tokens, moe = 4 * 12, 2
-    routed = 2 * EXPERT * tokens * tiny.TOP_K
+    routed = 2 * EXPERT * tokens * TOP_K
     assert work["observe"].expert_flop == moe * routed
     # the last layer leads to no other; the dense one in the middle has no experts
     assert work["propagate"].expert_flop == routed
@@ -100,7 +101,7 @@ def test_without_sequential_calibration_experts_run_once(plan_of):
     assert work["observe"].written_bytes > 0
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", TINY)
 def test_every_family_has_work_and_less_once_layers_are_committed(plan_of, name):
     plan = plan_of(name)
     left = [
@@ -161,12 +162,12 @@ def test_numbers_coded_are_those_that_a_run_codes(tmp_path, monkeypatch, dtype_o
 
         monkeypatch.setattr(Fp8Block, name, called)
 
-    tokens = tiny.some_tokens(16, 12)  # so many that every expert is sent some
-    wanted = tiny.settings(grouping="none", dtype_out=dtype_out, refit=refit)
-    plan = tiny.plan_for(coded, tokens, wanted)
+    tokens = some_tokens(16, 12)  # so many that every expert is sent some
+    wanted = settings(grouping="none", dtype_out=dtype_out, refit=refit)
+    plan = plan_for(coded, tokens, wanted)
     counting("decode")
     counting("encode")
-    done = tiny.run_plan(plan, tokens, tmp_path / "out")
+    done = run_plan(plan, tokens, tmp_path / "out")
     assert plan.num_batches == 1
     work = total(cost_of(plan, cache_bytes=PLENTY).values())
     assert work.decoded_numbers == counted["decode"]
@@ -178,8 +179,8 @@ def test_numbers_coded_are_those_that_a_run_codes(tmp_path, monkeypatch, dtype_o
 
 def test_merged_experts_are_encoded_and_stacks_once_for_codes_and_once_for_scales(tmp_path):
     coded, _ = quantized.write(tmp_path, "gpt_oss-mxfp4", torch.bfloat16)
-    plan = tiny.plan_for(coded, tiny.some_tokens(), tiny.settings(6, alignment="weights"))
-    work = cost_of(tiny.scheduled(plan, batch_sequences=1), cache_bytes=PLENTY)
+    plan = plan_for(coded, some_tokens(), settings(6, alignment="weights"))
+    work = cost_of(scheduled(plan, batch_sequences=1), cache_bytes=PLENTY)
     expert = 3 * 32 * 32
     numbers = {
         name: (each.decoded_numbers, each.encoded_numbers) for name, each in work.items()
@@ -206,15 +207,15 @@ def test_a_forecast_measures_the_machine_in_every_dtype(plan_of):
 
 
 def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
-    source, tokens = checkpoints("qwen3_moe"), tiny.some_tokens(20, 12)
+    source, tokens = checkpoints("qwen3_moe"), some_tokens(20, 12)
     counted = []
     for iterations in (1, 2):
-        wanted = tiny.settings(
+        wanted = settings(
             6, grouping="none", refit="down", refit_iterations=iterations, dtype="bfloat16"
         )
-        plan = tiny.plan_for(source, tokens, wanted)
+        plan = plan_for(source, tokens, wanted)
         # passes: what is gathered costs by the width of all experts
-        plan = tiny.scheduled(plan, solver=replace(plan.schedule.solver, gathered=False))
+        plan = scheduled(plan, solver=replace(plan.schedule.solver, gathered=False))
         counted.append(cost_of(plan, cache_bytes=1 << 30)["refit"])
     stack = plan.moe_layers[0].keys.stack
     slots = tokens.num_tokens * plan.top_k * len(plan.moe_layers)
@@ -223,7 +224,7 @@ def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
     assert counted[0].written_bytes == sum(
         shard.nbytes for layer in plan.moe_layers for shard in layer.shards
     )
-    plain = tiny.plan_for(source, tokens, tiny.settings(6, grouping="none"))
+    plain = plan_for(source, tokens, settings(6, grouping="none"))
     without = cost_of(plain, cache_bytes=1 << 30)
     assert without["refit"] == without["follow"] == Cost()
     # of three projections one is new to activations that were kept
@@ -234,9 +235,9 @@ def test_a_refit_is_counted_and_costs_more_with_more_iterations(checkpoints):
 
 
 def test_following_the_original_is_a_run_of_every_layer_more(checkpoints):
-    source, tokens = checkpoints("qwen3_moe"), tiny.some_tokens(20, 12)
-    wanted = tiny.settings(6, grouping="none", refit="down", refit_target="trajectory")
-    plan = tiny.plan_for(source, tokens, wanted)
+    source, tokens = checkpoints("qwen3_moe"), some_tokens(20, 12)
+    wanted = settings(6, grouping="none", refit="down", refit_target="trajectory")
+    plan = plan_for(source, tokens, wanted)
     counted = cost_of(plan, cache_bytes=1 << 30)
     assert counted["follow"].expert_flop == counted["observe"].expert_flop
     assert counted["follow"].written_bytes == (len(plan.layers) - 1) * plan.hidden_bytes

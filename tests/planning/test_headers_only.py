@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import tiny
+from tiny_checkpoints import read_config
 
 from ream_stream.__main__ import main
 from ream_stream.checkpoint.reader import open_checkpoint
@@ -106,7 +106,7 @@ def test_headers_can_be_copied_from_headers_and_the_tokenizer_comes_along(header
     names = sorted(path.name for path in headers.iterdir())
     assert "tokenizer.json" in names
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == names
-    assert tiny.read_config(tmp_path / "again") == tiny.read_config(headers)
+    assert read_config(tmp_path / "again") == read_config(headers)
 
 
 LARGE = {

@@ -3,8 +3,17 @@
 import json
 
 import pytest
-import tiny
+import torch
 from command_line import call
+from tiny_checkpoints import read_config, write_checkpoint
+from tiny_runs import (
+    forward_in_transformers,
+    forward_streamed,
+    plan_for,
+    run,
+    settings,
+    some_tokens,
+)
 
 from ream_stream.errors import UsageError
 from ream_stream.model.families import with_expert_count
@@ -69,14 +78,14 @@ def test_a_list_that_repeats_the_number_follows_it():
 
 
 def test_layers_that_send_tokens_to_different_numbers_of_experts(tmp_path):
-    folder = tiny.write_checkpoint(tmp_path / "source", "hunyuan_v1_moe", tiny.torch.bfloat16)
-    config = {**tiny.read_config(folder), "moe_topk": [2, 4, 3]}
+    folder = write_checkpoint(tmp_path / "source", "hunyuan_v1_moe", torch.bfloat16)
+    config = {**read_config(folder), "moe_topk": [2, 4, 3]}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UsageError, match="sends each token to 4 experts"):
-        tiny.plan_for(folder, tiny.some_tokens(), tiny.settings(3))
-    done = tiny.run(folder, tmp_path / "out", tiny.settings(6))
-    assert tiny.read_config(done.output)["moe_topk"] == [2, 4, 3]
+        plan_for(folder, some_tokens(), settings(3))
+    done = run(folder, tmp_path / "out", settings(6))
+    assert read_config(done.output)["moe_topk"] == [2, 4, 3]
     inputs = [(done.tokens.input_ids_SL, None)]
-    [full] = tiny.forward_in_transformers(done.output, tiny.torch.float32, inputs)
-    [streamed] = tiny.forward_streamed(done.output, tiny.torch.float32, inputs)
-    assert tiny.torch.equal(streamed.logits, full.logits)
+    [full] = forward_in_transformers(done.output, torch.float32, inputs)
+    [streamed] = forward_streamed(done.output, torch.float32, inputs)
+    assert torch.equal(streamed.logits, full.logits)

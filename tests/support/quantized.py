@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import plain_formats
-import tiny
 import torch
+from tiny_checkpoints import load_tensors, read_config, save_tensors, unfused, write_checkpoint
+from tiny_families import TINY
 
 from ream_stream.checkpoint.formats import Codec, Fp8Block, Fp8Scaled, Int4, Mxfp4, Nvfp4
 
@@ -148,11 +149,11 @@ PUBLISHED: Mapping[str, Published] = {
 def write(folder: Path, name: str, dtype: torch.dtype) -> tuple[Path, Path]:
     """Write a quantized checkpoint, and one of its floats in `dtype`; return both folders."""
     published = PUBLISHED[name]
-    plain = tiny.write_checkpoint(folder / "floats", published.family, dtype)
-    coded = tiny.write_checkpoint(folder / "coded", published.family, torch.bfloat16)
-    tensors = tiny.load_tensors(coded)
-    if tiny.TINY[published.family].fuse:  # the quantized ones are not fused
-        tensors = tiny.unfused(tensors)
+    plain = write_checkpoint(folder / "floats", published.family, dtype)
+    coded = write_checkpoint(folder / "coded", published.family, torch.bfloat16)
+    tensors = load_tensors(coded)
+    if TINY[published.family].fuse:  # the quantized ones are not fused
+        tensors = unfused(tensors)
     quantized: Tensors = {}
     floats: Tensors = {}
     for key, tensor in tensors.items():
@@ -172,10 +173,10 @@ def write(folder: Path, name: str, dtype: torch.dtype) -> tuple[Path, Path]:
             if name == "qwen3_moe-nvfp4" and ".experts." in key:
                 number = float(key.split(".")[5])
                 quantized[prefix + ".input_global_scale"] = torch.tensor([10.0 + number])
-    tiny.save_tensors(coded, quantized)
-    tiny.save_tensors(plain, {key: tensor.contiguous() for key, tensor in floats.items()})
+    save_tensors(coded, quantized)
+    save_tensors(plain, {key: tensor.contiguous() for key, tensor in floats.items()})
     path = coded / "config.json"
-    config = tiny.read_config(coded)
+    config = read_config(coded)
     config |= {"quantization_config": dict(published.config), **published.told}
     path.write_text(json.dumps(config), encoding="utf-8")
     return coded, plain
