@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from test_activation_memory import LENGTH, SEQUENCES, Really
 from test_pipeline import by_expert, groups_by_layer, output_in_transformers, same_bits
 from test_pipeline import sliced_by_hand as sliced
-from test_wrappers import write as write_wrapper
 from tiny_checkpoints import (
     INDEX,
     add_mtp,
@@ -27,6 +26,7 @@ from tiny_checkpoints import (
 from tiny_families import BESIDE, EXPERTS, MTP, TINY
 from tiny_parameters import mtp_families
 from tiny_runs import CPU, forward_streamed, run, settings, some_tokens
+from tiny_wrappers import write_wrapper
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
