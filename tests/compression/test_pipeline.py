@@ -12,12 +12,15 @@ import plain_method
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoints import STACKED, load_tensors, read_config, save_tensors, write_checkpoint
+from slicing import by_expert, same_bits, sliced_by_hand
+from tiny_checkpoints import load_tensors, read_config, save_tensors, write_checkpoint
 from tiny_families import EXPERTS, TINY, TOP_K
 from tiny_parameters import families, families_in
 from tiny_runs import (
     forward_in_transformers,
     forward_streamed,
+    groups_by_layer,
+    output_in_transformers,
     plan_for,
     routed_to,
     run,
@@ -42,7 +45,6 @@ from ream_stream.method.similarity import SIMILARITIES
 
 FAMILIES = families()
 KEEP = 6
-EXPERT = re.compile(r"((?:\w+\.)*layers\.(\d+)\..+\.experts)\.(\d+)\.(\w+\.\w+)")
 
 
 @pytest.fixture(scope="session")
@@ -70,60 +72,6 @@ def pruned(checkpoints, tmp_path_factory):
     return give
 
 
-def groups_by_layer(done):
-    return {layer["index"]: layer["groups"] for layer in done.manifest["layers"]}
-
-
-def same_bits(ours, theirs):
-    return (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and torch.equal(
-        ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)
-    )
-
-
-def sliced_by_hand(name, source, groups):
-    """What is left of a source where each group keeps its centroid: plain slicing."""
-    sliced = {}
-    for key, tensor in source.items():
-        expert = EXPERT.fullmatch(key)
-        layer = re.search(r"layers\.(\d+)\.", key)
-        kept = [group[0] for group in groups.get(int(layer[1]), [])] if layer else []
-        router = any(
-            key == f"{TINY[name].path}.{layer}.{suffix}"
-            for layer in groups
-            for suffix in TINY[name].routers
-        )
-        if expert:
-            prefix, _, number, part = expert.groups()
-            if int(number) in kept:
-                sliced[f"{prefix}.{kept.index(int(number))}.{part}"] = tensor
-        elif router:
-            axis = 0 if tensor.shape[0] == EXPERTS else 1
-            sliced[key] = torch.stack([tensor.select(axis, i) for i in kept], dim=axis)
-        elif kept and key.endswith("tid2eid"):
-            rows = source[key.replace("tid2eid", "weight")].double().numpy()
-            table = plain_method.renumber(tensor.tolist(), rows, groups[int(layer[1])])
-            sliced[key] = torch.tensor(table, dtype=tensor.dtype)
-        elif kept and STACKED.fullmatch(key):
-            sliced[key] = torch.stack([tensor[i] for i in kept])
-        else:
-            sliced[key] = tensor
-    return sliced
-
-
-def by_expert(tensors):
-    """Tensors of experts by layer, number and what is left of the name; others by name."""
-    split = {}
-    for key, tensor in tensors.items():
-        expert, layer = EXPERT.fullmatch(key), re.search(r"layers\.(\d+)\.", key)
-        if expert:
-            split[expert[2], expert[3], expert[4]] = tensor
-        elif STACKED.fullmatch(key):
-            split |= {(layer[1], str(e), key): one for e, one in enumerate(tensor)}
-        else:
-            split[key] = tensor
-    return split
-
-
 @torch.no_grad()
 def experts_inputs(folder, tokens):
     """Return each layer's experts module in transformers, and what it was called with."""
@@ -145,25 +93,6 @@ def experts_inputs(folder, tokens):
         use_cache=False,
     )
     return seen
-
-
-@torch.no_grad()
-def output_in_transformers(module, expert, x_RH):
-    """One expert's outputs, in float64, from the flags and parameters of its module."""
-    if not hasattr(module, "has_gate"):
-        gate, up = (x_RH @ module.gate_up_proj[expert].double()).chunk(2, dim=1)
-        return (module.act_fn(gate) * up) @ module.down_proj[expert].double()
-
-    def product(x, name):
-        weight = getattr(module, name)[expert].double()
-        x = x @ weight if module.is_transposed else x @ weight.T
-        return x + getattr(module, f"{name}_bias")[expert].double() if module.has_bias else x
-
-    if module.has_gate:
-        inner = module._apply_gate(product(x_RH, "gate_up_proj"))
-    else:
-        inner = module.act_fn(product(x_RH, "up_proj"))
-    return product(inner, "down_proj")
 
 
 @pytest.mark.parametrize(

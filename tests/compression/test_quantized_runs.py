@@ -8,11 +8,19 @@ import pytest
 import quantized
 import torch
 from quantized import PUBLISHED
-from test_pipeline import by_expert, groups_by_layer, same_bits
-from test_refit_layer import outcomes
+from slicing import by_expert, same_bits
 from tiny_checkpoints import load_tensors, read_config, save_tensors
 from tiny_families import EXPERTS
-from tiny_runs import CPU, forward_in_transformers, forward_streamed, run, settings, some_tokens
+from tiny_runs import (
+    CPU,
+    forward_in_transformers,
+    forward_streamed,
+    groups_by_layer,
+    refits_by_layer,
+    run,
+    settings,
+    some_tokens,
+)
 
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.refit_activations import held_back
@@ -157,7 +165,7 @@ def test_a_refit_is_judged_by_what_is_read_of_its_codes(pair, tmp_path, name, me
         for each in ("none", "down")
     )
     good(refit.output, coded)
-    first = min(refitted := outcomes(refit))
+    first = min(refitted := refits_by_layer(refit))
     # the same enters the first layer with experts in all of them
     [original, before, after] = (
         given_by_experts(folder, first, tokens)[held_back(tokens, 0)].double()

@@ -12,6 +12,7 @@ from tiny_runs import (
     CPU,
     forward_in_transformers,
     plan_for,
+    refits_by_layer,
     run,
     run_plan,
     scheduled,
@@ -53,14 +54,6 @@ def tokens():
 @pytest.fixture(scope="module")
 def source(checkpoints):
     return checkpoints("qwen3_moe", torch.float32)
-
-
-def outcomes(done):
-    return {
-        event.layer: event.refitted
-        for event in done.events
-        if isinstance(event, LayerDone) and event.experts_before
-    }
 
 
 def downs(model, index):
@@ -113,8 +106,8 @@ def test_every_layer_is_refitted_as_dense_least_squares_would(
     load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
     held_T = held_back(tokens, 0).repeat_interleave(24)
     groups = {layer["index"]: layer["groups"] for layer in done.manifest["layers"]}
-    assert any(found.penalty for found in outcomes(done).values())
-    for index, found in outcomes(done).items():
+    assert any(found.penalty for found in refits_by_layer(done).values())
+    for index, found in refits_by_layer(done).items():
         before, after = load(source).eval(), load(done.output).eval()
         module, old_EHI = downs(before, index)
         kept = [group[0] for group in groups[index]]
@@ -171,8 +164,8 @@ def test_a_trajectory_is_refitted_to_what_leaves_each_layer_of_the_original(
     before, after = load(source).eval(), load(done.output).eval()
     held_T = held_back(tokens, 0).repeat_interleave(24)
     groups = {layer["index"]: layer["groups"] for layer in done.manifest["layers"]}
-    assert any(found.penalty for found in outcomes(done).values())
-    for index, found in outcomes(done).items():
+    assert any(found.penalty for found in refits_by_layer(done).values())
+    for index, found in refits_by_layer(done).items():
         old_EHI = downs(before, index)[1][[group[0] for group in groups[index]]]
         module, given, _ = called(after, index, tokens)
         change_EIH = (downs(after, index)[1] - old_EHI).transpose(1, 2)
@@ -209,7 +202,7 @@ def test_what_enters_the_next_layer_is_what_the_written_one_gives(
     source, padded = checkpoints(name, dtype), some_tokens(20, 24, padded=True)
     wanted = settings(KEEP, group_size=2, refit="down", dtype=str(dtype).removeprefix("torch."))
     done = run(source, tmp_path / "out", wanted, padded)
-    assert any(found.penalty for found in outcomes(done).values())
+    assert any(found.penalty for found in refits_by_layer(done).values())
     real_SL = padded.attention_mask_SL.bool()
     given = [(padded.input_ids_SL, padded.attention_mask_SL)]
     (full,) = forward_in_transformers(done.output, dtype, given)
@@ -230,7 +223,7 @@ def test_activations_made_again_give_the_same_bytes_as_kept_ones(
     kept = run_plan(plan, tokens, tmp_path / "kept")
     plan = replace(plan, memory={**plan.memory, ACTIVATIONS: 0})
     again = run_plan(plan, tokens, tmp_path / "again")
-    assert any(found.penalty for found in outcomes(kept).values())
+    assert any(found.penalty for found in refits_by_layer(kept).values())
     assert kept.files() == again.files()
     for layer, hidden_SLH in kept.hidden.items():
         assert torch.equal(hidden_SLH, again.hidden[layer])
@@ -280,7 +273,7 @@ def test_only_down_projections_change(source, tmp_path, tokens):
     plain = run(source, tmp_path / "plain", pruned(sequential=False), tokens)
     done = run(source, tmp_path / "out", refitted(sequential=False), tokens)
     ours, theirs = load_tensors(done.output), load_tensors(plain.output)
-    helped = {layer for layer, found in outcomes(done).items() if found.penalty}
+    helped = {layer for layer, found in refits_by_layer(done).items() if found.penalty}
     assert helped
     for key, tensor in theirs.items():
         layer = int(key.split(".")[2]) if "layers" in key else None
@@ -307,8 +300,8 @@ def test_every_way_to_solve_comes_to_the_same(source, tmp_path, tokens):
     }
     first = load_tensors(runs["gathered"].output)
     for name, done in runs.items():
-        for index, found in outcomes(done).items():
-            wanted = outcomes(runs["gathered"])[index]
+        for index, found in refits_by_layer(done).items():
+            wanted = refits_by_layer(runs["gathered"])[index]
             assert found.penalty == wanted.penalty
             assert found.remaining_error == pytest.approx(wanted.remaining_error, rel=1e-4)
             assert found.residuals[-1] == pytest.approx(wanted.residuals[-1], rel=1e-4)
@@ -331,7 +324,7 @@ def test_keeping_all_experts_changes_no_byte(source, tmp_path, tokens, grouping)
     plain = run(source, tmp_path / "plain", settings(8, grouping=grouping), tokens)
     done = run(source, tmp_path / "out", settings(8, grouping=grouping, refit="down"), tokens)
     assert done.shards() == plain.shards()
-    assert set(outcomes(done).values()) == {None}
+    assert set(refits_by_layer(done).values()) == {None}
     assert "refit" not in {event.phase for event in done.events if isinstance(event, Step)}
 
 
@@ -339,8 +332,8 @@ def test_a_layer_that_refitting_does_not_help_is_left_as_it_was(source, tmp_path
     few = some_tokens(3, 5)
     plain = run(source, tmp_path / "plain", pruned(), few)
     done = run(source, tmp_path / "out", refitted(refit_lambda=(1e-4,)), few)
-    first = min(outcomes(done))
-    found = outcomes(done)[first]
+    first = min(refits_by_layer(done))
+    found = refits_by_layer(done)[first]
     assert found.penalty is None
     assert found.remaining_error == 1
     shard = done.plan.layers[first].shards[0].name
@@ -356,7 +349,7 @@ def test_experts_that_were_not_merged_may_be_left_as_they_are(source, tmp_path, 
         tokens,
     )
     before, after = load_tensors(source), load_tensors(done.output)
-    assert any(found.penalty for found in outcomes(done).values())
+    assert any(found.penalty for found in refits_by_layer(done).values())
     for layer in done.manifest["layers"]:
         start = f"model.layers.{layer['index']}.mlp.experts."
         for number, group in enumerate(layer["groups"]):
@@ -373,8 +366,8 @@ def test_padding_is_neither_fitted_nor_judged_by(source, tmp_path, tokens):
     wide = from_tensors({"input_ids": ids_SL, "attention_mask": mask_SL}, description="wide")
     one = run(source, tmp_path / "one", refitted(), tokens)
     other = run(source, tmp_path / "other", refitted(), wide)
-    for index, found in outcomes(one).items():
-        padded = outcomes(other)[index]
+    for index, found in refits_by_layer(one).items():
+        padded = refits_by_layer(other)[index]
         assert found.penalty == padded.penalty
         assert found.error_before == pytest.approx(padded.error_before, rel=1e-3)
         assert found.remaining_error == pytest.approx(padded.remaining_error, rel=1e-3)
@@ -382,11 +375,11 @@ def test_padding_is_neither_fitted_nor_judged_by(source, tmp_path, tokens):
 
 def test_the_objective_falls_and_the_events_count_up(source, tmp_path, tokens):
     done = run(source, tmp_path / "out", refitted(), tokens)
-    for found in outcomes(done).values():
+    for found in refits_by_layer(done).values():
         assert list(found.residuals) == sorted(found.residuals, reverse=True)
         assert dict(found.tried)[found.penalty] == min(dict(found.tried).values())
         assert found.remaining_error < 1
-    for layer in outcomes(done):
+    for layer in refits_by_layer(done):
         steps = [
             step
             for step in done.events
@@ -399,7 +392,7 @@ def test_the_objective_falls_and_the_events_count_up(source, tmp_path, tokens):
 def test_the_manifest_tells_what_refitting_came_to(source, tmp_path, tokens):
     done = run(source, tmp_path / "out", refitted(), tokens)
     for layer in done.manifest["layers"]:
-        found = outcomes(done)[layer["index"]]
+        found = refits_by_layer(done)[layer["index"]]
         assert layer["refitted"]["remaining_error"] == found.remaining_error
         assert layer["refitted"]["tried"] == [list(pair) for pair in found.tried]
     assert json.loads(json.dumps(done.manifest))["fingerprint"]["refit_lambda"] == [0.3, 1, 3]

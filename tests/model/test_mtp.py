@@ -12,9 +12,9 @@ import pytest
 import quantized
 import torch
 from safetensors.torch import load_file
+from slicing import by_expert, same_bits
+from slicing import sliced_by_hand as sliced
 from test_activation_memory import LENGTH, SEQUENCES, Really
-from test_pipeline import by_expert, groups_by_layer, output_in_transformers, same_bits
-from test_pipeline import sliced_by_hand as sliced
 from tiny_checkpoints import (
     INDEX,
     add_mtp,
@@ -25,7 +25,15 @@ from tiny_checkpoints import (
 )
 from tiny_families import BESIDE, EXPERTS, MTP, TINY
 from tiny_parameters import mtp_families
-from tiny_runs import CPU, forward_streamed, run, settings, some_tokens
+from tiny_runs import (
+    CPU,
+    forward_streamed,
+    groups_by_layer,
+    output_in_transformers,
+    run,
+    settings,
+    some_tokens,
+)
 from tiny_wrappers import write_wrapper
 from torch.nn import functional
 from transformers import AutoModelForCausalLM

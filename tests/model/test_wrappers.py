@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 import torch
-from test_pipeline import groups_by_layer, same_bits
+from slicing import same_bits
 from tiny_checkpoints import load_tensors, read_config
-from tiny_runs import forward_streamed, run, same_in, settings, some_tokens
+from tiny_runs import forward_streamed, groups_by_layer, run, same_in, settings, some_tokens
 from tiny_wrappers import WRAPPERS, write_wrapper
 from transformers import AutoModelForImageTextToText
 

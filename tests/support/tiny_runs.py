@@ -16,7 +16,7 @@ from ream_stream.calibration.tokens import Tokens, from_tensors
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import Workspace
-from ream_stream.events import Event, LayerDone
+from ream_stream.events import Event, LayerDone, RefitResult
 from ream_stream.model.hidden_states import HiddenStates
 from ream_stream.model.streamed_model import Batch, StreamedModel
 from ream_stream.planning.plan import Plan
@@ -75,6 +75,27 @@ def routed_to(args: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     each_ETH = args[0].view(EXPERTS, -1, args[0].shape[-1])
     index_T1 = each_ETH.abs().sum(-1).argmax(0)[:, None]
     return each_ETH.sum(0), index_T1, torch.ones_like(index_T1, dtype=each_ETH.dtype)
+
+
+@torch.no_grad()
+def output_in_transformers(
+    module: torch.nn.Module, expert: int, x_RH: torch.Tensor
+) -> torch.Tensor:
+    """Return one expert's outputs, in float64, from the flags and parameters of its module."""
+    if not hasattr(module, "has_gate"):
+        gate, up = (x_RH @ module.gate_up_proj[expert].double()).chunk(2, dim=1)
+        return (module.act_fn(gate) * up) @ module.down_proj[expert].double()
+
+    def product(x, name):
+        weight = getattr(module, name)[expert].double()
+        x = x @ weight if module.is_transposed else x @ weight.T
+        return x + getattr(module, f"{name}_bias")[expert].double() if module.has_bias else x
+
+    if module.has_gate:
+        inner = module._apply_gate(product(x_RH, "gate_up_proj"))
+    else:
+        inner = module.act_fn(product(x_RH, "up_proj"))
+    return product(inner, "down_proj")
 
 
 @torch.no_grad()
@@ -150,6 +171,20 @@ class Run:
 
     def shards(self) -> dict[str, bytes]:
         return {n: data for n, data in self.files().items() if n.endswith(".safetensors")}
+
+
+def groups_by_layer(done: Run) -> dict[int, list[list[int]]]:
+    """Return the groups of each layer with experts."""
+    return {layer["index"]: layer["groups"] for layer in done.manifest["layers"]}
+
+
+def refits_by_layer(done: Run) -> dict[int, RefitResult | None]:
+    """Return what the refit of each layer with experts came to."""
+    return {
+        event.layer: event.refitted
+        for event in done.events
+        if isinstance(event, LayerDone) and event.experts_before
+    }
 
 
 def settings(experts: int = 6, *, dtype: str = "float32", **fields: Any) -> Settings:
