@@ -11,10 +11,10 @@ from functools import cache
 import pytest
 import quantized
 import torch
+from real_layers import LENGTH, SEQUENCES, Really
 from safetensors.torch import load_file
 from slicing import by_expert, same_bits
 from slicing import sliced_by_hand as sliced
-from test_activation_memory import LENGTH, SEQUENCES, Really
 from tiny_checkpoints import (
     INDEX,
     add_mtp,
