@@ -25,9 +25,9 @@ from types import SimpleNamespace
 import pytest
 import zarr.storage._local
 from crash import Kill, digests
+from killed_runs import VARIANTS, Runs, check_what_is_left
+from reports import when_a_layer_is_committed
 from safetensors.torch import save_file
-from test_crash import VARIANTS, Runs, check_what_is_left
-from test_crash import source as crash_source  # noqa: F401 - a fixture
 from tiny_runs import some_tokens
 
 from ream_stream import files
@@ -37,7 +37,6 @@ from ream_stream.cli import console
 from ream_stream.compression import event_log
 from ream_stream.compression.file_lock import lock
 from ream_stream.errors import InterruptedRunError
-from ream_stream.events import LayerDone
 from ream_stream.planning.planner import make_plan
 
 # a verb has the name of the module
@@ -97,18 +96,6 @@ class Case:
 
         self.undo.callback(restore)
         return path
-
-
-def when_a_layer_is_committed(patch, act):
-    """Do something once, between the first layer and the second."""
-    show = event_log.Log.show
-
-    def tell(log, event):
-        show(log, event)
-        if isinstance(event, LayerDone) and event.layer == 0:
-            act()
-
-    patch.setattr(event_log.Log, "show", tell)
 
 
 def reads_fail(patch, name, number):
@@ -510,7 +497,7 @@ def test_of_two_runs_started_at_once_one_does_all_and_the_other_is_refused(
 def test_a_disk_that_fails_at_any_write_costs_nothing_that_is_committed(
     number,
     said,
-    crash_source,  # noqa: F811
+    crash_source,
     tmp_path,
 ):
     runs = Runs(crash_source, VARIANTS["ream"], tmp_path)

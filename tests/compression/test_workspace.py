@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from reports import when_a_layer_is_committed
 from safetensors.torch import save_file
-from test_faults import when_a_layer_is_committed
 from tiny_runs import SCHEDULE
 
 from ream_stream.__main__ import main

@@ -1,8 +1,10 @@
-"""Reports for tests: events kept in a list, or work that is stopped at an event."""
+"""Reports for tests: events kept in a list, work that is stopped or changed at an event."""
 
 import signal
 
+from ream_stream.compression.event_log import Log
 from ream_stream.errors import InterruptedRunError
+from ream_stream.events import LayerDone
 
 
 class Events(list):
@@ -30,3 +32,15 @@ def stop_when(condition):
             raise StopAt(event)
 
     return report
+
+
+def when_a_layer_is_committed(patch, act):
+    """Do something once in a run of the command line, after its first layer."""
+    show = Log.show
+
+    def tell(log, event):
+        show(log, event)
+        if isinstance(event, LayerDone) and event.layer == 0:
+            act()
+
+    patch.setattr(Log, "show", tell)

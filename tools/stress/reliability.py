@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "compression"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
+# the last is looked in first: of two files conftest.py, the one with the profile
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import conftest  # noqa: F401 - its profile of hypothesis
+import killed_runs
 import test_crash
 import test_faults
 from crash import kills
@@ -33,13 +35,13 @@ def kill_points() -> None:
     """Count the kills of every variant of a run."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        source = test_crash.write_source(Path(scratch) / "source")
-        for name, wanted in test_crash.VARIANTS.items():
+        source = killed_runs.write_source(Path(scratch) / "source")
+        for name, wanted in killed_runs.VARIANTS.items():
             folder = Path(scratch) / name
             folder.mkdir()
             mtp = name == "mtp"
-            of = test_crash.write_mtp_source(folder / "source") if mtp else source
-            runs = test_crash.Runs(of, wanted, folder)
+            of = killed_runs.write_mtp_source(folder / "source") if mtp else source
+            runs = killed_runs.Runs(of, wanted, folder)
             steps = runs.control().ending.steps
             kinds = Counter(step.kind for step in steps)
             print(f"{name}: {len(kills(steps, thin=True))} kill points, {len(kills(steps))} "
