@@ -1,18 +1,15 @@
 """Checkpoints on the hub, against a server on loopback that speaks its endpoints."""
 
-import importlib
 import json
 import os
 import shutil
 import signal
 
 import pytest
+from command_line import compression as words
 from crash import Kill, kills, run_in_child
-from hub_server import COMMIT, REPO, TOKEN, serving
+from hub_server import COMMIT, REPO, TOKEN
 from huggingface_hub import constants
-from safetensors.torch import save_file
-from tiny_checkpoints import split_by_layer
-from tiny_runs import some_tokens
 
 from ream_stream.__main__ import main
 from ream_stream.checkpoint import hub as product
@@ -20,36 +17,6 @@ from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.event_log import Log
 from ream_stream.errors import InterruptedRunError, ReamStreamError, UsageError
 from ream_stream.events import LayerDone
-
-# a verb has the name of the module
-REPORT = importlib.import_module("ream_stream.cli.run")
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(some_tokens().tensors(), path)
-    return path
-
-
-@pytest.fixture
-def source(checkpoints, tmp_path):
-    """A checkpoint of several shards, as the hub has it."""
-    return split_by_layer(shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "remote"))
-
-
-@pytest.fixture
-def hub(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(product.time, "sleep", lambda _: None)
-    monkeypatch.setattr("ream_stream.compression.job.forecast", lambda *_, **__: None)
-    monkeypatch.setattr(REPORT, "say_start", lambda *_, **__: None)
-    with serving(source, tmp_path / "home", monkeypatch) as served:
-        yield served
-
-
-def words(source, output, tokens, *more):
-    given = ("compress", source, output, "--experts", 6, "--any-count", "--calibration", tokens)
-    return [str(word) for word in (*given, "--compute-dtype", "float32", *more)]
 
 
 @pytest.fixture(scope="module")

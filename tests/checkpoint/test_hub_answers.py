@@ -3,8 +3,8 @@
 import tracemalloc
 
 import pytest
+from command_line import compression as words
 from hub_server import REPO, serving
-from test_hub import hub, source, tokens, words  # noqa: F401 - fixtures
 
 from ream_stream.__main__ import main
 from ream_stream.checkpoint import hub as product
@@ -20,7 +20,7 @@ def outside(tmp_path):
 
 
 @pytest.fixture
-def described(hub, monkeypatch):  # noqa: F811
+def described(hub, monkeypatch):
     """Give the description of the repository, to be changed."""
     info = hub.info()
     monkeypatch.setattr(hub, "info", lambda: info)
@@ -104,9 +104,9 @@ def test_digests_are_those_of_sha_256(described, digest):
 
 
 def test_a_shard_larger_than_the_disk_is_refused_before_it_is_fetched(
-    hub,  # noqa: F811
+    hub,
     described,
-    tokens,  # noqa: F811
+    tokens,
     tmp_path,
     capsys,
 ):
@@ -131,13 +131,13 @@ def test_a_shard_larger_than_the_disk_is_refused_before_it_is_fetched(
     ],
     ids=lambda answer: answer[:40],
 )
-def test_an_answer_of_another_form_has_a_sentence(hub, capsys, answer):  # noqa: F811
+def test_an_answer_of_another_form_has_a_sentence(hub, capsys, answer):
     hub.answer = answer
     assert main(["plan", REPO, "--experts", "6"]) == 3
     assert "hub answers" in capsys.readouterr().err
 
 
-def test_an_answer_of_a_hundred_megabytes_is_not_read(hub, capsys):  # noqa: F811
+def test_an_answer_of_a_hundred_megabytes_is_not_read(hub, capsys):
     hub.answer = b" " * 100_000_000
     tracemalloc.start()
     try:
@@ -158,9 +158,9 @@ def test_an_answer_of_a_hundred_megabytes_is_not_read(hub, capsys):  # noqa: F81
     ],
 )
 def test_a_file_of_another_length_than_told_is_refused(
-    hub,  # noqa: F811
-    source,  # noqa: F811
-    tokens,  # noqa: F811
+    hub,
+    source,
+    tokens,
     tmp_path,
     stream,
     name,
@@ -188,8 +188,8 @@ def test_a_file_of_another_length_than_told_is_refused(
     ids=str,
 )
 def test_headers_that_would_be_paths_are_refused(
-    hub,  # noqa: F811
-    tokens,  # noqa: F811
+    hub,
+    tokens,
     tmp_path,
     headers,
 ):
@@ -200,9 +200,9 @@ def test_headers_that_would_be_paths_are_refused(
 
 
 def test_a_redirection_to_another_server_does_not_carry_the_token(
-    hub,  # noqa: F811
-    source,  # noqa: F811
-    tokens,  # noqa: F811
+    hub,
+    source,
+    tokens,
     tmp_path,
 ):
     with (

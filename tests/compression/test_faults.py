@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import pytest
 import zarr.storage._local
+from command_line import compression
 from crash import Kill, digests
 from killed_runs import VARIANTS, Runs, check_what_is_left
 from reports import when_a_layer_is_committed
@@ -63,9 +64,7 @@ class Case:
         return main(self.words(*more))
 
     def words(self, *more):
-        words = ("compress", self.source, self.output, "--experts", 6, "--any-count")
-        words += ("--calibration", self.tokens, "--compute-dtype", "float32", *more)
-        return [str(word) for word in words]
+        return compression(self.source, self.output, self.tokens, *more)
 
     def shard(self):
         """Return a source shard that the second layer is read from."""

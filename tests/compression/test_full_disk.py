@@ -8,8 +8,8 @@ import resource
 from pathlib import Path
 
 import pytest
+from command_line import words_of
 from crash import digests, run_in_child
-from test_workspace import words_of
 
 from ream_stream import files
 from ream_stream.__main__ import main

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import words_of
 from reports import when_a_layer_is_committed
 from safetensors.torch import save_file
 from tiny_runs import SCHEDULE
@@ -54,18 +55,6 @@ def contents(folder):
         for path in sorted(folder.rglob("*"))
         if path.name != "lock"
     }
-
-
-def words_of(source, folder):
-    """Return a function that gives the words of a command over a tiny checkpoint."""
-    save_file({"input_ids": torch.arange(24).view(2, 12)}, folder / "ids.safetensors")
-
-    def make(output, *more):
-        made = ["compress", source, output, "--experts", 6, "--any-count", "--calibration"]
-        made += [folder / "ids.safetensors", "--compute-dtype", "float32", *more]
-        return [str(word) for word in made]
-
-    return make
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""A command line called within the process."""
+"""Command lines, and one called within the process."""
+
+import torch
+from safetensors.torch import save_file
 
 from ream_stream.__main__ import main
 
@@ -14,3 +17,16 @@ def call(capsys, *words):
 def files(folder):
     """Every file of an output by name, the work folder aside."""
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def compression(source, output, tokens, *more):
+    """Return the words of a command that leaves six experts of a tiny checkpoint's eight."""
+    given = ("compress", source, output, "--experts", 6, "--any-count", "--calibration", tokens)
+    return [str(word) for word in (*given, "--compute-dtype", "float32", *more)]
+
+
+def words_of(source, folder):
+    """Write a few tokens; return what gives the words of a compression with them."""
+    tokens = folder / "ids.safetensors"
+    save_file({"input_ids": torch.arange(24).view(2, 12)}, tokens)
+    return lambda output, *more: compression(source, output, tokens, *more)
