@@ -145,6 +145,7 @@ def measured(tmp_path_factory):
     return measure
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(measured):
     few, many = measured(4, "float32"), measured(16, "float32")
     assert abs(many["peak"] - few["peak"]) < LAYER_BYTES, (few, many)
@@ -284,6 +285,7 @@ def test_a_leak_is_seen(measured):
     assert leaking["peak"] > leaking["planned"]
 
 
+@pytest.mark.slow
 def test_products_of_ever_new_sizes_take_no_more_memory_each():
     code = """
 import torch

@@ -4,6 +4,7 @@ import pytest
 import torch
 from real_layers import LENGTH, SEQUENCES, Really
 from tiny_families import TINY
+from tiny_parameters import families
 from tiny_runs import CPU
 
 from ream_stream.checkpoint.reader import open_checkpoint
@@ -17,7 +18,7 @@ def _found_anew(monkeypatch):
     monkeypatch.setattr(Footprints, "of", Footprints.of.__wrapped__)
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", families())
 def test_a_layer_that_simply_adds_what_its_experts_give_is_told_by_its_operations(
     family, checkpoints
 ):

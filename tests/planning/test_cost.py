@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 import pytest
 import quantized
 import torch
-from tiny_families import TINY, TOP_K
+from tiny_families import TOP_K
+from tiny_parameters import families
 from tiny_runs import plan_for, run_plan, scheduled, settings, some_tokens
 
 from ream_stream.checkpoint.formats import Fp8Block
@@ -101,7 +102,7 @@ def test_without_sequential_calibration_experts_run_once(plan_of):
     assert work["observe"].written_bytes > 0
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", families())
 def test_every_family_has_work_and_less_once_layers_are_committed(plan_of, name):
     plan = plan_of(name)
     left = [

@@ -41,14 +41,15 @@ def families(*often: str) -> list[Any]:
     return [n if n in often else pytest.param(n, marks=slow) for n in sorted(TINY)]
 
 
-def families_in(kinds: Mapping[str, Sequence[Any]]) -> list[Any]:
-    """All families in the first kind and the others in all, as parameters of a test."""
+def families_in(kinds: Mapping[str, Sequence[Any]], *, seldom: bool = True) -> list[Any]:
+    """All families in all kinds, as parameters; those of `SELDOM` are slow but in the first."""
+    first = next(iter(kinds)) if seldom else None
     return [
         pytest.param(
             name,
             *values,
             id=f"{name}-{kind}",
-            marks=[pytest.mark.slow] if name in SELDOM and kind != next(iter(kinds)) else [],
+            marks=[pytest.mark.slow] if name in SELDOM and kind != first else [],
         )
         for name in sorted(TINY)
         for kind, values in kinds.items()
