@@ -63,8 +63,8 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bytes(name, finished):
         first = next(n for n, s in enumerate(control.ending.steps) if last in s.path)
         points = [kill for kill in points if kill.step >= first]
     # more of them for one variant; the others take the same steps with other numbers
-    every = {"ream": 6, "mtp": 25, "refit-trajectory": 23}
-    for kill in points[:: every.get(name, 18)]:
+    every = {"ream": 8, "mtp": 25, "refit-trajectory": 40}
+    for kill in points[:: every.get(name, 24)]:
         runs.check_killed_and_resumed(control, kill)
 
 

@@ -245,7 +245,9 @@ def test_a_trajectory_takes_twice_the_disk_for_states(source, tokens):
     assert two.disk_bytes == one.disk_bytes + one.disk["hidden states"]
 
 
-@pytest.mark.parametrize("name", ["gemma4_text", "deepseek_v4"])
+@pytest.mark.parametrize(
+    "name", ["gemma4_text", pytest.param("deepseek_v4", marks=pytest.mark.slow)]
+)
 def test_a_layer_that_puts_its_experts_outputs_through_a_norm_or_factor_has_no_trajectory(
     checkpoints, tokens, name
 ):
