@@ -263,7 +263,7 @@ class Settings:
         """Tell whether experts are refitted: not if all of them stay."""
         return self.method.refit != "none" and self.experts < num_experts
 
-    def follows(self, num_experts: int) -> bool:
+    def tracks_original(self, num_experts: int) -> bool:
         """Tell whether the original model's own states are carried beside the others."""
         return self.refits(num_experts) and self.method.refit_target == "trajectory"
 

@@ -8,8 +8,7 @@ from typing import Any
 from ream_stream.errors import DamagedError, UnsupportedModelError
 
 from .expert_stack import ExpertMatrix, ExpertStack
-from .formats import Part, Plain, Stored, detect
-from .formats.codec import FLOATS
+from .formats import FLOATS, Part, Plain, Stored, detect
 from .header import TensorEntry
 
 _NUMBERED = re.compile(

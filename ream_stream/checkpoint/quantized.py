@@ -4,8 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .formats import Stored, detect
-from .formats.detect import REFUSED_SUFFIXES
+from .formats import REFUSED_SUFFIXES, Stored, detect
 from .header import TensorEntry
 
 _CODES = {

@@ -96,7 +96,7 @@ class _LayerRun:
             shards = self._write(content, self.context.workspace.output)
         if self.plan.propagates(self.layer):
             self._propagate(self.context.source, None, None)
-        if self.plan.follows_through(self.layer):
+        if self.plan.tracks_original_through(self.layer):
             with self.context.source.open_layer(self.index):
                 self._follow(None)
         return LayerResult(shards=shards)
@@ -157,7 +157,7 @@ class _LayerRun:
                 nullcontext() if refit is None else refit.capturing(experts),
             ):
                 self._observe(observer, experts, playback, refit)
-            if plan.follows_through(self.layer):
+            if plan.tracks_original_through(self.layer):
                 self._follow(refit)
             observer.finish(self.index)
             mean_EH = self._compare(experts, observer.sample)
@@ -229,7 +229,7 @@ class _LayerRun:
                 writer,
                 playback,
                 listeners,
-                hears_sums=refit is not None and not self.plan.follows,
+                captures_sums=refit is not None and not self.plan.tracks_original,
             )
 
     def _follow(self, refit: RefitJob | None) -> None:
@@ -326,7 +326,7 @@ class _LayerRun:
         playback: AttentionCache | None,
         listeners: Listeners | None = None,
         *,
-        hears_sums: bool = False,
+        captures_sums: bool = False,
     ) -> None:
         """Run the layer on all batches; the whole layer if a writer takes its outputs."""
         context, batches = self.context, self.context.batches
@@ -344,11 +344,11 @@ class _LayerRun:
                 blocks=schedule.expert_blocks,
                 playback=playback,
                 sums=sums,
-                hears_sums=hears_sums,
+                captures_sums=captures_sums,
             )
             total = len(passes) * len(batches)
             run = passes.run(
-                batches, self._entering, listeners=listeners, only_listening=not writer
+                batches, self._entering, listeners=listeners, captures_only=not writer
             )
             for done, (number, leaving_BLH) in enumerate(run, start=1):
                 if writer is not None and leaving_BLH is not None:

@@ -263,7 +263,7 @@ def _layer(
         shards=result.shards,
         hidden=None if is_last else context.workspace.hidden(index + 1).name,
         original=context.workspace.original(index + 1).name
-        if plan.follows and not is_last
+        if plan.tracks_original and not is_last
         else None,
         statistics=result.statistics,
         saliency=decision.saliency if decision else None,
@@ -276,7 +276,7 @@ def _layer(
     journal.read.update((part, dict(read)) for part, read in result.read.items())
     context.workspace.save(journal)
     files.remove(context.workspace.hidden(index))
-    if plan.follows:
+    if plan.tracks_original:
         files.remove(context.workspace.original(index))
     groups = decision.groups if decision else ()
     return LayerDone(

@@ -82,7 +82,7 @@ class RefitJob:
 
         With `trajectory` as target the original model's states are the targets instead.
         """
-        if self.plan.follows:
+        if self.plan.tracks_original:
             yield
             return
         number = 0
@@ -199,7 +199,7 @@ class RefitJob:
         with _replaced(tokens.experts, tokens.outputs):
             for number, batch, hidden_BLH in with_states(batches, entering):
                 tokens.expect(batch)
-                if self.plan.follows:
+                if self.plan.tracks_original:
                     leaving_BLH = self.model.run_layer(self.index, batch, hidden_BLH)
                     found_TH = leaving_BLH.flatten(0, 1).float()
                 else:

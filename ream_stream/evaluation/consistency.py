@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from ream_stream.checkpoint.config_json import find_mtp
-from ream_stream.checkpoint.formats import Modules, named_modules
-from ream_stream.checkpoint.formats.codec import FLOATS
+from ream_stream.checkpoint.formats import FLOATS, Modules, named_modules
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.compression.manifest import LayerGroups, Manifest
 from ream_stream.method.grouping import centroids

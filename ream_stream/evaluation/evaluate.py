@@ -172,7 +172,7 @@ class _Job:
         with ExitStack() as stack:
             for passage in self.passages:
                 stack.enter_context(passage.model.open_outside())
-            stack.enter_context(self._listening())
+            stack.enter_context(self._capturing())
             for row, (sequence, hidden) in enumerate(
                 _sequences(self.passages[0].batches, leaving)
             ):
@@ -181,7 +181,7 @@ class _Job:
         return self._result(sums)
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
+    def _capturing(self) -> Iterator[None]:
         """Sample what enters the first checkpoint's output matrix, for the block."""
         model: Any = self.passages[0].model.model
         head = model.get_output_embeddings()

@@ -2,7 +2,7 @@
 
 import torch
 
-from ream_stream.checkpoint.formats.codec import FLOATS
+from ream_stream.checkpoint.formats import FLOATS
 from ream_stream.checkpoint.header import torch_dtype
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.model import device as devices

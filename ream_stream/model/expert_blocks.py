@@ -53,7 +53,7 @@ class ExpertBlockPasses:
     sums: BatchStore | None = None
     """Store of partial sums of expert outputs between blocks; None if not needed."""
 
-    hears_sums: bool = False
+    captures_sums: bool = False
     """Whether forward hooks of the experts need their summed outputs even in observation."""
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class ExpertBlockPasses:
         entering: HiddenStates | None,
         *,
         listeners: Listeners | None = None,
-        only_listening: bool = False,
+        captures_only: bool = False,
     ) -> Iterator[tuple[int, Tensor | None]]:
         """Run all batches through all blocks.
 
@@ -77,13 +77,13 @@ class ExpertBlockPasses:
             The states that enter the layer; None for layer 0.
         listeners
             Give the experts' listener for each batch; None for no listener.
-        only_listening
+        captures_only
             Run the layer as far as its experts, for their listener.
 
         Yields
         ------
         tuple
-            A batch's number, and what leaves the layer: None if only listening, and in
+            A batch's number, and what leaves the layer: None if only capturing, and in
             all passes but the last.
         """
         parts = [None] if len(self) == 1 else self._parts(self.experts)  # type: ignore[arg-type]
@@ -92,16 +92,16 @@ class ExpertBlockPasses:
             mixers = self.model.mixers(self.index) if self.playback else []
             with self.playback.through(mixers) if self.playback else nullcontext():
                 for number, batch, hidden_BLH in with_states(batches, entering):
-                    with self._listening(number, batch, listeners):
+                    with self._capturing(number, batch, listeners):
                         leaving_BLH = (
-                            self._whole(batch, hidden_BLH, only_listening=only_listening)
+                            self._whole(batch, hidden_BLH, captures_only=captures_only)
                             if experts is None
                             else self._part(experts, number, batch, hidden_BLH, norms)
                         )
                     yield number, leaving_BLH
 
     @contextmanager
-    def _listening(
+    def _capturing(
         self, number: int, batch: Batch, listeners: Listeners | None
     ) -> Iterator[None]:
         if self.experts is None or listeners is None:
@@ -117,11 +117,11 @@ class ExpertBlockPasses:
         return cut_experts(experts.count, self.blocks)
 
     def _whole(
-        self, batch: Batch, hidden_BLH: Tensor | None, *, only_listening: bool
+        self, batch: Batch, hidden_BLH: Tensor | None, *, captures_only: bool
     ) -> Tensor | None:
-        if not only_listening:
+        if not captures_only:
             return self.model.run_layer(self.index, batch, hidden_BLH)
-        self.model.observe_layer(self.index, batch, hidden_BLH, sums=self.hears_sums)
+        self.model.observe_layer(self.index, batch, hidden_BLH, sums=self.captures_sums)
         return None
 
     def _part(

@@ -231,7 +231,7 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self.weights = weights
         self.listener: Callable[[Routed], None] | None = None
-        self.only_listening = False
+        self.captures_only = False
         self.part: BlockState | None = None
         self.dispatch: Callable[[Tensor, int], Iterable[tuple[int, Tensor]]] = slots_by_expert
         # another library makes float32 products on the CPU, and it compiles no kernels
@@ -276,8 +276,8 @@ class StreamedExperts(nn.Module):
         return inner_RI
 
     def _outputs(self, hidden_TH: Tensor, weight_TK: Tensor) -> "_Slots | _Sums | None":
-        """Return the accumulator of expert outputs; None if only listening."""
-        if self.only_listening:
+        """Return the accumulator of expert outputs; None if only capturing."""
+        if self.captures_only:
             return None
         if self.part is not None:
             return _Sums(hidden_TH, weight_TK.shape[1], self.part)
@@ -287,7 +287,7 @@ class StreamedExperts(nn.Module):
         return _Sums(hidden_TH, weight_TK.shape[1], part)
 
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Return the weighted sum of each token's experts, (T, H); zeros if only listening.
+        """Return the weighted sum of each token's experts, (T, H); zeros if only capturing.
 
         The order of all operations is that of transformers' grouped product:
         each weighted output goes to the slot it was routed through, and the

@@ -3,7 +3,7 @@
 transformers repeats every token for every expert, times its score there (0 where it is
 not sent), and runs all experts on all tokens. An expert makes 0 of 0, so the same sum comes
 from the chosen experts alone, which are called as those of every other family are: with
-inputs that are scaled already and coefficients of 1. What listens to them therefore hears
+inputs that are scaled already and coefficients of 1. A listener therefore gets
 ||f(g x)||, which is what the expert adds to the layer.
 
 Letters in shapes: B sequences, L tokens of a sequence, T tokens, E experts, H hidden.

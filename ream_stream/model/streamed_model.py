@@ -273,14 +273,14 @@ class StreamedModel:
         def stop(*_: Any) -> None:  # noqa: ANN401
             raise _StopForwardError(None)
 
-        experts.only_listening = not sums
+        experts.captures_only = not sums
         handle = experts.register_forward_hook(stop)
         try:
             self.run_layer(index, batch, hidden_BLH)
         except _StopForwardError:
             pass
         finally:
-            experts.only_listening = False
+            experts.captures_only = False
             handle.remove()
 
     def logits(

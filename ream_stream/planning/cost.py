@@ -133,7 +133,7 @@ class _Layer:
                 phases["align"] = self._align(self.stack)
             if plan.refits:
                 phases["refit"] = self._refit(self.stack)
-        if plan.follows_through(layer):
+        if plan.tracks_original_through(layer):
             phases["follow"] = self._follow()
         if plan.propagates(layer):
             phases["propagate"] = self._propagate()
@@ -232,7 +232,7 @@ class _Layer:
         again = plan.refit_repeats
         judged = HELD_BACK_SHARE * (trials / blocks + 1)
         products = 2 * matrix * (1 + max(0, 2 * passes - 1) + judged) + 2 * inner**2
-        if plan.follows:  # the compressed layer is run to its end
+        if plan.tracks_original:  # the compressed layer is run to its end
             products += self._flop_after_attention() / slots
         solved = (trials + iterations) * experts * 2 * inner * matrix
         wide = solved + (trials + blocks) * experts * 2 * inner**3

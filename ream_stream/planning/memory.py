@@ -240,7 +240,7 @@ class MemoryModel:
         return {
             # the experts' outputs are summed, as in a run of the whole layer
             "observe": whole + self._refit.inputs(tokens),
-            "propagate": max(whole, before + self._refit.answering(tokens, solver)),
+            "propagate": max(whole, before + self._refit.replaying(tokens, solver)),
             "refit": self._refit.solving(solver, tokens, before),
         }
 

@@ -118,9 +118,9 @@ class Layout:
         return self.settings.refits(self.num_experts)
 
     @property
-    def follows(self) -> bool:
+    def tracks_original(self) -> bool:
         """Whether the original model's own states are carried beside the others."""
-        return self.settings.follows(self.num_experts)
+        return self.settings.tracks_original(self.num_experts)
 
     @property
     def merges(self) -> bool:
@@ -136,9 +136,9 @@ class Layout:
         is_moe = layer.keys.stack is not None
         return self.leads_on(layer) and (self.settings.sequential or not is_moe)
 
-    def follows_through(self, layer: LayerPlan) -> bool:
+    def tracks_original_through(self, layer: LayerPlan) -> bool:
         """Tell whether a layer is run on the original model's own states."""
-        return self.follows and (self.leads_on(layer) or layer.keys.stack is not None)
+        return self.tracks_original and (self.leads_on(layer) or layer.keys.stack is not None)
 
     @property
     def hidden_shape(self) -> tuple[int, int, int]:
@@ -160,7 +160,7 @@ class Layout:
     @property
     def boundary_bytes(self) -> int:
         """Bytes of all hidden states at one boundary, the original model's too if carried."""
-        return self.hidden_bytes * (2 if self.follows else 1)
+        return self.hidden_bytes * (2 if self.tracks_original else 1)
 
     @property
     def source_bytes(self) -> int:

@@ -148,7 +148,7 @@ def _lay_out(
         hidden_size=model.hidden_size,
     )
     footprints = Footprints(model)
-    if layout.follows:
+    if layout.tracks_original:
         _check_adds(footprints, source)
     return layout, footprints
 

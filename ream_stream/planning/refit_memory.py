@@ -101,7 +101,7 @@ class RefitMemory:
         # index of the token; for each of its experts index, coefficient and token index
         return tokens * (8 + self.top_k * (8 + 4 + 8))
 
-    def answering(self, tokens: int, solver: Solver) -> int:
+    def replaying(self, tokens: int, solver: Solver) -> int:
         """Return the transient bytes of computing the layer's outputs from kept tensors."""
         # the sum in float32, and its copy in the run's dtype
         outputs = tokens * self.stack.hidden * (4 + self.itemsize)

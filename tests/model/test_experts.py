@@ -84,11 +84,11 @@ class Pair:
         top = logits_TE.topk(self.top_k)
         return hidden_TH, top.indices, top.values.softmax(dim=1)
 
-    def ours(self, batch, listener=None, *, only_listening=False, beside=False):
+    def ours(self, batch, listener=None, *, captures_only=False, beside=False):
         with self.checkpoint.open() as tensors, torch.no_grad():
             weights = ExpertWeights(tensors, self.stack, self.dtype, CPU, beside=beside)
             experts = StreamedExperts(self.theirs, weights)
-            experts.listener, experts.only_listening = listener, only_listening
+            experts.listener, experts.captures_only = listener, captures_only
             return experts(*batch)
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ def test_only_listening_gives_zeros_and_the_same_norms(tmp_path):
     pair = Pair(tmp_path / "x.safetensors", (8, 3, 40, 32, 16), torch.bfloat16)
     batch, heard = pair.batch(), []
     pair.ours(batch, heard.append)
-    outputs = pair.ours(batch, heard.append, only_listening=True)
+    outputs = pair.ours(batch, heard.append, captures_only=True)
     assert not outputs.any()
     assert outputs.shape == batch[0].shape
     assert torch.equal(heard[0].norm_TK, heard[1].norm_TK)
