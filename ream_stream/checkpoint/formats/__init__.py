@@ -8,7 +8,7 @@ their way to the output; all else is copied byte for byte.
 from collections.abc import Mapping
 
 from .codec import FLOATS, Codec, Part, Plain
-from .detect import ACTIVATION_SUFFIXES, REFUSED_SUFFIXES, Stored, detect, weight_settings
+from .detection import ACTIVATION_SUFFIXES, REFUSED_SUFFIXES, Stored, detect, weight_settings
 from .fp8 import Fp8Block, Fp8Scaled
 from .ignored_modules import Modules, named_modules, without_gone
 from .int4 import Int4
