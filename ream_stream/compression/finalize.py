@@ -5,23 +5,20 @@ with a manifest is complete.
 """
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ream_stream import __version__, files
+from ream_stream import files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import INDEX, QUANTIZATION_FILE
 from ream_stream.checkpoint.source_card import CARD
 from ream_stream.errors import OtherRunError, UsageError
 from ream_stream.file_access import existing
-from ream_stream.files import Written
 from ream_stream.planning.plan import Plan
 
 from .journal import Journal
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest, manifest_of
 from .model_card import card
 from .source_record import check_others
 from .workspace import Workspace
@@ -67,7 +64,10 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
     files.write_json(output / INDEX, _index(plan))
     text = card(plan, tokens, journal)
     files.write_bytes(output / CARD, text.encode(errors="backslashreplace"))
-    files.write_json(output / MANIFEST, _manifest(plan, journal, written))
+    files.write_json(
+        output / MANIFEST,
+        manifest_of(journal, plan.num_experts, plan.settings.experts, written),
+    )
 
 
 def copied_files(others: Iterable[str]) -> list[str]:
@@ -136,42 +136,3 @@ def _index(plan: Plan) -> dict[str, Any]:
     weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _manifest(plan: Plan, journal: Journal, documents: Mapping[str, Written]) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "fingerprint": journal.fingerprint,
-        "versions": {
-            "ream-stream": __version__,
-            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
-        },
-        "experts": {"before": plan.num_experts, "after": plan.settings.experts},
-        "files": {shard.name: _told(shard) for shard in journal.shards()},
-        "documents": {
-            name: _told(file)
-            for name, file in documents.items()
-            # JSON has no word for other names, and a hub takes none of them
-            if _is_utf8(name)
-        },
-        "layers": [
-            {
-                "index": record.index,
-                "saliency": record.saliency,
-                **({"domains": record.domain_saliency} if record.domain_saliency else {}),
-                "groups": record.groups,
-                **({"refitted": asdict(record.refitted)} if record.refitted else {}),
-            }
-            for record in journal.layers
-            if record.groups is not None
-        ],
-    }
-
-
-def _told(file: Written) -> dict[str, Any]:
-    return {"size": file.size, "sha256": file.sha256}
-
-
-def _is_utf8(name: str) -> bool:
-    """Tell whether a file's name is UTF-8: Python has lone surrogates for what is not."""
-    return os.fsencode(name) == name.encode(errors="replace")

@@ -3,15 +3,20 @@
 `finish` writes the manifest as the last file of a run; it is read here without trust.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ream_stream import __version__
 from ream_stream.errors import DamagedError
 from ream_stream.file_access import is_inside, read_object
 from ream_stream.files import Written
+
+from .journal import Journal
 
 MANIFEST = "ream_stream.json"
 FORMAT = 1
@@ -80,6 +85,49 @@ class Manifest:
     def grouping(self) -> str:
         """Key of `method.grouping.GROUPINGS`."""
         return str(self.fingerprint["grouping"])
+
+
+def manifest_of(
+    journal: Journal, num_experts: int, kept: int, documents: Mapping[str, Written]
+) -> dict[str, Any]:
+    """Return the JSON of a manifest; `read_manifest` reads it back.
+
+    Parameters
+    ----------
+    journal
+        Journal of a run whose layers are all committed.
+    num_experts, kept
+        Experts of an MoE layer in the source and in the output.
+    documents
+        Files beside the shards, by name.
+    """
+    return {
+        "format": FORMAT,
+        "fingerprint": journal.fingerprint,
+        "versions": {
+            "ream-stream": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        },
+        "experts": {"before": num_experts, "after": kept},
+        "files": {shard.name: _told(shard) for shard in journal.shards()},
+        "documents": {
+            name: _told(file)
+            for name, file in documents.items()
+            # JSON has no word for other names, and a hub takes none of them
+            if _is_utf8(name)
+        },
+        "layers": [
+            {
+                "index": record.index,
+                "saliency": record.saliency,
+                **({"domains": record.domain_saliency} if record.domain_saliency else {}),
+                "groups": record.groups,
+                **({"refitted": asdict(record.refitted)} if record.refitted else {}),
+            }
+            for record in journal.layers
+            if record.groups is not None
+        ],
+    }
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -169,3 +217,12 @@ def _count(value: object) -> int:
     if type(value) is not int or value < 0:
         raise TypeError(f"{value!r} is not a whole number")
     return value
+
+
+def _told(file: Written) -> dict[str, Any]:
+    return {"size": file.size, "sha256": file.sha256}
+
+
+def _is_utf8(name: str) -> bool:
+    """Tell whether a file's name is UTF-8: Python has lone surrogates for what is not."""
+    return os.fsencode(name) == name.encode(errors="replace")
