@@ -20,6 +20,9 @@ _UNITS = {
     "tib": 1024**4,
 }
 
+_LEAST_WITHOUT_UNIT = 1000
+"""A smaller number without a unit is no number of bytes: somebody means GB."""
+
 
 def parse_size(text: str) -> int:
     """Return the bytes of ``1.5GiB``, ``5 GB``, ``700m`` or ``4096``.
@@ -35,6 +38,8 @@ def parse_size(text: str) -> int:
     size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
         raise ValueError(f"{text!r} is nothing")
+    if not match[2] and size < _LEAST_WITHOUT_UNIT:
+        raise ValueError(f"{text!r} is {size} bytes; write a unit, for example {match[1]}GB")
     return size
 
 
@@ -53,17 +58,22 @@ def parse_size_or_auto(text: str) -> int | None:
 
 
 def parse_share(text: str) -> Fraction:
-    """Return the exact share of ``75%``: above 0%, up to 100%.
+    """Return the exact share of ``75%``, ``75`` or ``0.75``: above 0%, up to 100%.
+
+    A number without a percent sign is a share up to 1, and percent above.
 
     Raises
     ------
     ValueError
         The text is no such share.
     """
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", text)
-    share = Fraction(match[1]) / 100 if match else Fraction(0)
-    if not 0 < share <= 1:
+    match = re.fullmatch(r"\s*(\d{0,9}(?:\.\d{1,9})?)\s*(%?)\s*", text)
+    if match is None or not match[1]:
         raise ValueError(f"{text!r} is not a share; write for example 75%")
+    number = Fraction(match[1])
+    share = number / 100 if match[2] or number > 1 else number
+    if not 0 < share <= 1:
+        raise ValueError(f"{text!r} is out of range: a share is above 0% and up to 100%")
     return share
 
 

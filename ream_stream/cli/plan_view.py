@@ -148,7 +148,7 @@ def _experts(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     if keep is None:
         return text
     exact = keep * before
-    rounded = "" if exact == after else f" is {float(exact):g}, rounded down"
+    rounded = "" if exact == after else f" is {float(exact):.4g}, rounded"
     return f"{text} ({float(100 * keep):g}%{rounded})"
 
 

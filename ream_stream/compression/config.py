@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.errors import UsageError
+from ream_stream.planning.serving_limits import served_count
 from ream_stream.settings import (
     Method,
     Settings,
@@ -69,7 +70,7 @@ class RunOptions(CalibrationOptions, MachineOptions):
     experts: int | None = option("Experts", "Experts to keep in each MoE layer.", least=1)
     keep: Fraction | float | None = option(
         "Experts",
-        "The same as a share, such as 75%; rounded down to whole experts.",
+        "The same as a share, such as 75%; rounded to the nearest number that servers take.",
         parse=parse_share,
         metavar="PERCENT",
     )
@@ -137,7 +138,12 @@ class RunOptions(CalibrationOptions, MachineOptions):
 
 
 def settings_for(
-    options: RunOptions, num_experts: int, *, compute_dtype: str, device_kind: str
+    options: RunOptions,
+    num_experts: int,
+    *,
+    compute_dtype: str,
+    device_kind: str,
+    routing_groups: int = 1,
 ) -> Settings:
     """Return the settings that the options come to for a source.
 
@@ -149,8 +155,10 @@ def settings_for(
         Experts of a source layer.
     compute_dtype, device_kind
         What ``--compute-dtype`` and ``--device`` mean on this machine.
+    routing_groups
+        ``n_group`` of group-limited routers, otherwise 1.
     """
-    experts = kept_experts(options, num_experts)
+    experts = kept_experts(options, num_experts, routing_groups)
     names, changes = options_of(Method), dict(options.changes)
     changed = {name: changes.pop(name) for name in list(changes) if name in names}
     method = options.method
@@ -178,7 +186,12 @@ def check_usage(options: RunOptions) -> None:
     """
     check_values(options)
     if (options.experts is None) == (options.keep is None):
-        raise UsageError("say how many experts to keep: either --experts or --keep")
+        several = options.experts is not None
+        raise UsageError(
+            "--experts and --keep say the same thing: give one of them"
+            if several
+            else "say how many experts to keep: --keep 75%, or --experts with their number"
+        )
     if options.keep is not None and not 0 < options.keep <= 1:
         raise UsageError(f"--keep {float(100 * options.keep):g}%: there is 0% to 100%")
     source = options.source.resolve()
@@ -187,18 +200,23 @@ def check_usage(options: RunOptions) -> None:
             raise UsageError(f"{target} is in SOURCE, which is never written to")
 
 
-def kept_experts(options: RunOptions, num_experts: int) -> int:
-    """Return the number of experts that a layer keeps; a share is rounded down.
+def kept_experts(options: RunOptions, num_experts: int, routing_groups: int = 1) -> int:
+    """Return the number of experts that a layer keeps.
+
+    A share is rounded to the nearest number that servers accept, with ``--any-count`` down.
 
     Raises
     ------
     UsageError
-        The share is less than one expert.
+        The share is less than one expert, or no such number is near.
     """
     if options.keep is None:
         return options.experts or 0
     # as it is written: the number 0.29 is less than 29/100
-    experts = int(Fraction(str(options.keep)) * num_experts)
+    share = Fraction(str(options.keep))
+    if not options.any_count:
+        return served_count(share, num_experts, routing_groups)
+    experts = int(share * num_experts)
     if experts < 1:
         raise UsageError(
             f"--keep {float(100 * options.keep):g}%: of {num_experts} experts that is none"

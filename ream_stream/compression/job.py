@@ -6,6 +6,7 @@ source's headers, the output folder, the plan, and the calibration text last.
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from ream_stream.calibration.packing import Calibration, read_tokens
 from ream_stream.calibration.token_cache import Request, calibration_of, changed, stored
 from ream_stream.calibration.tokens import Tokens
+from ream_stream.checkpoint.config_json import text_config
 from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, check_path, open_checkpoint, vocab_size_of
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
@@ -223,7 +225,16 @@ def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device)
         num_experts(checkpoint),
         compute_dtype=str(dtype).removeprefix("torch."),
         device_kind=device.type,
+        routing_groups=_routing_groups(checkpoint),
     )
+
+
+def _routing_groups(checkpoint: Checkpoint) -> int:
+    """Return the groups of the router as config.json tells them; the plan checks the number."""
+    told = {k: v for k, v in text_config(checkpoint.config).items() if type(v) in {int, str}}
+    told |= {key: 0 for key in ("n_group", "num_expert_group") if type(told.get(key)) is str}
+    groups = family_of(checkpoint.config).groups(SimpleNamespace(**{"topk_method": "", **told}))
+    return max(1, groups)
 
 
 def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:

@@ -5,6 +5,7 @@ servers do not take it, and some of them have no others.
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 from math import lcm
 
 from ream_stream.errors import UsageError
@@ -53,6 +54,31 @@ def check_served(experts: int, num_experts: int, routing_groups: int) -> None:
             f"multiples of {DIVISOR} only; keep a multiple of {multiple}, or give --any-count "
             "if what serves the model takes others"
         )
+
+
+def served_count(share: Fraction, num_experts: int, routing_groups: int) -> int:
+    """Return the count nearest to a share of the experts that all servers accept.
+
+    Of two that are equally near it is the smaller one. All experts are always accepted.
+
+    Raises
+    ------
+    UsageError
+        None is as near as a sixteenth of the experts: one sentence with the counts around.
+    """
+    step, asked = lcm(DIVISOR, routing_groups), share * num_experts
+    counts = sorted({*range(step, num_experts, step), num_experts})
+    nearest: int = min(counts, key=lambda count: (abs(count - asked), count))
+    if 16 * abs(nearest - asked) > num_experts:
+        below = [count for count in counts if count < asked]
+        above = [count for count in counts if asked < count < num_experts]
+        named = " or ".join(f"--experts {count}" for count in [*below[-1:], *above[:1]])
+        raise UsageError(
+            f"--keep {float(100 * share):g}% of {num_experts} experts is {float(asked):.4g}, "
+            f"and servers take multiples of {step}: give {named + ', or ' if named else ''}"
+            "--any-count to keep what was asked for"
+        )
+    return nearest
 
 
 def serving_notes(experts: int) -> list[str]:

@@ -34,7 +34,7 @@ def test_a_compressed_checkpoint_loads_with_fewer_experts(capsys, words, tmp_pat
     output = tmp_path / "output"
     status, out, err = call(capsys, *words(output, "--keep", "80%"))
     assert (status, out) == (0, "")
-    assert "8 -> 6 (80% is 6.4, rounded down)" in err
+    assert "8 -> 6 (80% is 6.4, rounded)" in err
     assert "layer 3/3" in err
     assert f"next: ream-stream verify {output}" in err
     assert read_config(output)["num_experts"] == 6

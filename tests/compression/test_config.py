@@ -14,12 +14,48 @@ def settings_of(num_experts=128, **values):
     return settings_for(options, num_experts, compute_dtype="float32", device_kind="cpu")
 
 
-def test_a_share_is_rounded_down_without_an_error_of_floating_point():
-    assert settings_of(keep="75%").experts == 96
-    assert settings_of(keep="75%", num_experts=66).experts == 49
+def test_any_share_is_rounded_down_without_an_error_of_floating_point():
+    wanted = {"num_experts": 100, "any_count": True}
+    assert settings_of(keep="75%", num_experts=66, any_count=True).experts == 49
     # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
-    assert settings_of(keep="29%", num_experts=100).experts == 29
-    assert settings_of(keep=0.29, num_experts=100).experts == 29
+    assert settings_of(keep="29%", **wanted).experts == 29
+    assert settings_of(keep=0.29, **wanted).experts == 29
+
+
+@pytest.mark.parametrize(
+    ("keep", "num_experts", "groups", "experts"),
+    [
+        ("75%", 128, 1, 96),
+        ("80%", 128, 1, 104),  # 102.4 is nearer to 104 than to 100
+        ("79", 128, 1, 100),  # 101.12
+        ("0.67", 128, 1, 84),  # 85.76 is between 84 and 88
+        ("75%", 66, 1, 48),
+        ("100%", 66, 1, 66),
+        ("98.5%", 66, 1, 66),  # 65.01 is nearer to all of them than to 64
+        ("70%", 256, 8, 176),  # 179.2: multiples of 4 and of the groups
+    ],
+)
+def test_a_share_is_rounded_to_the_nearest_number_that_servers_take(
+    keep, num_experts, groups, experts
+):
+    options = RunOptions.of(source=Path(), keep=keep)
+    machine = {"compute_dtype": "float32", "device_kind": "cpu"}
+    found = settings_for(options, num_experts, routing_groups=groups, **machine)
+    assert found.experts == experts
+
+
+def test_every_whole_percent_of_128_experts_is_near_a_number_that_servers_take():
+    kept = {settings_of(keep=f"{percent}%").experts for percent in range(3, 101)}
+    assert kept == set(range(4, 129, 4))
+
+
+def test_a_share_far_from_all_numbers_that_servers_take_names_those_around():
+    with pytest.raises(UsageError, match=r"is 6, and .* --experts 4, or --any-count"):
+        settings_of(keep="75%", num_experts=8)
+    options = RunOptions.of(source=Path(), keep="37.2%")
+    machine = {"compute_dtype": "float32", "device_kind": "cpu"}
+    with pytest.raises(UsageError, match=r"is 11.9, and .* --experts 8 or --experts 16, or"):
+        settings_for(options, 32, routing_groups=8, **machine)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +90,11 @@ def test_every_preset_names_choices_that_exist():
         ({"colour": "blue"}, "colour: there is no such option"),
         ({"ram": "much"}, "ram: 'much' is not a size"),
         ({"keep": "3/4"}, "keep: '3/4' is not a share"),
-        ({}, "either --experts or --keep"),
-        ({"experts": 3, "keep": 0.5}, "either --experts or --keep"),
+        ({"keep": "0%"}, "keep: '0%' is out of range: a share is above 0% and up to 100%"),
+        ({"keep": "120"}, "keep: '120' is out of range"),
+        ({"ram": "16"}, "ram: '16' is 16 bytes; write a unit, for example 16GB"),
+        ({}, "say how many experts to keep"),
+        ({"experts": 3, "keep": 0.5}, "--experts and --keep say the same thing"),
         ({"keep": 1.5}, "--keep 150%"),
         ({"experts": 0}, "--experts 0: at least 1 is needed"),
         ({"experts": "six"}, "--experts six: at least 1 is needed"),
