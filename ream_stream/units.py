@@ -106,6 +106,16 @@ def format_size(num_bytes: float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def size_option(num_bytes: int) -> str:
+    """Return at least so many bytes as an option takes them, three digits: ``414MB``."""
+    exponent = max(0, len(str(num_bytes)) - 3)
+    digits = -(-num_bytes // 10**exponent)
+    power = -(-exponent // 3) * 3
+    unit = {0: "", 3: "kB", 6: "MB", 9: "GB", 12: "TB"}[min(power, 12)]
+    number = Fraction(digits * 10**exponent, 10 ** min(power, 12))
+    return f"{float(number):g}{unit}"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a duration in the units that matter: ``41 s``, ``3 min 05 s``, ``2 h 10 min``."""
     whole = round(seconds)

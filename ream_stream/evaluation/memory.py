@@ -15,7 +15,7 @@ from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.activation_memory import Footprints
 from ream_stream.planning.allocation import MAX_BATCH_TOKENS
 from ream_stream.planning.memory import HEAP_SHARE, LIBRARY_BYTES
-from ream_stream.units import format_size
+from ream_stream.units import format_size, size_option
 
 from .evaluate import LOGITS_BYTES, RANK_TOKENS
 
@@ -68,7 +68,7 @@ def plan_evaluation(
             needed = sum(parts.values())
             raise OverBudgetError(
                 f"the evaluation needs {format_size(needed)} of memory with one sequence at a "
-                f"time, the budget is {format_size(ram)}; give --ram {needed} or more, or "
+                f"time, the budget is {format_size(ram)}; give --ram {size_option(needed)} or more, or "
                 "shorter sequences (--sequence-length)"
             )
         batch = -(-batch // 2)

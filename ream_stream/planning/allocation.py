@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ream_stream.errors import OverBudgetError
-from ream_stream.units import format_size
+from ream_stream.units import format_size, size_option
 
 from .memory import MemoryModel
 from .plan import OUTPUTS, SUMS
@@ -116,7 +116,7 @@ class _Chooser:
             if begun is not None:
                 raise OverBudgetError(
                     f"the run was begun with experts in {blocks} blocks, for which neither "
-                    f"--ram {budgets.ram} nor the disk has room "
+                    f"--ram {size_option(budgets.ram)} nor the disk has room "
                     f"({format_size(parts.sum_bytes)}); "
                     "give it more of either, or begin anew with --restart"
                 )
@@ -173,12 +173,12 @@ class _Chooser:
                 f"the run was begun with {self.begun.batch_sequences} sequences at a time and "
                 f"goes on with them; that needs {format_size(needed)} of {memory}, the budget "
                 f"is {format_size(budget)}; the largest parts are {told}. Give --{option} "
-                f"{needed} or more, or begin anew with --restart"
+                f"{size_option(needed)} or more, or begin anew with --restart"
             )
         raise OverBudgetError(
             f"the run needs {format_size(needed)} of {memory} with one sequence at a time, the "
             f"budget is {format_size(budget)}; the largest parts are {told}. Give --{option} "
-            f"{needed} or more, or shorter sequences (--sequence-length), or fewer "
+            f"{size_option(needed)} or more, or shorter sequences (--sequence-length), or fewer "
             f"--similarity-tokens{', or --refit none' if self.parts.refits else ''}"
         )
 

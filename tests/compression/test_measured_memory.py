@@ -24,6 +24,7 @@ from ream_stream.planning import memory
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Method, Settings
+from ream_stream.units import parse_size, size_option
 
 pytestmark = [
     pytest.mark.memory,
@@ -244,9 +245,10 @@ def test_a_budget_too_small_is_refused_before_anything_is_read(planner, monkeypa
     monkeypatch.setattr(MappedTensors, "__getitem__", read)
     with pytest.raises(OverBudgetError, match=r"with one sequence at a time") as refused:
         planner(300_000_000)
-    least = int(re.search(r"Give --ram (\d+)", str(refused.value))[1])
-    # what is told to be enough is, and nothing less
-    assert planner(least).memory_bytes == least
+    told = re.search(r"Give --ram (\w[\w.]*)", str(refused.value))[1]
+    # what is told to be enough is, and nothing less; it has three digits
+    least = planner(parse_size(told)).memory_bytes
+    assert size_option(least) == told
     with pytest.raises(OverBudgetError):
         planner(least - 1)
 

@@ -13,6 +13,7 @@ from tiny_checkpoints import read_config
 from ream_stream.__main__ import main
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import DamagedError
+from ream_stream.units import parse_size
 
 TOOLS = Path(__file__).parents[2] / "tools" / "fixtures"
 
@@ -160,7 +161,7 @@ def test_a_refusal_names_parts_option_and_the_smallest_budget_that_works(capsys,
     assert status == 12
     assert "the largest parts are interpreter and libraries" in err
     assert "--similarity-tokens" in err
-    smallest = int(re.search(r"--ram (\d+)", err)[1])
+    smallest = parse_size(re.search(r"--ram (\w[\w.]*)", err)[1])
     # the interpreter itself grows by a few hundred kilobytes from call to call
     assert call(capsys, *words, "--ram", smallest // 2)[0] == 12
     known = planned(capsys, "--ram", smallest + (16 << 20), *words[1:])
