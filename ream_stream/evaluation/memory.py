@@ -68,8 +68,8 @@ def plan_evaluation(
             needed = sum(parts.values())
             raise OverBudgetError(
                 f"the evaluation needs {format_size(needed)} of memory with one sequence at a "
-                f"time, the budget is {format_size(ram)}; give --ram {size_option(needed)} or more, or "
-                "shorter sequences (--sequence-length)"
+                f"time, the budget is {format_size(ram)}; give --ram {size_option(needed)} or "
+                "more, or shorter sequences (--sequence-length)"
             )
         batch = -(-batch // 2)
         parts = _parts(footprints, tokens, batch)

@@ -178,7 +178,7 @@ class _Chooser:
         raise OverBudgetError(
             f"the run needs {format_size(needed)} of {memory} with one sequence at a time, the "
             f"budget is {format_size(budget)}; the largest parts are {told}. Give --{option} "
-            f"{size_option(needed)} or more, or shorter sequences (--sequence-length), or fewer "
+            f"{size_option(needed)} or more, shorter sequences (--sequence-length), or fewer "
             f"--similarity-tokens{', or --refit none' if self.parts.refits else ''}"
         )
 
