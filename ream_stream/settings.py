@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -273,6 +273,51 @@ class Settings:
         # as JSON gives it back
         values["method"]["refit_lambda"] = list(self.method.refit_lambda)
         return {**values.pop("method"), **values}
+
+
+_IDLE: tuple[tuple[Callable[[Method], bool], tuple[str, ...], str], ...] = (
+    (
+        lambda method: method.grouping == "none",
+        (
+            *("similarity", "gate_term", "similarity_tokens", "group_size", "merge"),
+            *("alignment", "alignment_tokens"),
+        ),
+        "experts are dropped, not merged",
+    ),
+    (
+        lambda method: method.grouping != "ream",
+        ("group_size",),
+        "--grouping ream alone has groups of a size",
+    ),
+    (
+        lambda method: method.alignment == "none",
+        ("alignment_tokens",),
+        "neurons are not matched",
+    ),
+    (
+        lambda method: method.refit == "none",
+        ("refit_experts", "refit_target", "refit_iterations", "refit_lambda"),
+        "nothing is refitted",
+    ),
+)
+"""Conditions under which options of a method have no effect, with the reason."""
+
+
+def check_idle(method: Method, given: Iterable[str]) -> None:
+    """Refuse options that were given, are not at their defaults and have no effect.
+
+    Raises
+    ------
+    UsageError
+        One sentence about the option and why it has none.
+    """
+    known, usual = options_of(Method), Method()
+    for applies, names, reason in _IDLE:
+        for name in [name for name in given if name in names and applies(method)]:
+            if getattr(method, name) != getattr(usual, name):
+                raise UsageError(
+                    f"{flag_of(known[name])} has no effect: {reason}; leave it out"
+                )
 
 
 def check_settings(settings: Settings, num_experts: int) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import click
 
-from ream_stream.errors import ReamStreamError, of_system
+from ream_stream.errors import InterruptedRunError, ReamStreamError, of_system
 from ream_stream.untrusted import MOST_CHARACTERS, printable
 
 INTERRUPTED = 130
@@ -34,7 +34,9 @@ def end(error: BaseException) -> int:
     known = error if isinstance(error, ReamStreamError) else of_system(error)
     if known is None:
         known = ReamStreamError(f"{_told(error)}; {_details(error)}")
-    click.echo(f"error: {printable(str(known), most=MOST_CHARACTERS)}", err=True)
+    # who stopped a run knows that it is no error
+    head = "" if isinstance(known, InterruptedRunError) else "error: "
+    click.echo(f"{head}{printable(str(known), most=MOST_CHARACTERS)}", err=True)
     if known.then:
         click.echo(printable(known.then), err=True)
     return known.exit_status

@@ -138,6 +138,8 @@ def _headers_only(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     cut, count = known["headers_only_files"], known["source_files"]
     if not cut:
         return []
+    if known["is_remote"]:
+        return [("source", "on the hub: its headers were read, compress fetches the rest")]
     text = f"{cut} of {count} files end before their tensors do, which compress needs"
     return [("source", f"headers only: {text}")]
 

@@ -48,6 +48,7 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
         There is no run.
     """
     from ream_stream.compression.event_log import newest, read_events
+    from ream_stream.compression.manifest import MANIFEST, read_manifest
     from ream_stream.errors import UsageError
 
     holder = workspace.holder()
@@ -58,16 +59,19 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     if not (begun or holder or complete):
         raise UsageError(f"{workspace.output} holds no run of ream-stream")
     journal = workspace.begun() if begun else None
+    manifest = read_manifest(workspace.output / MANIFEST) if complete and not begun else None
     log = newest(read_events(workspace.log))
     started, command = log.get("started", {}), log.get("command", {})
+    shards = journal.shards() if journal else manifest.files.values() if manifest else ()
     state = "complete" if complete else "running" if holder else "stopped"
     return {
         "output": str(workspace.output),
         "state": state,
+        "is_cleaned": manifest is not None,
         "held_by": holder,
         "committed_layers": len(journal.layers) if journal else 0,
         "layers": started.get("layers"),
-        "written_bytes": sum(shard.size for shard in journal.shards()) if journal else 0,
+        "written_bytes": sum(file.size for file in shards),
         "left_seconds": _left(log) if state == "running" else None,
         "anonymous_bytes": log.get("last", {}).get("anonymous_bytes"),
         "last_event": log.get("last"),
@@ -92,9 +96,10 @@ def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
     from ream_stream.units import format_seconds, format_size
 
     count = known["layers"] or "?"
+    layers = f"{known['committed_layers']} of {count} committed"
     rows = [
         ("state", known["state"] + (f" ({known['held_by']})" if known["held_by"] else "")),
-        ("layers", f"{known['committed_layers']} of {count} committed"),
+        ("layers", "all; its work files were removed" if known["is_cleaned"] else layers),
         ("written", format_size(known["written_bytes"])),
     ]
     if known["left_seconds"] is not None:

@@ -12,6 +12,7 @@ from ream_stream.planning.serving_limits import served_count
 from ream_stream.settings import (
     Method,
     Settings,
+    check_idle,
     check_values,
     given_options,
     option,
@@ -165,9 +166,11 @@ def settings_for(
     if isinstance(method, str):
         size = default_group_size(experts, num_experts)
         method = replace(Method(group_size=size), **PRESETS[method])
+    method = replace(method, **changed)
+    check_idle(method, changed)
     return Settings(
         experts=experts,
-        method=replace(method, **changed),
+        method=method,
         compute_dtype=compute_dtype,
         seed=options.seed,
         device_kind=device_kind,

@@ -154,6 +154,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "source": str(plan.source.folder),
         "source_files": len(plan.source.files()),
         "headers_only_files": len(plan.source.cut_files()),
+        "is_remote": plan.source.fetch is not None,
         "output": str(output) if output else None,
         "family": plan.config["model_type"],
         "layers": len(plan.layers),

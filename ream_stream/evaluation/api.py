@@ -101,7 +101,7 @@ def plan(
         device_memory_bytes=sum(found.device_memory.values()),
         disk_bytes=found.disk_bytes,
         seconds=sum(job.forecast.seconds.values()) if job.forecast else None,
-        details=plan_facts(job),
+        details=plan_facts(job) | {"is_remote": remote is not None},
     )
 
 

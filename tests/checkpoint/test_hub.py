@@ -47,6 +47,9 @@ def test_a_plan_fetches_headers_and_its_digest_is_that_of_the_files(hub, source)
 def test_plan_and_dry_run_of_a_checkpoint_on_the_hub(hub, tokens, tmp_path, capsys):
     assert main(["plan", f"{REPO}@main", "--experts", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 3
+    assert main(["plan", f"{REPO}@main", "--experts", "4"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "source on the hub: its headers were read, compress fetches the rest" in shown
     assert main(words(REPO, tmp_path / "out", tokens, "--dry-run")) == 0
     assert not (tmp_path / "out").exists()
 

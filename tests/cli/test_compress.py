@@ -150,6 +150,8 @@ def test_the_process_itself_ends_with_130_on_ctrl_c(words, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "")
     assert "Traceback" not in done.stderr
+    assert "error:" not in done.stderr
+    assert "stopped after 0 of 3 layers; run the same command again to go on" in done.stderr
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, words, tmp_path):

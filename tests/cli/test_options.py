@@ -117,12 +117,13 @@ def test_flags_of_verify_are_off_and_on_as_in_the_library():
 
 def test_an_option_of_the_command_line_is_what_the_library_is_given():
     asked = run_options(
-        *("--keep", "80%", "--method", "reap", "--refit-lambda", "1,2", "--no-gate-term"),
+        *("--keep", "80%", "--method", "ream", "--refit", "down"),
+        *("--refit-lambda", "1,2", "--no-gate-term"),
         *("--max-shard-size", "1MB", "--ram", "2GB", "--vram", "auto", "--dtype", "bf16"),
     )
     assert (asked.keep, asked.method, asked.ram, asked.vram) == (
         Fraction("0.8"),
-        "reap",
+        "ream",
         2 * 10**9,
         None,
     )
@@ -131,7 +132,7 @@ def test_an_option_of_the_command_line_is_what_the_library_is_given():
     assert (found.method.refit_lambda, found.method.gate_term) == ((1.0, 2.0), False)
 
 
-@pytest.mark.parametrize("text", ["75", "0.75", "0%", "101%", "-5%", "nan%", "", "1e9%"])
+@pytest.mark.parametrize("text", ["0", "101", "0%", "101%", "-5%", "nan%", "", "1e9%"])
 def test_what_is_no_share_is_wrong_usage(text):
     with pytest.raises(click.UsageError, match="share"):
         given("plan", ".", "--keep", text)

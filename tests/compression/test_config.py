@@ -78,6 +78,23 @@ def test_a_method_is_a_grouping_and_a_saliency_and_single_options_count_more():
     assert own == Method(grouping="hc-smoe", merge="mean")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "energy", "merge": "mean"}, "--merge has no effect: experts are dropped"),
+        ({"method": "reap", "group_size": 8}, "--group-size has no effect: experts are drop"),
+        ({"method": "hc-smoe", "group_size": 8}, "--group-size has no effect: --grouping ream"),
+        ({"refit_lambda": "7"}, "--refit-lambda has no effect: nothing is refitted"),
+        ({"alignment": "none", "alignment_tokens": 5}, "--alignment-tokens has no effect"),
+    ],
+)
+def test_an_option_without_an_effect_is_refused(values, message):
+    with pytest.raises(UsageError, match=message):
+        settings_of(experts=96, **values)
+    defaults = {name: getattr(Method(), name) for name in values if name != "method"}
+    settings_of(experts=96, **(values | defaults))
+
+
 def test_every_preset_names_choices_that_exist():
     for preset in PRESETS.values():
         for name, value in preset.items():

@@ -43,7 +43,9 @@ def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
         workspace.check_is_of_one_run()
     events = list(read_events(workspace.log))
     plans = [each for each in events if each["event"] == "plan"]
-    plan = plans[-1] if plans else {}
+    # a resumed run planned what was left of it
+    whole = [plan for plan in plans if not plan.get("committed_layers")]
+    plan = (whole or plans or [{}])[-1]
     quality = [_result(path) for path in results]
     return {
         "ream_stream": __version__,
