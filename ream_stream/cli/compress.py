@@ -9,7 +9,7 @@ from ream_stream.compression.config import RunOptions
 from ream_stream.settings import Method, Settings
 
 from .options import options_for
-from .params import Verb, exit_statuses, json_option, option, resume_command
+from .params import Verb, exit_statuses, json_option, option, resume_command, verbose_option
 from .source import source_argument
 
 
@@ -26,6 +26,7 @@ from .source import source_argument
     show_default=True,
     help="What becomes of journal, statistics, tokens and log when it is done.",
 )
+@verbose_option
 @json_option
 @click.pass_context
 def compress(
@@ -37,6 +38,7 @@ def compress(
     dry_run: bool,
     restart: bool,
     keep_work: bool,
+    verbose: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - those of RunOptions, Method and Settings
 ) -> None:
@@ -59,7 +61,7 @@ def compress(
     from .console import console, print_json
     from .run import following, say_start, say_summary
 
-    shown, asked = console(stderr=True), {**values, "restart": restart}
+    shown, asked = console(stderr=True), {**values, "restart": restart, "verbose": verbose}
     if dry_run:
         planned = api.plan(source, output, restart=restart, with_data=True, **values).details
         say_start(planned, asked, shown)

@@ -99,6 +99,10 @@ json_option = option(
 )
 
 
+verbose_option = option(
+    "Output", "-v", "--verbose", is_flag=True, help="Show every part of the plan."
+)
+
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -9,7 +9,7 @@ from ream_stream.compression.config import RunOptions
 from ream_stream.settings import Method, Settings, options_of
 
 from .options import options_for
-from .params import Verb, exit_statuses, json_option
+from .params import Verb, exit_statuses, json_option, verbose_option
 from .source import source_argument
 
 _ONLY_SIZE = {
@@ -23,11 +23,13 @@ _ONLY_SIZE = {
 @source_argument
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @options_for(RunOptions, Method, Settings, changed={"calibration": _ONLY_SIZE})
+@verbose_option
 @json_option
 def plan(
     source: Path | str,
     output: Path | None,
     *,
+    verbose: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - those of RunOptions, Method and Settings
 ) -> None:
@@ -53,4 +55,4 @@ def plan(
     if as_json:
         print_json(known)
     else:
-        console(stderr=False).print(plan_table(known, values))
+        console(stderr=False).print(plan_table(known, values, verbose=verbose))

@@ -10,7 +10,9 @@ from ream_stream.units import format_seconds, format_size
 from .console import facts, phases
 
 
-def plan_table(known: Mapping[str, Any], asked: Mapping[str, Any]) -> Table:
+def plan_table(
+    known: Mapping[str, Any], asked: Mapping[str, Any], *, verbose: bool = False
+) -> Table:
     """Return a plan as a table.
 
     Parameters
@@ -19,57 +21,68 @@ def plan_table(known: Mapping[str, Any], asked: Mapping[str, Any]) -> Table:
         What `plan_facts` tells.
     asked
         Values of the options.
+    verbose
+        Whether the parts of memory and disk are shown, and what the time is made of.
     """
+    rows = _rows(known, asked)
+    if not verbose:
+        rows = [row for row in rows if not row[0].startswith("  ") and row[0] not in _PARTS]
+    notes = [("  note", note) for note in known["notes"]]
+    at = 1 + [name for name, _ in rows].index("experts a layer")
+    return facts([*rows[:at], *notes, *rows[at:]], title="Plan")
+
+
+_PARTS = {"reads", "writes", "products", "decodes"}
+"""Rows of parts that are not indented."""
+
+
+def _rows(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, str]]:
     dense, mtp = known["layers"] - known["moe_layers"], known["mtp_layers"]
     source, output = known["source_bytes"], known["output_bytes"]
     free = known["disk_free_bytes"]
-    return facts(
-        [
-            *_headers_only(known),
-            ("family", known["family"]),
-            (
-                "layers",
-                f"{known['layers']}"
-                + (f", {dense} of them dense" if dense else "")
-                + (f", {mtp} for multi-token prediction" if mtp else ""),
-            ),
-            ("experts a layer", _experts(known, asked)),
-            *(("  note", note) for note in known["notes"]),
-            ("experts a token", str(known["experts_per_token"])),
-            ("method", _method(known["settings"], asked)),
-            (
-                "weights",
-                f"{format_size(source)} -> {format_size(output)} ({output / source:.1%})",
-            ),
-            (
-                "calibration",
-                f"{known['calibration_sequences']} sequences of "
-                f"{known['calibration_sequence_length']} tokens, "
-                f"{known['batch_sequences']} at a time",
-            ),
-            *_blocks(known),
-            (
-                "run in",
-                f"{known['settings']['compute_dtype']} on {known['device']}, "
-                f"{known['threads']} threads",
-            ),
-            (
-                "memory",
-                f"{format_size(known['memory_bytes'])} of "
-                f"{format_size(known['memory_budget_bytes'])} allowed",
-            ),
-            *_parts(known["memory_parts"]),
-            *_device_memory(known),
-            (
-                "disk",
-                f"{format_size(known['disk_bytes'])} at most"
-                + (f", {format_size(free)} free" if free is not None else ""),
-            ),
-            *_parts(known["disk_parts"]),
-            *_forecast(known["forecast"]),
-        ],
-        title="Plan",
-    )
+    return [
+        *_headers_only(known),
+        ("family", known["family"]),
+        (
+            "layers",
+            f"{known['layers']}"
+            + (f", {dense} of them dense" if dense else "")
+            + (f", {mtp} for multi-token prediction" if mtp else ""),
+        ),
+        ("experts a layer", _experts(known, asked)),
+        ("experts a token", str(known["experts_per_token"])),
+        ("method", _method(known["settings"], asked)),
+        (
+            "weights",
+            f"{format_size(source)} -> {format_size(output)} ({output / source:.1%})",
+        ),
+        (
+            "calibration",
+            f"{known['calibration_sequences']} sequences of "
+            f"{known['calibration_sequence_length']} tokens, "
+            f"{known['batch_sequences']} at a time",
+        ),
+        *_blocks(known),
+        (
+            "run in",
+            f"{known['settings']['compute_dtype']} on {known['device']}, "
+            f"{known['threads']} threads",
+        ),
+        (
+            "memory",
+            f"{format_size(known['memory_bytes'])} of "
+            f"{format_size(known['memory_budget_bytes'])} allowed",
+        ),
+        *_parts(known["memory_parts"]),
+        *_device_memory(known),
+        (
+            "disk",
+            f"{format_size(known['disk_bytes'])} at most"
+            + (f", {format_size(free)} free" if free is not None else ""),
+        ),
+        *_parts(known["disk_parts"]),
+        *_forecast(known["forecast"]),
+    ]
 
 
 def _parts(sizes: Mapping[str, int]) -> list[tuple[str, str]]:

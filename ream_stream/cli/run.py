@@ -45,7 +45,7 @@ def following(console: Console, asked: Mapping[str, Any] | None = None) -> Itera
 
 def say_start(known: Mapping[str, Any], asked: Mapping[str, Any], console: Console) -> None:
     """Print the plan, and from where a run goes on."""
-    console.print(plan_table(known, asked))
+    console.print(plan_table(known, asked, verbose=asked.get("verbose", False)))
     done, count = known["committed_layers"], known["layers"]
     if not known["begun"]:
         return

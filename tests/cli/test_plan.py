@@ -13,7 +13,11 @@ def test_a_plan_needs_no_text_and_no_output(capsys, source):
 
 
 def test_a_plan_tells_reads_writes_products_and_time(capsys, source):
-    out = call(capsys, "plan", source, "--keep", "75%", "--any-count")[1]
+    words = ("plan", source, "--keep", "75%", "--any-count")
+    short = call(capsys, *words)[1]
+    assert len(short.splitlines()) < 30
+    assert not {"reads", "products"} & {line.split()[0] for line in short.splitlines()}
+    out = call(capsys, *words, "-v")[1]
     rows = {line.split()[0]: line for line in out.splitlines() if line.split()}
     assert rows.keys() >= {"reads", "writes", "products", "time", "disk", "memory"}
     assert "about" in rows["time"]
