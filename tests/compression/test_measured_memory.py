@@ -199,7 +199,7 @@ def test_memory_stays_within_a_plan_within_a_budget(measured):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layers", "experts"), [(16, 8), (64, 8), (4, 128)])
+@pytest.mark.parametrize(("layers", "experts"), [(16, 8), (4, 128)])
 def test_memory_stays_within_a_plan_within_a_budget_for_more(layers, experts, measured):
     for told in with_budgets(measured, layers, experts):
         assert told["peak"] <= told["planned"] <= told["ram"], told
