@@ -105,7 +105,7 @@ def test_a_report_may_end_a_run_and_the_same_call_goes_on(source, tokens, tmp_pa
     [
         ({"colour": "blue"}, "colour: there is no such option"),
         ({"calibration": None}, "--calibration"),
-        ({"experts": None}, "either --experts or --keep"),
+        ({"experts": None}, "say how many experts to keep"),
         ({"experts": 9}, "the source has 8 experts"),
         ({"saliency": "luck"}, "--saliency luck: there are reap,"),
         ({"sequences": "many"}, "--sequences many"),

@@ -82,7 +82,8 @@ def given(verb, *words):
 
 def run_options(*words):
     values = given("plan", ".", *words)
-    return RunOptions.of(**{k: v for k, v in values.items() if k not in {"as_json", "stream"}})
+    other = {"as_json", "verbose", "stream"}
+    return RunOptions.of(**{k: v for k, v in values.items() if k not in other})
 
 
 def chosen(kind, values):

@@ -230,7 +230,7 @@ def test_activations_made_again_give_the_same_bytes_as_kept_ones(
 
 
 def test_a_budget_too_small_for_a_refit_is_refused_with_what_else_would_do(source, tokens):
-    with pytest.raises(OverBudgetError, match=r"Give --ram \d+ or more, .* or --refit none"):
+    with pytest.raises(OverBudgetError, match=r"Give --ram \d+MB or more, .* or --refit none"):
         make_plan(open_checkpoint(source), refitted(), 20, 24, budgets=Budgets.of(1000))
     with pytest.raises(OverBudgetError, match=r"--similarity-tokens$"):
         make_plan(open_checkpoint(source), pruned(), 20, 24, budgets=Budgets.of(1000))
