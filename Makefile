@@ -15,7 +15,7 @@ INSTALL = -m pip install --disable-pip-version-check --quiet -c constraints.txt 
 # nothing may be fetched while tests run
 export HF_HUB_OFFLINE := 1
 # tests sync thousands of small files: in memory, where it has room, that takes no time
-MEMORY := $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 > 6000000 {print "/dev/shm"}')
+MEMORY := $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 > 10000000 {print "/dev/shm"}')
 ifneq ($(MEMORY),)
 test test-all conformance: export TMPDIR ?= $(MEMORY)
 endif
