@@ -370,19 +370,22 @@ def go_on_with_the_wrong_boundary(monkeypatch):
     monkeypatch.setattr(Workspace, "remove_strays", lambda *_: None)
 
 
+SLOW = pytest.mark.slow
 FAULTS = [
     (delete_hidden_before_the_commit, "", "while the journal names"),
     (commit_before_the_data, "", "while the journal names"),
     (sync_nothing, "", "was not synced before the rename"),
     (sync_no_folder, "", "was not synced after the rename"),
-    (sync_no_chunk, "", "was not synced before the rename"),
-    (write_in_place, "model-00001", "is under its final name, not whole"),
+    pytest.param(sync_no_chunk, "", "was not synced before the rename", marks=SLOW),
+    pytest.param(
+        write_in_place, "model-00001", "is under its final name, not whole", marks=SLOW
+    ),
     (write_in_place, "journal.json", "is damaged"),
     (redo_the_last_layer, "model-00003", "written again after"),
     (keep_strays, "journal.json", "other bytes"),
-    (keep_all_boundaries_in_one_store, "", "while the journal names"),
+    pytest.param(keep_all_boundaries_in_one_store, "", "while the journal names", marks=SLOW),
     (write_the_index_early, INDEX, "which its index names"),
-    (go_on_with_the_wrong_boundary, "journal.json", "other bytes"),
+    pytest.param(go_on_with_the_wrong_boundary, "journal.json", "other bytes", marks=SLOW),
 ]
 """What is planted, the steps at which kills show it, and what is then said."""
 

@@ -491,7 +491,10 @@ def test_of_two_runs_started_at_once_one_does_all_and_the_other_is_refused(
 @pytest.mark.crash
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(errno.ENOSPC, "OverBudgetError"), (errno.EIO, "Input/output error")],
+    [
+        (errno.ENOSPC, "OverBudgetError"),
+        pytest.param(errno.EIO, "Input/output error", marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_that_fails_at_any_write_costs_nothing_that_is_committed(
     number,

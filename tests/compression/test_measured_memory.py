@@ -157,7 +157,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(measured):
 @pytest.mark.parametrize(
     ("layers", "experts", "dtype"),
     [
-        (4, 32, "float32"),
+        pytest.param(4, 32, "float32", marks=pytest.mark.slow),
         pytest.param(16, 32, "float32", marks=pytest.mark.slow),
         # products in bf16 take ten times as long where the processor has none
         pytest.param(4, 128, "bfloat16", marks=pytest.mark.slow),

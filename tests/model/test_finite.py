@@ -134,8 +134,11 @@ def test_a_sequence_that_overflows_counts_no_more_and_the_others_as_if_it_were_n
 @pytest.mark.parametrize("held", [False, True], ids=["fitted", "held back"])
 @pytest.mark.parametrize(
     ("experts", "sequential", "target"),
-    [(EXPERTS, True, "layer"), (6, False, "layer"), (EXPERTS, True, "trajectory")],
-    ids=["source", "compressed", "trajectory"],
+    [
+        pytest.param(EXPERTS, True, "layer", id="source", marks=pytest.mark.slow),
+        pytest.param(6, False, "layer", id="compressed"),
+        pytest.param(EXPERTS, True, "trajectory", id="trajectory"),
+    ],
 )
 def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
     checkpoints, tmp_path, monkeypatch, sequential, experts, target, held
