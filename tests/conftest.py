@@ -69,6 +69,17 @@ def checkpoints(tmp_path_factory):
     return give
 
 
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory):
+    """Give a file of calibration tokens for the tiny checkpoints."""
+    from safetensors.torch import save_file
+    from tiny_runs import some_tokens
+
+    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
+    save_file(some_tokens().tensors(), path)
+    return path
+
+
 @pytest.fixture
 def mounted(tmp_path):
     """Give a function that mounts a file system in memory with some options, to be small."""

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny_runs import some_tokens
 
 import ream_stream
 from ream_stream.__main__ import main
@@ -28,10 +26,8 @@ def source(checkpoints):
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(some_tokens().tensors(), path)
-    return path
+def tokens(token_file):
+    return token_file
 
 
 def bytes_of(folder):

@@ -26,14 +26,16 @@ def plan_table(
     """
     rows = _rows(known, asked)
     if not verbose:
-        rows = [row for row in rows if not row[0].startswith("  ") and row[0] not in _PARTS]
-    notes = [("  note", note) for note in known["notes"]]
-    at = 1 + [name for name, _ in rows].index("experts a layer")
-    return facts([*rows[:at], *notes, *rows[at:]], title="Plan")
+        rows = [row for row in rows if row[0] == _NOTE or not _is_part(row[0])]
+    return facts(rows, title="Plan")
 
 
-_PARTS = {"reads", "writes", "products", "decodes"}
-"""Rows of parts that are not indented."""
+_NOTE = "  note"
+
+
+def _is_part(name: str) -> bool:
+    """Tell whether a row is a part of the one above it, or of the time."""
+    return name.startswith("  ") or name in {"reads", "writes", "products", "decodes"}
 
 
 def _rows(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -50,6 +52,7 @@ def _rows(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str,
             + (f", {mtp} for multi-token prediction" if mtp else ""),
         ),
         ("experts a layer", _experts(known, asked)),
+        *((_NOTE, note) for note in known["notes"]),
         ("experts a token", str(known["experts_per_token"])),
         ("method", _method(known["settings"], asked)),
         (

@@ -232,10 +232,10 @@ def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device)
 
 def _routing_groups(checkpoint: Checkpoint) -> int:
     """Return the groups of the router as config.json tells them; the plan checks the number."""
-    told = {k: v for k, v in text_config(checkpoint.config).items() if type(v) in {int, str}}
-    told |= {key: 0 for key in ("n_group", "num_expert_group") if type(told.get(key)) is str}
-    groups = family_of(checkpoint.config).groups(SimpleNamespace(**{"topk_method": "", **told}))
-    return max(1, groups)
+    text = text_config(checkpoint.config)
+    numbers = {key: value for key, value in text.items() if type(value) is int}
+    told = SimpleNamespace(**{**numbers, "topk_method": text.get("topk_method")})
+    return max(1, family_of(checkpoint.config).groups(told))
 
 
 def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:

@@ -5,9 +5,7 @@ import shutil
 
 import pytest
 from hub_server import serving
-from safetensors.torch import save_file
 from tiny_checkpoints import split_by_layer
-from tiny_runs import some_tokens
 
 from ream_stream.checkpoint import hub as product
 
@@ -16,10 +14,8 @@ REPORT = importlib.import_module("ream_stream.cli.run")
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(some_tokens().tensors(), path)
-    return path
+def tokens(token_file):
+    return token_file
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """What tests of the verbs share: a source, tokens, and the arguments of a compression."""
 
 import pytest
-from safetensors.torch import save_file
-from tiny_runs import some_tokens
 
 from ream_stream.__main__ import main
 
@@ -10,13 +8,6 @@ from ream_stream.__main__ import main
 @pytest.fixture(scope="session")
 def source(checkpoints):
     return checkpoints("qwen3_moe")
-
-
-@pytest.fixture(scope="session")
-def token_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(some_tokens().tensors(), path)
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from command_line import compression
 from crash import digests, kills, run_in_child
-from safetensors.torch import save_file
-from tiny_runs import some_tokens
 
 from ream_stream import files
 from ream_stream.__main__ import main
@@ -22,17 +21,9 @@ from ream_stream.events import LayerDone, Started, Step
 
 
 @pytest.fixture(scope="module")
-def words(checkpoints, tmp_path_factory):
+def words(checkpoints, token_file):
     """Return the arguments of a compression into a folder."""
-    tokens = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(some_tokens().tensors(), tokens)
-
-    def give(output, *more):
-        fixed = ("--experts", "6", "--any-count", "--calibration", tokens)
-        fixed += ("--compute-dtype", "float32")
-        return [str(each) for each in ("compress", checkpoints("olmoe"), output, *fixed, *more)]
-
-    return give
+    return lambda output, *more: compression(checkpoints("olmoe"), output, token_file, *more)
 
 
 @pytest.fixture(scope="module")

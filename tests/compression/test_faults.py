@@ -28,8 +28,6 @@ from command_line import compression
 from crash import Kill, digests
 from killed_runs import VARIANTS, Runs, check_what_is_left
 from reports import when_a_layer_is_committed
-from safetensors.torch import save_file
-from tiny_runs import some_tokens
 
 from ream_stream import files
 from ream_stream.__main__ import main
@@ -395,10 +393,8 @@ def flip_digit(path):
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
-    save_file(some_tokens().tensors(), path)
-    return path
+def tokens(token_file):
+    return token_file
 
 
 @pytest.fixture(scope="module", autouse=True)
