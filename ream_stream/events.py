@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Phase = Literal[
-    "check", "observe", "compare", "align", "follow", "refit", "write", "propagate", "score"
+    "check",
+    "observe",
+    "compare",
+    "align",
+    "cut",
+    "follow",
+    "refit",
+    "write",
+    "propagate",
+    "score",
 ]
 
 

@@ -146,6 +146,21 @@ class Method:
         least=2,
         otherwise="16; 32 from 512 experts on, or if half or less are kept",
     )
+    slices: int = option(
+        "Method",
+        "Slices that each expert is cut into; slices are then dropped in place of experts, and "
+        "the router sends a token to as many times more of them. 0 leaves experts whole.",
+        default=0,
+        least=0,
+        otherwise=THAT_OF_METHOD,
+    )
+    width: int | None = option(
+        "Method",
+        "Neurons of a slice, the width of every expert of the output.",
+        least=1,
+        otherwise="with --slices, chosen for --keep and for what servers take; "
+        "docs/concepts/method.md has the rule",
+    )
     alignment: str = option(
         "Method",
         "What neurons are matched by.",
@@ -255,13 +270,31 @@ class Settings:
         """Whether quantized tensors are written as bfloat16."""
         return self.dtype == "bf16"
 
+    @property
+    def cuts(self) -> bool:
+        """Whether experts are cut into slices."""
+        return self.method.slices > 0
+
     def merges(self, num_experts: int) -> bool:
         """Tell whether experts are merged, rather than pruned or all kept."""
-        return self.method.grouping != "none" and self.experts < num_experts
+        return self.method.grouping != "none" and self.drops(num_experts)
+
+    def drops(self, num_experts: int) -> bool:
+        """Tell whether not all experts stay, or not all of their neurons."""
+        narrows = self.cuts and self.method.width is not None
+        return narrows or self.experts < num_experts * max(1, self.method.slices)
 
     def refits(self, num_experts: int) -> bool:
         """Tell whether experts are refitted: not if all of them stay."""
-        return self.method.refit != "none" and self.experts < num_experts
+        return self.method.refit != "none" and self.drops(num_experts)
+
+    def width(self, inner: int) -> int:
+        """Return the inner width of an output expert whose source has width `inner`."""
+        return self.method.width or inner // max(1, self.method.slices)
+
+    def top_k(self, top_k: int) -> int:
+        """Return how many experts of the output a token is routed to, of `top_k` before."""
+        return top_k * max(1, self.method.slices)
 
     def tracks_original(self, num_experts: int) -> bool:
         """Tell whether the original model's own states are carried beside the others."""
@@ -293,6 +326,11 @@ _IDLE: tuple[tuple[Callable[[Method], bool], tuple[str, ...], str], ...] = (
         lambda method: method.alignment == "none",
         ("alignment_tokens",),
         "neurons are not matched",
+    ),
+    (
+        lambda method: method.slices > 0,
+        ("saliency",),
+        "slices are ranked by the error that their loss makes",
     ),
     (
         lambda method: method.refit == "none",
@@ -332,8 +370,17 @@ def check_settings(settings: Settings, num_experts: int) -> None:
     check_values(settings)
     check_values(method)
     _check_refit(settings)
-    if not 1 <= keep <= num_experts:
-        raise UsageError(f"--experts {keep}: the source has {num_experts} experts a layer")
+    most = num_experts * max(1, method.slices)
+    if not 1 <= keep <= most:
+        made = f", cut into {most}" if settings.cuts else ""
+        raise UsageError(
+            f"--experts {keep}: the source has {num_experts} experts a layer{made}"
+        )
+    if settings.cuts and method.grouping != "none":
+        raise UsageError(
+            f"--slices {method.slices}: slices are dropped, and --grouping {method.grouping} "
+            "merges experts; use --method slices, or --grouping none"
+        )
     if method.grouping == "ream" and keep * method.group_size < num_experts:
         smallest = -(-num_experts // keep)
         raise UsageError(

@@ -138,6 +138,16 @@ class ExpertMatrix:
             encoded = {suffix: tensor[:, 0] for suffix, tensor in encoded.items()}
         return encoded
 
+    def resized(self, before: int, after: int) -> ExpertMatrix:
+        """Return the matrix of an expert of inner width `after` in the place of `before`."""
+        outputs, inputs = self.shape
+        if self.parts == ("down",):
+            inputs = after
+        elif self.parts != ("down_bias",):
+            outputs = outputs // before * after
+        rows, cols = (inputs, outputs) if self.transposed else (outputs, inputs)
+        return replace(self, stored=replace(self.stored, rows=rows, cols=cols))
+
     def decoded(self, dtype: str) -> ExpertMatrix:
         """Return the matrix as stored floats, under the name that transformers reads."""
         codec, rows, cols = self.stored.codec, self.stored.rows, self.stored.cols
@@ -281,9 +291,12 @@ class ExpertStack:
             return ()
         return [m for m in self.matrices if not m.is_vector and "down" not in m.parts]
 
-    def resized(self, count: int) -> ExpertStack:
-        """Return the description of another number of such experts."""
-        return replace(self, count=count)
+    def resized(self, count: int, inner: int) -> ExpertStack:
+        """Return the description of another number of such experts, of another width."""
+        matrices = self.matrices
+        if inner != self.inner:
+            matrices = tuple(matrix.resized(self.inner, inner) for matrix in matrices)
+        return replace(self, count=count, inner=inner, matrices=matrices)
 
     def decoded(self, dtype: str) -> ExpertStack:
         """Return the description of such experts as floats."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.errors import UsageError
 from ream_stream.planning.serving_limits import served_count
+from ream_stream.planning.slice_shape import ExpertLayer, slice_width
 from ream_stream.settings import (
     Method,
     Settings,
@@ -29,6 +30,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "mc-smoe": {"grouping": "mc-smoe", "saliency": "frequency"},
     "hc-smoe": {"grouping": "hc-smoe", "saliency": "frequency"},
     "energy": {"grouping": "none", "saliency": "energy", "refit": "down"},
+    "slices": {
+        "grouping": "none",
+        "saliency": "energy",
+        "slices": 2,
+        "refit": "down",
+        "refit_target": "trajectory",
+    },
 }
 """Options that each ``--method`` sets; an explicit option takes precedence."""
 
@@ -140,11 +148,10 @@ class RunOptions(CalibrationOptions, MachineOptions):
 
 def settings_for(
     options: RunOptions,
-    num_experts: int,
+    layer: ExpertLayer,
     *,
     compute_dtype: str,
     device_kind: str,
-    routing_groups: int = 1,
 ) -> Settings:
     """Return the settings that the options come to for a source.
 
@@ -152,21 +159,21 @@ def settings_for(
     ----------
     options
         What was asked for.
-    num_experts
+    layer
         Experts of a source layer.
     compute_dtype, device_kind
         What ``--compute-dtype`` and ``--device`` mean on this machine.
-    routing_groups
-        ``n_group`` of group-limited routers, otherwise 1.
     """
-    experts = kept_experts(options, num_experts, routing_groups)
     names, changes = options_of(Method), dict(options.changes)
     changed = {name: changes.pop(name) for name in list(changes) if name in names}
     method = options.method
     if isinstance(method, str):
-        size = default_group_size(experts, num_experts)
-        method = replace(Method(group_size=size), **PRESETS[method])
+        method = replace(Method(), **PRESETS[method])
     method = replace(method, **changed)
+    method = _cut(options, layer, method)
+    experts = kept_experts(options, layer, method)
+    if isinstance(options.method, str) and "group_size" not in changed:
+        method = replace(method, group_size=default_group_size(experts, layer.count))
     check_idle(method, changed)
     return Settings(
         experts=experts,
@@ -203,10 +210,35 @@ def check_usage(options: RunOptions) -> None:
             raise UsageError(f"{target} is in SOURCE, which is never written to")
 
 
-def kept_experts(options: RunOptions, num_experts: int, routing_groups: int = 1) -> int:
-    """Return the number of experts that a layer keeps.
+def _cut(options: RunOptions, layer: ExpertLayer, method: Method) -> Method:
+    """Return the method with the width of its slices; None is an even cut."""
+    if method.width is not None and not method.slices:
+        method = replace(method, slices=1)
+    if not method.slices:
+        return method
+    if method.width is None and options.keep is not None:
+        share = Fraction(str(options.keep))
+        width = slice_width(layer, method.slices, share, any_count=options.any_count)
+        method = replace(method, width=width)
+    if method.width is None and options.experts is not None:
+        raise UsageError(
+            f"--experts {options.experts}: experts are cut, so say how wide they become too "
+            "(--width), or give --keep, a share of their neurons"
+        )
+    if method.width is None and layer.inner % method.slices:
+        raise UsageError(
+            f"--slices {method.slices}: an expert has {layer.inner} neurons, which are not so "
+            "many equal slices; give --width"
+        )
+    even = method.width is not None and method.width * method.slices == layer.inner
+    return replace(method, width=None) if even else method
 
-    A share is rounded to the nearest number that servers accept, with ``--any-count`` down.
+
+def kept_experts(options: RunOptions, layer: ExpertLayer, method: Method | None = None) -> int:
+    """Return the number of experts that a layer of the output has.
+
+    A share is of neurons if experts are cut. It is rounded to the nearest number that servers
+    accept, with ``--any-count`` down.
 
     Raises
     ------
@@ -217,12 +249,16 @@ def kept_experts(options: RunOptions, num_experts: int, routing_groups: int = 1)
         return options.experts or 0
     # as it is written: the number 0.29 is less than 29/100
     share = Fraction(str(options.keep))
+    most = layer.count
+    if method is not None and method.slices:
+        width = method.width or layer.inner // method.slices
+        share, most = share * layer.inner / width, layer.count * method.slices
     if not options.any_count:
-        return served_count(share, num_experts, routing_groups)
-    experts = int(share * num_experts)
+        return served_count(share, layer.count, layer.routing_groups, most)
+    experts = min(most, int(share * layer.count))
     if experts < 1:
         raise UsageError(
-            f"--keep {float(100 * options.keep):g}%: of {num_experts} experts that is none"
+            f"--keep {float(100 * options.keep):g}%: of {layer.count} experts that is none"
         )
     return experts
 

@@ -81,7 +81,12 @@ class Context:
         writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch)
         return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 
-    def open_batch_store(self, part: str, name: str) -> AbstractContextManager[BatchStore]:
-        """Keep tensors of batches for the length of a block, where the plan has the part."""
+    def open_batch_store(
+        self, part: str, name: str, count: int | None = None
+    ) -> AbstractContextManager[BatchStore]:
+        """Keep tensors for the length of a block, where the plan has the part.
+
+        They are one a batch, or `count`.
+        """
         path = self.workspace.scratch(name) if self.plan.scratch.get(part) else None
-        return open_batch_store(path, len(self.batches))
+        return open_batch_store(path, len(self.batches) if count is None else count)

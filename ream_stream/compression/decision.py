@@ -3,7 +3,7 @@
 Letters in shapes: n sampled tokens, E experts, H hidden, I inner.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -46,6 +46,19 @@ class Decision:
 
     distance_EE: Tensor | None = field(default=None, repr=False, compare=False)
     """Distances that the groups were made from; None if experts were not compared."""
+
+    neurons: Mapping[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Neurons of each slice that an expert keeps, (slices, width), by expert; empty if experts
+    were not cut."""
+
+    score_EC: Tensor | None = field(default=None, repr=False, compare=False)
+    """Scores of all slices; None if experts were not cut."""
+
+
+def ranks(groups: Sequence[Sequence[int]]) -> list[int]:
+    """Return the number of each new expert among the slices of its source expert."""
+    first: dict[int, int] = {}
+    return [n - first.setdefault(group[0], n) for n, group in enumerate(groups)]
 
 
 def decide(

@@ -22,13 +22,14 @@ from ream_stream.file_access import free_bytes, why_not_writable
 from ream_stream.host_memory import trim
 from ream_stream.model import device as devices
 from ream_stream.model.dtypes import compute_dtype
-from ream_stream.model.families import family_of
+from ream_stream.model.families import TOP_K_KEYS, family_of
 from ream_stream.planning.cost import Cost
 from ream_stream.planning.disk import check_disk
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
 from ream_stream.planning.serving_limits import check_served, serving_notes
+from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
 
@@ -116,7 +117,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     )
     torch.set_num_threads(plan.schedule.threads)
     if not options.any_count:
-        check_served(settings.experts, plan.num_experts, plan.routing_groups)
+        check_served(settings.experts, plan.num_experts, plan.routing_groups, plan.output_top_k)
     check_names(workspace.output if workspace else Path(), output_files(plan))
     if workspace is not None:
         check_disk(plan, workspace.output, workspace.work, begun)
@@ -163,6 +164,9 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "experts_before": plan.num_experts,
         "experts_after": plan.settings.experts,
         "experts_per_token": plan.top_k,
+        "experts_per_token_after": plan.output_top_k,
+        "width_before": plan.experts[0].inner,
+        "width_after": plan.experts[1].inner,
         "notes": notes_of(plan),
         "settings": plan.settings.fields(),
         "source_bytes": plan.source_bytes,
@@ -223,19 +227,34 @@ def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device)
     dtype = compute_dtype(options.compute_dtype, checkpoint, device)
     return settings_for(
         options,
-        num_experts(checkpoint),
+        expert_layer(checkpoint),
         compute_dtype=str(dtype).removeprefix("torch."),
         device_kind=device.type,
-        routing_groups=_routing_groups(checkpoint),
     )
 
 
-def _routing_groups(checkpoint: Checkpoint) -> int:
-    """Return the groups of the router as config.json tells them; the plan checks the number."""
+def expert_layer(checkpoint: Checkpoint) -> ExpertLayer:
+    """Return the experts of a layer as headers and config.json tell; the plan checks them.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model is of no known family, or dense.
+    """
+    family, count = family_of(checkpoint.config), num_experts(checkpoint)
+    stack = next(iter(checkpoint.experts.values()))
     text = text_config(checkpoint.config)
     numbers = {key: value for key, value in text.items() if type(value) is int}
     told = SimpleNamespace(**{**numbers, "topk_method": text.get("topk_method")})
-    return max(1, family_of(checkpoint.config).groups(told))
+    return ExpertLayer(
+        count=count,
+        inner=stack.inner,
+        top_k=max((numbers[key] for key in TOP_K_KEYS if key in numbers), default=1),
+        multiple=max(matrix.stored.codec.multiple for matrix in stack.matrices),
+        shared=max((numbers.get(key, 0) for key in family.shared_counts), default=0)
+        * stack.inner,
+        routing_groups=max(1, family.groups(told)),
+    )
 
 
 def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:

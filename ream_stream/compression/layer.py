@@ -25,10 +25,11 @@ from ream_stream.model.expert_blocks import ExpertBlockPasses, Listeners
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.finite import CheckedWriter
 from ream_stream.model.streamed_model import Batch, StreamedModel
-from ream_stream.planning.plan import OUTPUTS, SUMS, LayerPlan
+from ream_stream.planning.plan import GRAMS, OUTPUTS, SUMS, LayerPlan
 
 from . import refit_layer
 from .context import Context
+from .cutting import ActivationGrams, choose_slices
 from .decision import Decision, alignment_orders, decide
 from .observer import Observer, TokenSample, mean_outputs
 from .output_tensors import Unchanged, finite_content, layer_content
@@ -152,19 +153,25 @@ class _LayerRun:
         observer = self._observer()
         with source.open_layer(self.index) as experts, plan.source.open() as tensors:
             assert experts is not None
+            grams = self._grams(experts) if plan.settings.cuts else None
             with (
                 observer.attached(source.router(self.index)),
                 nullcontext() if refit is None else refit.capturing(experts),
             ):
-                self._observe(observer, experts, playback, refit)
+                self._observe(observer, experts, playback, refit, grams)
             if plan.tracks_original_through(self.layer):
                 self._follow(refit)
             observer.finish(self.index)
-            mean_EH = self._compare(experts, observer.sample)
-            decision = decide(plan.settings, plan.routing_groups, observer, mean_EH, self.index)
             matched: dict[int, Matched] = {}
-            if mean_EH is not None:
-                matched = self._align(decision, experts, tensors, observer.sample)
+            if grams is None:
+                mean_EH = self._compare(experts, observer.sample)
+                decision = decide(
+                    plan.settings, plan.routing_groups, observer, mean_EH, self.index
+                )
+                if mean_EH is not None:
+                    matched = self._align(decision, experts, tensors, observer.sample)
+            else:
+                decision = self._cut(observer, experts, tensors, grams)
             stack, output = self.layer.keys.stack, self.layer.stack
             assert stack is not None
             assert output is not None
@@ -176,6 +183,7 @@ class _LayerRun:
                 self.layer.routers,
                 self.layer.table,
                 self._unchanged(tensors),
+                None if grams is None else grams.cut(),
             )
             folder = self.context.workspace.output if refit is None else refit.folder
             shards = self._write(content, folder)
@@ -205,12 +213,44 @@ class _LayerRun:
             device=self.context.source.device,
         )
 
+    def _grams(self, experts: StreamedExperts) -> ActivationGrams:
+        """Return the sums of activations that slices are chosen from."""
+        context = self.context
+        store = context.open_batch_store(GRAMS, "grams", experts.count)
+        return ActivationGrams(
+            self.plan,
+            experts,
+            self.tokens,
+            context.excluded,
+            self._stores.enter_context(store),
+        )
+
+    def _cut(
+        self,
+        observer: Observer,
+        experts: StreamedExperts,
+        tensors: MappedTensors,
+        grams: ActivationGrams,
+    ) -> Decision:
+        """Choose the slices of the experts that stay."""
+        with self.context.timed("cut"):
+            return choose_slices(
+                self.plan,
+                observer,
+                grams.store,
+                experts,
+                tensors,
+                self.index,
+                lambda done, total: self._step("cut", done, total),
+            )
+
     def _observe(
         self,
         observer: Observer,
         experts: StreamedExperts,
         playback: AttentionCache | None,
         refit: RefitJob | None,
+        grams: ActivationGrams | None,
     ) -> None:
         """Run the source layer: up to its experts, or whole if its outputs enter the next."""
         writer = None
@@ -218,10 +258,15 @@ class _LayerRun:
             writer = self.context.hidden_writer(self.index + 1)
         size = self.plan.schedule.batch_sequences
 
-        def listeners(number: int, batch: Batch) -> Callable[..., None]:
-            return observer.listener(number * size, batch)
+        with (
+            self.context.timed("observe"),
+            nullcontext(_ignore) if grams is None else grams.summing(grams.blocks[0]) as sums,
+        ):
 
-        with self.context.timed("observe"):
+            def listeners(number: int, batch: Batch) -> Callable[..., None]:
+                sums(number, batch)
+                return observer.listener(number * size, batch)
+
             self._run(
                 "observe",
                 self.context.source,
@@ -231,6 +276,26 @@ class _LayerRun:
                 listeners,
                 captures_sums=refit is not None and not self.plan.tracks_original,
             )
+        if grams is not None:
+            for block in grams.blocks[1:]:
+                self._sum_grams(grams, block, playback)
+
+    def _sum_grams(
+        self, grams: ActivationGrams, block: range, playback: AttentionCache | None
+    ) -> None:
+        """Run the layer up to its experts once more, for the sums of a block of them."""
+        source, batches = self.context.source, self.context.batches
+        mixers = source.mixers(self.index)
+        with (
+            self.context.timed("observe"),
+            grams.summing(block) as sums,
+            nullcontext() if playback is None else playback.through(mixers),
+        ):
+            for number, batch, hidden_BLH in with_states(batches, self._entering):
+                sums(number, batch)
+                with grams.only(block):
+                    source.observe_layer(self.index, batch, hidden_BLH)
+                self._step("observe", number + 1, len(batches))
 
     def _follow(self, refit: RefitJob | None) -> None:
         """Run the open source layer on the original model's own states."""
@@ -376,6 +441,10 @@ class _LayerRun:
         self._report(Step(layer=self.index, phase=phase, done=done, total=total))
 
 
+def _ignore(_number: int, _batch: Batch) -> None:
+    """Take no sums of activations."""
+
+
 def _statistics(
     observer: Observer, decision: Decision, matched: dict[int, Matched]
 ) -> dict[str, Tensor]:
@@ -383,6 +452,9 @@ def _statistics(
     tensors = observer.sums.tensors()
     if decision.distance_EE is not None:
         tensors["distance_EE"] = decision.distance_EE.float()
+    if decision.score_EC is not None:
+        tensors["score_EC"] = decision.score_EC
+        tensors["neuron_SW"] = torch.cat([*decision.neurons.values()]).int()
     if matched:
         aligned: Sequence[tuple[float, float, float]] = [
             (member, found.kept, found.least) for member, found in matched.items()

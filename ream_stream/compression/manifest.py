@@ -82,6 +82,11 @@ class Manifest:
     """Groups of the MoE layers."""
 
     @property
+    def slices(self) -> int:
+        """Slices that each expert was cut into; 0 if experts are whole."""
+        return _count(self.fingerprint.get("slices", 0))
+
+    @property
     def grouping(self) -> str:
         """Key of `method.grouping.GROUPINGS`."""
         return str(self.fingerprint["grouping"])

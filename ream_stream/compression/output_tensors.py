@@ -3,7 +3,7 @@
 Letters in shapes: I inner.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +19,11 @@ from ream_stream.file_access import FileRange
 from ream_stream.method.expert import reorder_part
 from ream_stream.method.hash_routing import renumbered
 from ream_stream.method.merging import weighted_sum
+from ream_stream.method.slices import distinct_rows, narrowed_down
+from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.finite import is_finite
 
-from .decision import Decision
+from .decision import Decision, ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,21 @@ def _decode(tensors: Tensors, stored: Stored) -> Content:
     return (tensors.matrix(stored, index, torch.bfloat16) for index in indices)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """Numbers from which slices of experts are made."""
+
+    slices: int
+    """Slices that an expert was cut into."""
+
+    factor: int
+    """Factor of the down projections: 1 if each slice gets all of a router coefficient, else
+    the number of slices."""
+
+    grams: BatchStore
+    """Sums of activations A_e by expert."""
+
+
 def layer_content(
     decision: Decision,
     orders: Mapping[int, Tensor],
@@ -63,6 +80,7 @@ def layer_content(
     routers: Mapping[str, int],
     table: str | None,
     unchanged: Unchanged,
+    cut: Cut | None = None,
 ) -> Callable[[str], Content]:
     """Return a function that gives each tensor of a compressed layer, by output name.
 
@@ -71,13 +89,18 @@ def layer_content(
     asked for and held until another is; a tensor that holds all experts is given one
     expert after another.
     """
-    merged = _Merged(decision, orders, source, output, unchanged.tensors)
+    tensors = unchanged.tensors
+    merged = (
+        _Merged(decision, orders, source, output, tensors)
+        if cut is None
+        else _Sliced(decision, cut, source, output, tensors)
+    )
     slots, entries, count = output.slots(), unchanged.entries, source.count
     same = [old.stored.codec == new.stored.codec for old, new in merged.pairs]
 
     def one(slot: Slot, number: int) -> Tensor | FileRange:
         group = decision.groups[number]
-        if len(group) > 1 or not same[slot.matrix]:
+        if cut is not None or len(group) > 1 or not same[slot.matrix]:
             return merged.tensors(slot.matrix, number)[slot.part.suffix]
         matrix = source.matrices[slot.matrix]
         entry = entries[matrix.place(group[0]) + slot.part.suffix]
@@ -91,10 +114,11 @@ def layer_content(
 
     def content(name: str) -> Content:
         if name in routers:
-            return routed_rows(unchanged.tensors[name], routers[name], decision, count)
+            rows = routed_rows(tensors[name], routers[name], decision.groups, count)
+            return _distinct(name, rows, routers, decision, source)
         if name == table:
-            row_EH = unchanged.tensors[next(iter(routers))]
-            return renumbered(unchanged.tensors[name], row_EH, decision.groups)
+            row_EH = tensors[next(iter(routers))]
+            return renumbered(tensors[name], row_EH, decision.groups)
         if name not in slots:
             return unchanged.content(name)
         slot = slots[name]
@@ -103,11 +127,50 @@ def layer_content(
     return content
 
 
-def routed_rows(tensor: Tensor, axis: int, decision: Decision, count: int) -> Tensor:
+def routed_rows(
+    tensor: Tensor, axis: int, groups: Sequence[Sequence[int]], count: int
+) -> Tensor:
     """Return the rows of the centroids; those after the experts', of none, stay last."""
-    kept = torch.tensor([group[0] for group in decision.groups])
+    kept = torch.tensor([group[0] for group in groups])
     rest = torch.arange(count, tensor.shape[axis])
     return tensor.index_select(axis, torch.cat([kept, rest]))
+
+
+def distinguished(
+    name: str, tensor: Tensor, routers: Mapping[str, int], rank_S: Sequence[int]
+) -> Tensor:
+    """Return a router-side tensor in which slices of an expert are not equally likely.
+
+    Parameters
+    ----------
+    name, tensor
+        The tensor with the rows of the slices' experts.
+    routers
+        Axis of experts of each router-side tensor.
+    rank_S
+        Number of each slice within its expert.
+    """
+    biases = [each for each in routers if each.endswith("bias")]
+    if (name not in biases) if biases else tensor.dim() < 2:
+        return tensor
+    row_EX = tensor.movedim(routers[name], 0)
+    rank_E = [*rank_S, *[0] * (len(row_EX) - len(rank_S))]
+    changed_EX = distinct_rows(row_EX, rank_E, additive=bool(biases))
+    return changed_EX.movedim(0, routers[name]).contiguous()
+
+
+def _distinct(
+    name: str,
+    rows: Tensor,
+    routers: Mapping[str, int],
+    decision: Decision,
+    source: ExpertStack,
+) -> Tensor:
+    """Return router-side rows: slices are distinguished, unless all neurons stay."""
+    stay = sum(neuron_CW.numel() for neuron_CW in decision.neurons.values())
+    if not decision.neurons or stay == source.count * source.inner:
+        return rows
+    return distinguished(name, rows, routers, ranks(decision.groups))
 
 
 class _Merged:
@@ -178,6 +241,51 @@ class _Merged:
         stacked = torch.stack(values)
         # input_global_scale divides, so that the smallest has the widest range
         return stacked.amin(0) if suffix == ".input_global_scale" else stacked.amax(0)
+
+
+class _Sliced(_Merged):
+    """Makes the stored tensors of slices of experts, a matrix at a time."""
+
+    def __init__(
+        self,
+        decision: Decision,
+        cut: Cut,
+        source: ExpertStack,
+        output: ExpertStack,
+        tensors: Tensors,
+    ) -> None:
+        super().__init__(decision, {}, source, output, tensors)
+        self._source, self._cut, self._ranks = source, cut, ranks(decision.groups)
+        self._down: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def _matrix(self, matrix: int, number: int) -> Tensor:
+        """Return a matrix of a slice, as it lies."""
+        source, output = self.pairs[matrix]
+        (expert,) = self._decision.groups[number]
+        neuron_CW, rank = self._decision.neurons[expert], self._ranks[number]
+        parts = source.read(self._tensors, expert, torch.float32)
+        made = {}
+        for name, part in parts.items():
+            if name == "down":
+                width = neuron_CW.shape[1]
+                made[name] = self._narrowed(expert)[:, rank * width : (rank + 1) * width]
+            elif name == "down_bias":
+                made[name] = part.float() * (self._cut.factor / len(neuron_CW))
+            else:
+                made[name] = part[neuron_CW[rank]]
+        return output.join(made)
+
+    def _narrowed(self, expert: int) -> Tensor:
+        """Return the down projection of all slices that an expert keeps."""
+        if self._down[0] != expert:
+            self._down = -1, torch.empty(0)  # lets go of the last one first
+            down_HN = narrowed_down(
+                self._cut.grams.get(expert),
+                self._source.read(self._tensors, expert).down_HI,
+                self._decision.neurons[expert].flatten(),
+            )
+            self._down = expert, down_HN * self._cut.factor
+        return self._down[1]
 
 
 def finite_content(content: Callable[[str], Content], index: int) -> Callable[[str], Content]:

@@ -81,8 +81,9 @@ class Check:
 
 def _manifest(subject: Subject) -> Iterator[str]:
     manifest = subject.manifest
-    if not 1 <= manifest.after <= manifest.before:
-        yield f"{MANIFEST} says {manifest.after} experts of {manifest.before} are kept"
+    most = manifest.before * max(1, manifest.slices)
+    if not 1 <= manifest.after <= most:
+        yield f"{MANIFEST} says {manifest.after} experts of {most} are kept"
     if manifest.fingerprint.get("experts") != manifest.after:
         asked = manifest.fingerprint.get("experts")
         yield f"{MANIFEST} says {asked!r} experts were asked for and {manifest.after} are kept"

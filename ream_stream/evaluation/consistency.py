@@ -95,8 +95,13 @@ def _layer_problems(
     everyone = set(range(manifest.before))
     if len(layer.groups) != manifest.after or len(kept) != len(layer.groups):
         yield f"{len(kept)} groups with members, the layer has {manifest.after} experts"
-    if len(set(members)) != len(members):
-        yield "an expert is in two groups"
+    most = max(1, manifest.slices)
+    if many := [e for e, n in Counter(members).items() if n > most]:
+        yield (
+            f"expert {many[0]} is in more than {most} groups"
+            if manifest.slices
+            else "an expert is in two groups"
+        )
     if not everyone.issuperset(members):
         yield f"an expert is not one of the source's 0 to {manifest.before - 1}"
     if manifest.grouping == "none" and len(members) != len(layer.groups):
@@ -107,8 +112,10 @@ def _layer_problems(
         yield "groups are not in the order of their centroids"
     if len(layer.saliency) != manifest.before or not all(map(math.isfinite, layer.saliency)):
         yield f"it has no {manifest.before} finite saliencies"
-    elif manifest.grouping in _BY_SALIENCY and set(kept) != set(
-        _most_salient(layer.saliency, manifest.after, routing_groups)
+    elif (
+        not manifest.slices
+        and manifest.grouping in _BY_SALIENCY
+        and set(kept) != set(_most_salient(layer.saliency, manifest.after, routing_groups))
     ):
         yield "the first members of the groups are not the most salient experts"
 

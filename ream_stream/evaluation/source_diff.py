@@ -6,6 +6,7 @@ Made are merged experts, and down projections that were refitted.
 import filecmp
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,24 @@ from ream_stream.checkpoint.reader import (
     MappedTensors,
     open_checkpoint,
 )
+from ream_stream.compression.decision import ranks
 from ream_stream.compression.finalize import copied_files
 from ream_stream.compression.manifest import LayerGroups
+from ream_stream.compression.output_tensors import distinguished, routed_rows
 from ream_stream.errors import ReamStreamError
 from ream_stream.events import Finding
 from ream_stream.method.hash_routing import renumbered
-from ream_stream.model.families import COUNT_KEYS, with_expert_count
+from ream_stream.model.families import (
+    COUNT_KEYS,
+    TOP_K_KEYS,
+    WIDTH_KEYS,
+    ExpertSizes,
+    resized_config,
+)
 from ream_stream.planning.output_layout import FORMAT_KEYS
 
 from .checks import Subject
+from .slice_rows import SliceRows
 
 CHECK = "against"
 
@@ -74,12 +84,26 @@ def _drifted(subject: Subject, original: Checkpoint) -> Iterator[str]:
     """Find tensors that the source has not, or has in another dtype: merged ones too."""
     if _is_decoded(subject):
         return
+    cut_from = _cut_from(subject, original) if subject.manifest.slices else {}
     for name, entry in subject.checkpoint.entries.items():
-        old = original.entries.get(name)
+        old = original.entries.get(cut_from.get(name, name))
         if old is None:
             yield f"{name} is no tensor of the source"
         elif old.dtype != entry.dtype:
             yield f"{name} is {entry.dtype}, in the source {old.dtype}"
+
+
+def _cut_from(subject: Subject, original: Checkpoint) -> dict[str, str]:
+    """Return the tensor of the source that each tensor of slices was cut from."""
+    found: dict[str, str] = {}
+    stacks = {layer.index: layer.stack for layer in subject.model.layers if layer.stack}
+    for groups in subject.manifest.layers:
+        new = stacks[groups.index]
+        old = original.experts[new.prefix]
+        for number, group in enumerate(groups.groups):
+            pairs = zip(new.expert_slots(number), old.expert_slots(group[0]), strict=True)
+            found |= {name: origin for (name, _), (origin, _) in pairs}
+    return found
 
 
 def _is_decoded(subject: Subject) -> bool:
@@ -91,7 +115,7 @@ def _documents(subject: Subject, original: Checkpoint) -> Iterator[Finding]:
     bad = [
         f"config.json differs from the source's in {key}"
         for key in _differences(
-            with_expert_count(original.config, subject.manifest.before, subject.manifest.after),
+            _expected_config(subject, original),
             subject.checkpoint.config,
         )
     ]
@@ -109,10 +133,25 @@ def _documents(subject: Subject, original: Checkpoint) -> Iterator[Finding]:
         yield Finding(check=CHECK, ok=True, message=message)
 
 
+def _expected_config(subject: Subject, original: Checkpoint) -> dict[str, Any]:
+    """Return the source's config.json with the sizes of the output's experts."""
+    manifest = subject.manifest
+    inner = next(iter(original.experts.values())).inner
+    after = ExpertSizes(
+        count=manifest.after,
+        inner=next(iter(subject.stacks.values())).inner,
+        top_k=subject.model.top_k,
+    )
+    top_k = after.top_k // max(1, manifest.slices)
+    before = ExpertSizes(count=manifest.before, inner=inner, top_k=top_k)
+    return resized_config(original.config, subject.family, before, after)
+
+
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys that differ, but for those that a compression changes."""
-    # a count that was the class's default is added
-    changing = {*MTP_KEYS, *FORMAT_KEYS, *(set(COUNT_KEYS) - old.keys())}
+    # a number that was the class's default is added
+    added = {*COUNT_KEYS, *TOP_K_KEYS, *WIDTH_KEYS} - old.keys()
+    changing = {*MTP_KEYS, *FORMAT_KEYS, *added}
     for key in sorted((old.keys() | new.keys()) - changing):
         one, other = old.get(key), new.get(key)
         if key == "text_config" and isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -155,7 +194,12 @@ def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None
         new = owners[groups.index]
         old = stacks[new.prefix]
         found |= dict.fromkeys(new.slots())
-        if [m.stored.codec for m in old.matrices] == [m.stored.codec for m in new.matrices]:
+        same_codec = [m.stored.codec for m in old.matrices] == [
+            m.stored.codec for m in new.matrices
+        ]
+        if same_codec and subject.manifest.slices:
+            found |= _of_slices(groups, new, old)
+        elif same_codec:
             found |= _of_experts(groups, new, old)
         refitted = groups.refit is not None and groups.refit.penalty is not None
         if refitted and subject.manifest.fingerprint["refit_experts"] == "all":
@@ -171,6 +215,8 @@ def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None
             axis = shape.index(old.count)
             rest = range(old.count, shape[axis])
             found[name] = _rows(name, axis, torch.tensor([*rows, *rest]))
+            if subject.manifest.slices and new.count * new.inner < old.count * old.inner:
+                found[name] = _sliced_rows(name, dict.fromkeys(routers, axis), groups, old)
     return found
 
 
@@ -193,6 +239,28 @@ def _rows(name: str, axis: int, rows: Tensor) -> _Origin:
         yield ours[name], theirs[name].index_select(axis, rows)
 
     return _Origin(name=name, pieces=pieces)
+
+
+def _sliced_rows(
+    name: str, routers: Mapping[str, int], groups: LayerGroups, old: ExpertStack
+) -> _Origin:
+    def pieces(ours: MappedTensors, theirs: MappedTensors) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = routed_rows(theirs[name], routers[name], groups.groups, old.count)
+        yield ours[name], distinguished(name, rows, routers, ranks(groups.groups))
+
+    return _Origin(name=name, pieces=pieces)
+
+
+def _of_slices(
+    groups: LayerGroups, new: ExpertStack, old: ExpertStack
+) -> dict[str, _Origin | None]:
+    """Return the origin of gate and up projections: rows of the expert that was cut."""
+    rows = SliceRows(new, old, [group[0] for group in groups.groups])
+    return {
+        name: _Origin(name=old.prefix, pieces=partial(rows.pieces, slot))
+        for name, slot in new.slots().items()
+        if not {"down", "down_bias"}.intersection(new.matrices[slot.matrix].parts)
+    }
 
 
 def _renumbered(name: str, router: str, groups: Sequence[Sequence[int]]) -> _Origin:

@@ -54,11 +54,11 @@ def project(batch: Iterable[RoutedActivations], value_TH: Tensor, total_EIH: Ten
         value_TH = value_TH.to(inner_RI.dtype)
         # rows of zeros are given any token's value
         padded_R = functional.pad(token_R, (0, len(inner_RI) - len(token_R)))
-        _add_product(total_EIH[expert], inner_RI, value_TH.index_select(0, padded_R))
+        add_product(total_EIH[expert], inner_RI, value_TH.index_select(0, padded_R))
 
 
-def _add_product(total_IX: Tensor, left_RI: Tensor, right_RX: Tensor) -> None:
-    """Add left^T right, made in their dtype, to a float32 total."""
+def add_product(total_IX: Tensor, left_RI: Tensor, right_RX: Tensor) -> None:
+    """Add left^T right, made in their dtype, to a float32 total (I, X) of (R, I) and (R, X)."""
     if left_RI.dtype == total_IX.dtype:
         total_IX.addmm_(left_RI.T, right_RX)
     else:
@@ -114,7 +114,7 @@ class NormalSums:
                     # the diagonal apart, A_e only helps the iterations: rounding does not harm
                     # the solution, but float16 has not the range for sums of squares
                     own_RI = some_RI if some_RI.dtype == torch.bfloat16 else wide_RI
-                    _add_product(self.gram_EII[expert], own_RI, own_RI)
+                    add_product(self.gram_EII[expert], own_RI, own_RI)
         self.add_target(batch, residual_TH)
 
     def add_target(self, batch: Sequence[RoutedActivations], residual_TH: Tensor) -> None:

@@ -224,6 +224,11 @@ class ExpertWeights:
         return loaded
 
 
+InnerListener = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called with an expert, inputs of its down projection (R, I), the rows of the batch that they
+are of (R,), and their router coefficients (R,)."""
+
+
 class StreamedExperts(nn.Module):
     """Replaces the ``experts`` module of one layer."""
 
@@ -231,6 +236,7 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self.weights = weights
         self.listener: Callable[[Routed], None] | None = None
+        self.inner_listener: InnerListener | None = None
         self.captures_only = False
         self.part: BlockState | None = None
         self.dispatch: Callable[[Tensor, int], Iterable[tuple[int, Tensor]]] = slots_by_expert
@@ -247,11 +253,13 @@ class StreamedExperts(nn.Module):
         inner_RI: Tensor = self._activate(product)
         return inner_RI
 
-    def _run(self, expert: int, hidden_TH: Tensor, token_R: Tensor) -> Tensor:
+    def _run(self, expert: int, hidden_TH: Tensor, token_R: Tensor, weight_R: Tensor) -> Tensor:
         """Return one expert's outputs (R, H) for the given rows of the batch."""
         loaded = self.weights.load(expert)
         padded_R = _round_up(token_R) if self._rounds_up else token_R
         inner_RI = self.inner(hidden_TH.index_select(0, padded_R), loaded)
+        if self.inner_listener is not None:
+            self.inner_listener(expert, inner_RI[: len(token_R)], token_R, weight_R)
         output_RH = functional.linear(inner_RI, loaded.down_HI)[: len(token_R)]
         return output_RH if loaded.down_bias_H is None else output_RH.add_(loaded.down_bias_H)
 
@@ -309,12 +317,13 @@ class StreamedExperts(nn.Module):
                 continue
             # equal sizes: a product of a single remaining row would have other last bits
             for slot_R in slots.chunk(-(-len(slots) // MAX_ROWS)):
-                output_RH = self._run(expert, hidden_TH, slot_R // top_k)
+                weight_R = weight_S[slot_R]
+                output_RH = self._run(expert, hidden_TH, slot_R // top_k, weight_R)
                 if self.listener is not None:
                     norm_R = torch.linalg.vector_norm(output_RH, dim=1, dtype=torch.float32)
                     norm_S.index_copy_(0, slot_R, norm_R)
                 if outputs is not None:
-                    outputs.add(slot_R, output_RH * weight_S[slot_R, None])
+                    outputs.add(slot_R, output_RH * weight_R[:, None])
         if self.listener is not None and part.is_last:
             self.listener(
                 Routed(

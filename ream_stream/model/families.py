@@ -48,6 +48,15 @@ def _deepseek_v2_groups(config: Any) -> int:  # noqa: ANN401
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json for the number of routed experts; a class may read several of them."""
 
+TOP_K_KEYS = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
+    "experts_per_token",
+)
+"""Keys of config.json for the number of experts that a token is routed to."""
+
+WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
+"""Keys of config.json for the inner width of a routed expert; the first that is there."""
+
 _COUNT_LISTS = ("moe_capacity",)
 """Keys of config.json for lists that may repeat the number of routed experts."""
 
@@ -114,6 +123,18 @@ class Family:
     groups: Callable[[Any], int] = _groups
     """Returns the number of expert groups in the router from the transformers config."""
 
+    shared_counts: tuple[str, ...] = ()
+    """Keys of config.json for the number of shared experts, whose width is then that number
+    times the width of a routed one; empty if the shared width has a key of its own."""
+
+    normalizes: Callable[[Any], bool] = lambda _config: True
+    """Tells from the transformers config whether g equal logits in the place of one get a g-th
+    of its router coefficient each; otherwise each gets all of it."""
+
+    uncut: Callable[[Any, int], str | None] = lambda _config, _slices: None
+    """Returns why experts cannot be cut into so many slices without a change of the function;
+    None if they can."""
+
     def routing(self, config: Any, top_k: int) -> Routing:  # noqa: ANN401
         """Return how tokens are routed, from the transformers config of the text decoder."""
         groups = self.groups(config)
@@ -136,9 +157,26 @@ class Family:
         return routers[:-1], table
 
 
+def _grouped(config: Any, slices: int) -> str | None:  # noqa: ANN401
+    if slices > 1 and _groups(config) > 1:
+        return "its router ranks groups of experts by their two best, which would be one expert"
+    return None
+
+
 def _deepseek(**fields: Any) -> Family:  # noqa: ANN401
     """Return a family with the router of DeepSeek-V3: sigmoid, and a bias for the choice."""
-    return Family(**{"routers": _BIASED, "score": _sigmoid, **fields})
+    usual: dict[str, Any] = {
+        "routers": _BIASED,
+        "score": _sigmoid,
+        "shared_counts": ("n_shared_experts", "num_shared_experts"),
+        "normalizes": lambda config: bool(getattr(config, "norm_topk_prob", True)),
+        "uncut": _grouped,
+    }
+    return Family(**{**usual, **fields})
+
+
+def _alone(reason: str) -> Callable[[Any, int], str | None]:
+    return lambda _config, slices: reason if slices > 1 else None
 
 
 _GRANITE = Family(routers=("router.layer.weight",))
@@ -153,7 +191,7 @@ FAMILIES: Mapping[str, Family] = {
     "flex_olmo": Family(),
     "mixtral": Family(),
     "minimax": Family(),
-    "phimoe": Family(),
+    "phimoe": Family(uncut=_alone("its router masks what is near its choice")),
     "mellum": Family(),
     "gpt_oss": Family(routers=("router.weight", "router.bias")),
     "granitemoe": _GRANITE,
@@ -161,15 +199,23 @@ FAMILIES: Mapping[str, Family] = {
     "granitemoehybrid": _GRANITE,
     "granitemoe_swa": Family(routers=("router.weight",)),
     "jamba": Family(routers=("router.weight",)),
-    "hunyuan_v1_moe": Family(routers=("gate.wg.weight",)),
-    "ernie4_5_moe": Family(routers=("gate.weight", "moe_statics.e_score_correction_bias")),
+    "hunyuan_v1_moe": Family(routers=("gate.wg.weight",), shared_counts=("num_shared_expert",)),
+    "ernie4_5_moe": Family(
+        routers=("gate.weight", "moe_statics.e_score_correction_bias"),
+        shared_counts=("moe_num_shared_experts",),
+    ),
     "gemma4_text": Family(
         routers=("router.proj.weight", "router.per_expert_scale"),
         score=lambda scores_TE: scores_TE.float(),
         gives_scores=True,
     ),
-    "llama4_text": Family(routers=("router.weight",), score=_sigmoid, scales_inputs=True),
-    "deepseek_v2": Family(groups=_deepseek_v2_groups),
+    "llama4_text": Family(
+        routers=("router.weight",),
+        score=_sigmoid,
+        scales_inputs=True,
+        uncut=_alone("its router chooses one expert and scales its input"),
+    ),
+    "deepseek_v2": Family(groups=_deepseek_v2_groups, shared_counts=("n_shared_experts",)),
     "deepseek_v3": _deepseek(),
     "deepseek_v32": _deepseek(),
     "deepseek_v4": _deepseek(
@@ -185,7 +231,7 @@ FAMILIES: Mapping[str, Family] = {
     "mimo_v2_flash": _deepseek(),
     "axk1": _deepseek(),
     "axk2": _deepseek(),
-    "nemotron_h": _deepseek(),
+    "nemotron_h": _deepseek(shared_counts=()),
     "kimi_linear": _deepseek(),
     "bailing_hybrid": _deepseek(routers=("gate.weight", "gate.expert_bias")),
     "exaone_moe": _deepseek(routers=("gate.weight", "e_score_correction_bias")),
@@ -247,23 +293,76 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
-    """Return config.json with another number of experts and nothing else changed.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertSizes:
+    """Numbers of config.json that describe the routed experts of a layer."""
 
-    Under any key that may hold it, and layer by layer in lists. The document is patched as
+    count: int
+    """Number of experts."""
+
+    inner: int
+    """Inner width of an expert."""
+
+    top_k: int
+    """Number of experts that a token is routed to."""
+
+
+def resized_config(
+    config: Mapping[str, Any], family: Family, before: ExpertSizes, after: ExpertSizes
+) -> dict[str, Any]:
+    """Return config.json with other sizes of the routed experts and nothing else changed.
+
+    Shared experts keep their width: where it is told as a multiple of that of routed ones,
+    the multiple changes.
+    """
+    config = with_expert_count(config, before.count, after.count)
+    if before.top_k != after.top_k:
+        config = _replaced(config, TOP_K_KEYS, {before.top_k: after.top_k})
+    if before.inner != after.inner:
+        text = text_config(config)
+        key = next((key for key in WIDTH_KEYS if key in text), WIDTH_KEYS[0])
+        config = _replaced(config, (key,), {before.inner: after.inner})
+        shared = {
+            count: count * before.inner // after.inner
+            for key in family.shared_counts
+            if type(count := text.get(key)) is int
+        }
+        config = _replaced(config, family.shared_counts, shared)
+    return config
+
+
+def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """Return config.json with another number of experts and nothing else changed."""
+    return _replaced(config, COUNT_KEYS, {before: after}, lists=_COUNT_LISTS)
+
+
+def _replaced(
+    config: Mapping[str, Any],
+    keys: tuple[str, ...],
+    numbers: Mapping[int, int],
+    *,
+    lists: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Return config.json with other numbers under some keys.
+
+    Under any key that may hold them, and layer by layer in lists. The document is patched as
     raw JSON: saving it through transformers would rename keys.
     """
+
+    def other(value: Any) -> Any:  # noqa: ANN401
+        return numbers.get(value, value) if type(value) is int else value
+
     patched = dict(config)
     for key, value in config.items():
-        if key in COUNT_KEYS and value == before:
-            patched[key] = after
-        elif key in {*COUNT_KEYS, *_COUNT_LISTS} and isinstance(value, list):
-            patched[key] = [after if each == before else each for each in value]
+        if key in {*keys, *lists} and isinstance(value, list):
+            patched[key] = [other(each) for each in value]
+        elif key in keys:
+            patched[key] = other(value)
         elif key == "text_config" and isinstance(value, Mapping):
-            patched[key] = with_expert_count(value, before, after)
+            patched[key] = _replaced(value, keys, numbers, lists=lists)
         elif key in _BY_LAYER and isinstance(value, Mapping):
             patched[key] = {
-                layer: with_expert_count(each, before, after)
+                layer: _replaced(each, keys, numbers, lists=lists)
                 if isinstance(each, Mapping)
                 else each
                 for layer, each in value.items()

@@ -14,7 +14,7 @@ from ream_stream.errors import OverBudgetError
 from ream_stream.units import format_size, size_option
 
 from .memory import MemoryModel
-from .plan import OUTPUTS, SUMS
+from .plan import GRAMS, OUTPUTS, SUMS
 from .refit_memory import ACTIVATIONS, KEPT
 from .schedule import Budgets, Schedule, Solver
 
@@ -111,6 +111,7 @@ class _Chooser:
         for blocks in dict.fromkeys((wanted, 1)):
             share = batch / self.parts.workload.sequences
             places = _Places(budgets, self.scratch_bytes, dict(memory), {}, share)
+            gram_blocks = self._gram_blocks(places, device)
             if _placed(parts, places, blocks):
                 break
             if begun is not None:
@@ -122,7 +123,8 @@ class _Chooser:
                 )
         resident = 0
         if budgets.vram is not None:
-            room = budgets.vram - sum(device.values())
+            summed = self._summed_grams(gram_blocks)
+            room = budgets.vram - sum(device.values()) - sum(summed.values())
             resident = min(room // parts.expert_bytes, -(-parts.experts // blocks))
         schedule = Schedule(
             batch_sequences=batch,
@@ -130,11 +132,12 @@ class _Chooser:
             resident_experts=resident,
             solver=solver,
             threads=self.parts.workload.threads,
+            gram_blocks=gram_blocks,
         )
         if begun is not None:
             schedule = schedule.going_on(begun)
         if budgets.vram is not None:
-            device = parts.device(batch, solver, schedule.resident_experts)
+            device = parts.device(batch, solver, schedule.resident_experts) | summed
         return Allocation(
             schedule=schedule, memory=places.memory, device=device, scratch=places.scratch
         )
@@ -159,6 +162,54 @@ class _Chooser:
         # a pass reads states and attention's outputs, and reads and writes sums
         again = 3 * parts.sum_bytes * (blocks - 1)
         return blocks if again < parts.stored_bytes * (batches - 1) else 1
+
+    def _gram_blocks(self, places: "_Places", device: Mapping[str, int]) -> int:
+        """Return in how many blocks of experts products of activations are summed.
+
+        They are summed on the device of the layers and kept in memory if there is room, else
+        on the disk; half of the room for sums is left to what other passes keep.
+        """
+        parts, budgets, one = self.parts, self.budgets, self.parts.gram_bytes
+        if not one:
+            return 1
+        total = one * parts.experts
+        if budgets.vram is None and total <= places.room // 2:
+            places.memory[GRAMS] = total
+            return 1
+        if budgets.vram is not None:
+            room = (budgets.vram - sum(device.values())) // 2
+            if total <= places.room // 2:
+                places.memory[GRAMS] = total
+                return self._blocks_of(room, one, "vram")
+        else:
+            room = places.room // 2 - 3 * one
+        blocks = self._blocks_of(room, one, "ram" if budgets.vram is None else "vram")
+        disk = self.scratch_bytes
+        if disk is not None and total > disk - sum(places.scratch.values()):
+            raise OverBudgetError(
+                f"the products of activations of a layer's experts take {format_size(total)}, "
+                "for which neither memory nor the disk has room; give it more of either"
+            )
+        places.scratch[GRAMS] = total
+        places.memory[GRAMS] = 3 * one
+        if budgets.vram is None:
+            places.memory[GRAMS] += one * -(-parts.experts // blocks)
+        return blocks
+
+    def _blocks_of(self, room: int, one: int, option: str) -> int:
+        """Return the blocks of experts whose sums, of so many bytes each, fit into the room."""
+        if room < one:
+            self._check(
+                {GRAMS: one - room + getattr(self.budgets, option)},
+                option,
+                getattr(self.budgets, option),
+            )
+        return -(-self.parts.experts // min(self.parts.experts, room // one))
+
+    def _summed_grams(self, blocks: int) -> dict[str, int]:
+        """Return the sums of a block's products of activations on the device, by part."""
+        one = self.parts.gram_bytes
+        return {GRAMS: one * -(-self.parts.experts // blocks)} if one else {}
 
     def _check(self, needs: Mapping[str, int], option: str, budget: int) -> None:
         """Refuse parts whose sum exceeds a budget."""
@@ -194,9 +245,14 @@ class _Places:
     share: float
     """Share of a batch in all sequences."""
 
+    @property
+    def room(self) -> int:
+        """Bytes of memory that are left."""
+        return self.budgets.ram - sum(self.memory.values())
+
     def place(self, part: str, nbytes: int, *, or_disk: bool) -> bool:
         """Allocate a part in memory, or else on disk; return whether it fits."""
-        room = self.budgets.ram - sum(self.memory.values())
+        room = self.room
         fits = nbytes <= room
         self.memory[part] = nbytes if fits else 0
         # a tensor, its bytes to write, and these bytes with their checksum

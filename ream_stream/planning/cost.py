@@ -14,15 +14,16 @@ from dataclasses import dataclass, fields
 from ream_stream.checkpoint.config_json import text_config
 from ream_stream.checkpoint.expert_stack import ExpertMatrix, ExpertStack
 from ream_stream.method.alignment import ALIGNMENTS, cost_flop
+from ream_stream.method.slices import narrowing_flop, removal_flop
 from ream_stream.model.expert_blocks import cut_experts
 from ream_stream.settings import Method
 
 from .allocation import CACHE_SHARE
-from .plan import OUTPUTS, SUMS, LayerPlan, Plan
-from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE, KEPT, RefitMemory
+from .plan import GRAMS, OUTPUTS, SUMS, LayerPlan, Plan
+from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE, KEPT, refit_memory
 
 PHASES = (
-    *("check", "observe", "follow", "compare", "align"),
+    *("check", "observe", "follow", "compare", "align", "cut"),
     *("refit", "write", "propagate", "finish"),
 )
 """Phases in the order of their first use; a layer has all except the last."""
@@ -131,6 +132,8 @@ class _Layer:
             if plan.merges:
                 phases["compare"] = self._compare(self.stack)
                 phases["align"] = self._align(self.stack)
+            if plan.settings.cuts:
+                phases["cut"] = self._cut(self.stack)
             if plan.refits:
                 phases["refit"] = self._refit(self.stack)
         if plan.tracks_original_through(layer):
@@ -152,6 +155,9 @@ class _Layer:
             decoded_numbers=self._seen(stack),
         )
         cost += self._passed_again(passes - 1)
+        if plan.settings.cuts:
+            cost += self._passed_again(plan.schedule.gram_blocks - 1)
+            cost += Cost(product_flop=2 * self.tokens * plan.top_k * stack.inner**2)
         if not sequential and plan.leads_on(self.layer):
             cost += Cost(written_bytes=plan.hidden_bytes) + self._summed(passes)
         return cost
@@ -193,6 +199,18 @@ class _Layer:
             decoded_numbers=_coded_numbers(stack) * (merged + runs),
         )
 
+    def _cut(self, stack: ExpertStack) -> Cost:
+        """Find the order in which each expert loses its neurons."""
+        kept = self.plan.scratch.get(GRAMS, 0)
+        # a number of float64 is worth two of float32
+        flop = 2 * stack.count * removal_flop(stack.inner, stack.hidden)
+        return self._again(self.bytes - self.dense_bytes) + Cost(
+            read_bytes=kept,
+            written_bytes=kept,
+            float32_flop=flop,
+            decoded_numbers=_coded_numbers(stack) * stack.count,
+        )
+
     def _write(self) -> Cost:
         """Copy or decode what stays, merge the rest, and write the shards."""
         plan, source, output = self.plan, self.stack, self.layer.stack
@@ -200,6 +218,16 @@ class _Layer:
         if source is None or output is None:
             decoded = self.coded if plan.settings.decodes else 0
             return cost + Cost(decoded_numbers=decoded)
+        if plan.settings.cuts:
+            coded = output.count * sum(
+                m.stored.rows * m.stored.cols for m in output.matrices if _is_coded(m)
+            )
+            return cost + Cost(
+                read_bytes=plan.scratch.get(GRAMS, 0),
+                float32_flop=2 * source.count * narrowing_flop(source.inner, source.hidden),
+                decoded_numbers=_coded_numbers(source) * source.count,
+                encoded_numbers=coded,
+            )
         merged = self._merged if plan.merges else 0
         made = min(output.count, source.count - output.count) if merged else 0
         decoded, encoded = self.coded - self.still_coded, 0
@@ -224,8 +252,8 @@ class _Layer:
         plan, method, solver = self.plan, self._method, self.plan.schedule.solver
         output = self.layer.stack
         assert output is not None
-        slots, trials = self.tokens * plan.top_k, len(method.refit_lambda)
-        inner, matrix, experts = stack.inner, stack.hidden * stack.inner, output.count
+        slots, trials = self.tokens * plan.output_top_k, len(method.refit_lambda)
+        inner, matrix, experts = output.inner, output.hidden * output.inner, output.count
         iterations, blocks = method.refit_iterations, solver.column_blocks
         passes = 0 if solver.gathered else iterations
         # the first pass makes activations in any case; the last iteration is half of one
@@ -237,12 +265,7 @@ class _Layer:
         solved = (trials + iterations) * experts * 2 * inner * matrix
         wide = solved + (trials + blocks) * experts * 2 * inner**3
         if solver.gathered:
-            refit = RefitMemory(
-                settings=plan.settings,
-                stack=stack,
-                top_k=plan.top_k,
-                itemsize=plan.dtype.itemsize,
-            )
+            refit = refit_memory(plan.settings, stack, plan.top_k, plan.dtype.itemsize)
             wide += refit.gathered_flop(self.tokens)
         kept = plan.scratch.get(KEPT, 0)
         expert_bytes = self.output_bytes - self.dense_bytes
@@ -350,7 +373,9 @@ class _Layer:
         return Cost(read_bytes=nbytes, written_bytes=nbytes)
 
     def _expert_flop(self, stack: ExpertStack) -> int:
-        return 2 * 3 * stack.hidden * stack.inner * self.tokens * self.plan.top_k
+        plan = self.plan
+        top_k = plan.output_top_k if stack is self.layer.stack else plan.top_k
+        return 2 * 3 * stack.hidden * stack.inner * self.tokens * top_k
 
     def _flop_after_attention(self) -> int:
         return self._dense_flop() - self._dense_flop(before_experts=True)

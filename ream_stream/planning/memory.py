@@ -14,12 +14,13 @@ from ream_stream.host_memory import anonymous_bytes
 from ream_stream.method.alignment import ALIGNMENTS, aligning_bytes
 from ream_stream.method.merging import merging_bytes
 from ream_stream.method.similarity import MeanActivations
+from ream_stream.method.slices import removal_bytes
 from ream_stream.model.device import TransferLanes
 from ream_stream.model.tensor_map import LayerTensors
 from ream_stream.settings import Settings
 
 from .activation_memory import Footprint, Footprints
-from .refit_memory import RefitMemory
+from .refit_memory import refit_memory
 from .schedule import Solver
 
 SAMPLE_ROWS = 2048
@@ -104,9 +105,7 @@ class MemoryModel:
         entries, self._itemsize = model.checkpoint.entries, model.dtype.itemsize
         stacks = [layer.stack for layer in model.layers if layer.stack]
         self._stack = stack = stacks[0]
-        self._refit = refit = RefitMemory(
-            settings=settings, stack=stack, top_k=model.top_k, itemsize=self._itemsize
-        )
+        self._refit = refit = refit_memory(settings, stack, model.top_k, self._itemsize)
         self.refits = settings.refits(stack.count)
         """Whether experts are refitted."""
         # a device caches no activations
@@ -125,6 +124,8 @@ class MemoryModel:
         self.expert_bytes = 3 * stack.hidden * stack.inner * self._itemsize
         self.stored_bytes = max(sum(entries[n].nbytes for n in s.slots()) for s in stacks)
         """Stored bytes of all experts of a layer."""
+        self.gram_bytes = 4 * stack.inner**2 if settings.cuts else 0
+        """Bytes of the products of activations of one expert; 0 if none are needed."""
         self._held = self._held_by_phase()
         self._compared = self._compared_by_phase()
 
@@ -205,11 +206,14 @@ class MemoryModel:
         return held
 
     def _compared_by_phase(self) -> dict[str, int]:
-        """Return the transient bytes of comparing, aligning and merging experts."""
+        """Return the transient bytes of comparing, aligning, merging or cutting experts."""
         stack, method, itemsize = self._stack, self._settings.method, self._itemsize
+        hidden, inner = stack.hidden, stack.inner
+        if self._settings.cuts:
+            removal = removal_bytes(inner, hidden)
+            return {"cut": self.workload.threads * removal, "write": removal}
         if not self._settings.merges(stack.count):
             return {}
-        hidden, inner = stack.hidden, stack.inner
         # the forward of an expert, and its down projection in float32
         compare = SAMPLE_ROWS * 4 * inner * itemsize + hidden * inner * 4
         alignment, rows = ALIGNMENTS[method.alignment], method.alignment_tokens

@@ -14,9 +14,11 @@ from ream_stream.checkpoint.shards import PlannedTensor, Shard, cut, name_shards
 from ream_stream.errors import DamagedError
 from ream_stream.model.families import (
     COUNT_KEYS,
+    TOP_K_KEYS,
+    WIDTH_KEYS,
+    ExpertSizes,
     Family,
-    told_counts,
-    with_expert_count,
+    resized_config,
 )
 from ream_stream.model.mtp import without_mtp
 from ream_stream.model.streamed_model import StreamedModel
@@ -91,7 +93,7 @@ def lay_out(
 def _output_stack(stack: ExpertStack | None, settings: Settings) -> ExpertStack | None:
     if stack is None:
         return None
-    stack = stack.resized(settings.experts)
+    stack = stack.resized(settings.experts, settings.width(stack.inner))
     return stack.decoded("BF16") if _decodes(stack, settings) else stack
 
 
@@ -112,7 +114,8 @@ def decoded_matrices(model: StreamedModel) -> dict[str, Stored]:
 def output_config(
     source: Checkpoint,
     built: Any,  # noqa: ANN401 - a config of transformers
-    num_experts: int,
+    family: Family,
+    before: ExpertSizes,
     settings: Settings,
     names: Iterable[str],
 ) -> dict[str, Any]:
@@ -120,12 +123,14 @@ def output_config(
 
     `built` is what transformers made of the source's: of its text decoder.
     """
-    config = with_expert_count(source.config, num_experts, settings.experts)
-    if settings.experts not in told_counts(config).values():  # it was the class's default
-        key = next(key for key in COUNT_KEYS if getattr(built, key, None) == num_experts)
-        told = {built.attribute_map.get(key, key): settings.experts}
-        text = text_config(config)
-        config |= told if text is config else {"text_config": {**text, **told}}
+    after = output_sizes(before, settings)
+    config = resized_config(source.config, family, before, after)
+    for keys, old, new in (
+        (COUNT_KEYS, before.count, after.count),
+        (TOP_K_KEYS, before.top_k, after.top_k),
+        (WIDTH_KEYS, before.inner, after.inner),
+    ):
+        config = _telling(config, built, keys, old, new)
     if settings.mtp == "drop" or lacks_mtp(source.entries, source.config):
         config = without_mtp(config)
     known = Modules(names if source.quantization else (), settings.experts)
@@ -137,6 +142,32 @@ def output_config(
                 else:
                     part[key] = without_gone(part[key], known)
     return config
+
+
+def output_sizes(before: ExpertSizes, settings: Settings) -> ExpertSizes:
+    """Return the sizes of the output's experts."""
+    return ExpertSizes(
+        count=settings.experts,
+        inner=settings.width(before.inner),
+        top_k=settings.top_k(before.top_k),
+    )
+
+
+def _telling(
+    config: dict[str, Any],
+    built: Any,  # noqa: ANN401 - a config of transformers
+    keys: Iterable[str],
+    old: int,
+    new: int,
+) -> dict[str, Any]:
+    """Return a config that tells a number that changed, which was the class's default."""
+    text = text_config(config)
+    told = [text[key] for key in keys if key in text]
+    if old == new or new in told or any(isinstance(each, list) for each in told):
+        return config
+    key = next(key for key in keys if getattr(built, key, None) == old)
+    added = {built.attribute_map.get(key, key): new}
+    return config | (added if text is config else {"text_config": {**text, **added}})
 
 
 def output_quantization(

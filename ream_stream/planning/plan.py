@@ -28,6 +28,9 @@ OUTPUTS = "attention outputs"
 SUMS = "sums of experts"
 """Memory part: partial sums of expert outputs, kept between blocks of experts."""
 
+GRAMS = "products of activations"
+"""Memory part: A_e of every expert, from which slices are chosen and narrowed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerPlan:
@@ -108,9 +111,22 @@ class Layout:
     """Hidden size, H."""
 
     @property
+    def output_top_k(self) -> int:
+        """Number of experts of the output that the router selects for a token."""
+        return self.settings.top_k(self.top_k)
+
+    @property
     def moe_layers(self) -> list[LayerPlan]:
         """Layers that have experts."""
         return [layer for layer in self.layers if layer.keys.stack]
+
+    @property
+    def experts(self) -> tuple[ExpertStack, ExpertStack]:
+        """Experts of the first layer that has any, in the source and in the output."""
+        layer = self.moe_layers[0]
+        assert layer.keys.stack is not None
+        assert layer.stack is not None
+        return layer.keys.stack, layer.stack
 
     @property
     def refits(self) -> bool:

@@ -6,17 +6,19 @@ config, so that a checkpoint which would not load is refused before the first
 layer.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from ream_stream.checkpoint.config_json import find_mtp, lacks_mtp, text_config
+from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.checkpoint.shard_fetcher import ShardFetcher
 from ream_stream.checkpoint.source_card import source_metadata
 from ream_stream.errors import DamagedError, UnsupportedModelError, UsageError
-from ream_stream.model.families import family_of
+from ream_stream.model.families import ExpertSizes, Family, family_of
 from ream_stream.model.meta_model import trusting
 from ream_stream.model.mtp import why_unknown
 from ream_stream.model.streamed_model import StreamedModel
@@ -118,8 +120,12 @@ def _lay_out(
     if wrong := routing.problem(num_experts):
         raise DamagedError(f"config.json, for {num_experts} experts: {wrong}")
     check_settings(settings, num_experts)
-    if problem := routing.problem(settings.experts):
+    routed = replace(routing, top_k=settings.top_k(model.top_k))
+    if problem := routed.problem(settings.experts):
         raise UsageError(f"--experts {settings.experts}: {problem}")
+    if settings.cuts:
+        _check_cut(model, family, settings, stacks)
+    sizes = ExpertSizes(count=num_experts, inner=stacks[0].inner, top_k=model.top_k)
     decoded = decoded_matrices(model) if settings.decodes else {}
     layers, outside = lay_out(model, family, num_experts, settings, decoded)
     shards = [*(shard for layer in layers for shard in layer.shards), *outside]
@@ -132,7 +138,7 @@ def _lay_out(
         source=source,
         kept=kept,
         fetcher=ShardFetcher(source, [layer.keys.names for layer in layers], beside),
-        config=output_config(source, model.text_config, num_experts, settings, names),
+        config=output_config(source, model.text_config, family, sizes, settings, names),
         quantization_file=output_quantization(source, settings, names),
         inherited=inherited,
         notes=(*([note] if note else []), *_without_tensors(source)),
@@ -151,6 +157,45 @@ def _lay_out(
     if layout.tracks_original:
         _check_adds(footprints, source)
     return layout, footprints
+
+
+def _check_cut(
+    model: StreamedModel, family: Family, settings: Settings, stacks: Sequence[ExpertStack]
+) -> None:
+    """Refuse slices that the family, or the layout of the layers, has no place for."""
+    slices, inner, config = settings.method.slices, stacks[0].inner, model.text_config
+    if reason := family.uncut(config, slices):
+        raise UsageError(f"--slices {slices}: {config.model_type} cannot be cut, {reason}")
+    if any(stack.inner != inner for stack in stacks):
+        raise UnsupportedModelError(
+            "layers have experts of different widths: they cannot be cut"
+        )
+    if (
+        any(
+            layer.stack
+            and family.router_tensors(layer.stack.block, model.checkpoint.entries)[1]
+            for layer in model.layers
+        )
+        and slices > 1
+    ):
+        raise UsageError(
+            f"--slices {slices}: a layer chooses its experts by a table of token ids, which "
+            "has no place for slices; use --slices 1 with --width"
+        )
+    width = settings.width(inner)
+    if slices * width > inner or width * slices < 1:
+        raise UsageError(
+            f"--slices {slices} --width {width}: an expert has {inner} neurons, "
+            f"{slices} slices can have {inner // slices} each"
+        )
+    for key in family.shared_counts:
+        shared = getattr(config, key, None)
+        if isinstance(shared, int) and shared * inner % width:
+            raise UsageError(
+                f"--width {width}: the shared experts of {config.model_type} are "
+                f"{shared * inner} wide, and config.json can tell multiples of the experts' "
+                "width only: give a divisor of it"
+            )
 
 
 def _without_tensors(source: Checkpoint) -> list[str]:

@@ -40,10 +40,10 @@ class RefitMemory:
     """Settings of the run."""
 
     stack: ExpertStack
-    """Experts of a source layer."""
+    """Experts of an output layer, in the source's format."""
 
     top_k: int
-    """Number of experts that the router selects for a token, K."""
+    """Number of the output's experts that the router selects for a token, K."""
 
     itemsize: int
     """Bytes of a number in the run's dtype."""
@@ -155,3 +155,15 @@ class RefitMemory:
         made = tokens * (self.top_k + 1) * inner * itemsize
         wide = tokens * self.top_k * inner * 4 if solver.gathered and itemsize < 4 else 0
         return run + made + wide
+
+
+def refit_memory(
+    settings: Settings, stack: ExpertStack, top_k: int, itemsize: int
+) -> RefitMemory:
+    """Return the memory of a refit, given the experts and the router of a source layer."""
+    return RefitMemory(
+        settings=settings,
+        stack=stack.resized(settings.experts, settings.width(stack.inner)),
+        top_k=settings.top_k(top_k),
+        itemsize=itemsize,
+    )

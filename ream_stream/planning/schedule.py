@@ -78,6 +78,9 @@ class Schedule:
     threads: int
     """Number of processor threads."""
 
+    gram_blocks: int = 1
+    """Number of blocks of experts whose products of activations are summed in one pass."""
+
     def halved(self) -> "Schedule":
         """Return the schedule with half as much on the device at once."""
         return replace(
@@ -93,7 +96,12 @@ class Schedule:
         experts stay on the device than it has room for now.
         """
         resident = min(self.resident_experts, begun.resident_experts)
-        return replace(begun, resident_experts=resident, threads=self.threads)
+        return replace(
+            begun,
+            resident_experts=resident,
+            threads=self.threads,
+            gram_blocks=self.gram_blocks,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,8 @@ from math import lcm
 
 from ream_stream.errors import UsageError
 
+from .slice_shape import MOST_EXPERTS, MOST_TOP_K
+
 DIVISOR = 4
 """Divisor of the expert counts that routing kernels of TensorRT-LLM and FlashInfer accept."""
 
@@ -30,7 +32,7 @@ _LIKED: tuple[tuple[Callable[[int], bool], str], ...] = (
 """Preferred properties of an expert count, with the servers that prefer them."""
 
 
-def check_served(experts: int, num_experts: int, routing_groups: int) -> None:
+def check_served(experts: int, num_experts: int, routing_groups: int, top_k: int = 1) -> None:
     """Refuse to keep a number of experts that the routing kernels of some servers refuse.
 
     Parameters
@@ -41,6 +43,8 @@ def check_served(experts: int, num_experts: int, routing_groups: int) -> None:
         Those of the source; to keep all of them changes nothing for a server.
     routing_groups
         ``n_group`` of group-limited routers, otherwise 1.
+    top_k
+        Experts of the output that a token is routed to.
 
     Raises
     ------
@@ -54,12 +58,25 @@ def check_served(experts: int, num_experts: int, routing_groups: int) -> None:
             f"multiples of {DIVISOR} only; keep a multiple of {multiple}, or give --any-count "
             "if what serves the model takes others"
         )
+    for number, most, what, who in (
+        (experts, MOST_EXPERTS, "experts a layer", "llama.cpp"),
+        (top_k, MOST_TOP_K, "experts a token", "TensorRT-LLM"),
+    ):
+        if number > most and experts != num_experts:
+            raise UsageError(
+                f"{number} {what} are more than the {most} that {who} takes; use fewer "
+                "--slices or wider ones (--width), or give --any-count if what serves the model "
+                "takes more"
+            )
 
 
-def served_count(share: Fraction, num_experts: int, routing_groups: int) -> int:
-    """Return the count nearest to a share of the experts that all servers accept.
+def served_count(
+    share: Fraction, num_experts: int, routing_groups: int, most: int | None = None
+) -> int:
+    """Return the count nearest to a share of `num_experts` that all servers accept.
 
-    Of two that are equally near it is the smaller one. All experts are always accepted.
+    Of two that are equally near it is the smaller one. All experts, or `most` of them if they
+    were cut, are always accepted.
 
     Raises
     ------
@@ -67,11 +84,12 @@ def served_count(share: Fraction, num_experts: int, routing_groups: int) -> int:
         None is as near as a sixteenth of the experts: one sentence with the counts around.
     """
     step, asked = lcm(DIVISOR, routing_groups), share * num_experts
-    counts = sorted({*range(step, num_experts, step), num_experts})
+    most = num_experts if most is None else most
+    counts = sorted({*range(step, most, step), most})
     nearest: int = min(counts, key=lambda count: (abs(count - asked), count))
     if 16 * abs(nearest - asked) > num_experts:
         below = [count for count in counts if count < asked]
-        above = [count for count in counts if asked < count < num_experts]
+        above = [count for count in counts if asked < count < most]
         named = " or ".join(f"--experts {count}" for count in [*below[-1:], *above[:1]])
         raise UsageError(
             f"--keep {float(100 * share):g}% of {num_experts} experts is {float(asked):.4g}, "

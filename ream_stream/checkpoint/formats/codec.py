@@ -45,6 +45,11 @@ class Codec(Protocol):
     scheme: ClassVar[str]
     """Name of the scheme: a key of `SCHEMES`."""
 
+    @property
+    def multiple(self) -> int:
+        """Divisor of the rows and columns of matrices that are cut to another size."""
+        ...
+
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """Return the tensors that store a (rows, cols) matrix, the weight itself first."""
         ...
@@ -88,6 +93,11 @@ class Plain:
 
     suffix: str = ".weight"
     """Suffix of the tensor's name; empty for a fused parameter, which has no ``.weight``."""
+
+    @property
+    def multiple(self) -> int:
+        """See `Codec.multiple`."""
+        return 1
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""

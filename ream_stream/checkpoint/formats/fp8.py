@@ -48,6 +48,11 @@ class Fp8Block:
     power_of_two: bool = False
     """Whether scales are rounded up to powers of two (``scale_fmt: ue8m0``); e8m0 needs it."""
 
+    @property
+    def multiple(self) -> int:
+        """See `Codec.multiple`."""
+        return max(self.block)
+
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""
         grid = (-(-rows // self.block[0]), -(-cols // self.block[1]))
@@ -120,6 +125,11 @@ class Fp8Scaled:
 
     scale_rank: int = 2
     """Number of axes of the stored scales; all but the row axis have size 1."""
+
+    @property
+    def multiple(self) -> int:
+        """See `Codec.multiple`."""
+        return 16
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""

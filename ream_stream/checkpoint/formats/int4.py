@@ -43,6 +43,11 @@ class Int4:
     shape_dtype: str = "I64"
     """Dtype of the stored ``weight_shape``."""
 
+    @property
+    def multiple(self) -> int:
+        """See `Codec.multiple`."""
+        return self.group
+
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""
         return (

@@ -57,6 +57,11 @@ class Mxfp4:
     scale_dtype: str = "U8"
     """Dtype of the stored exponents."""
 
+    @property
+    def multiple(self) -> int:
+        """See `Codec.multiple`."""
+        return _GROUP
+
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""
         groups = cols // _GROUP

@@ -56,6 +56,11 @@ class Nvfp4:
     divides: bool = True
     """Whether values are divided by the global scale; otherwise they are multiplied by it."""
 
+    @property
+    def multiple(self) -> int:
+        """See `Codec.multiple`."""
+        return _GROUP
+
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         """See `Codec.parts`."""
         return (

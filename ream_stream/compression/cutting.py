@@ -1,0 +1,227 @@
+"""A layer's experts cut into slices, in the run: sums of activations, and the choice of slices.
+
+Letters in shapes: T tokens of a batch, R rows of one expert, E experts, S sequences,
+L tokens of a sequence, H hidden, I inner.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ream_stream.calibration.tokens import Tokens
+from ream_stream.checkpoint.expert_stack import Tensors
+from ream_stream.errors import NumbersError, ReamStreamError
+from ream_stream.method.normal_equations import add_product
+from ream_stream.method.saliency import SALIENCIES
+from ream_stream.method.slices import (
+    RemovalPath,
+    kept_neurons,
+    removal_paths,
+    slice_scores,
+    slices_kept,
+)
+from ream_stream.model.batch_store import BatchStore
+from ream_stream.model.expert_blocks import cut_experts
+from ream_stream.model.experts import BlockState, InnerListener, StreamedExperts
+from ream_stream.model.finite import ExcludedSequences
+from ream_stream.model.streamed_model import Batch
+from ream_stream.planning.plan import Plan
+
+from .decision import Decision
+from .observer import Observer
+from .output_tensors import Cut
+from .refit_activations import held_back
+
+
+class ActivationGrams:
+    """Sums A_e = sum of a^T a over the calibration tokens, for blocks of experts in turn.
+
+    With a refit, the sequences that it holds back are left out.
+
+    Parameters
+    ----------
+    plan
+        Plan of the run.
+    experts
+        Experts of the open source layer.
+    tokens
+        Calibration set; tokens that do not count are masked.
+    excluded
+        Excluded calibration sequences.
+    store
+        Store of the sums by expert, (I, I) float32.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        experts: StreamedExperts,
+        tokens: Tokens,
+        excluded: ExcludedSequences,
+        store: BatchStore,
+    ) -> None:
+        self.blocks = cut_experts(experts.count, plan.schedule.gram_blocks)
+        """Blocks of experts; each is summed in a pass over the calibration set."""
+        self.store = store
+        """Sums of all experts, by expert."""
+        self._plan = plan
+        self._experts, self._excluded = experts, excluded
+        self._batch_sequences = plan.schedule.batch_sequences
+        self._length = tokens.sequence_length
+        mask_SL, counts_SL = tokens.attention_mask_SL, None
+        if mask_SL is not None:
+            counts_SL = mask_SL.bool()
+        if plan.refits:
+            fitted_S1 = ~held_back(tokens, plan.settings.seed)[:, None]
+            counts_SL = fitted_S1 if counts_SL is None else counts_SL & fitted_S1
+        self._counts_SL = counts_SL
+        self._sums: dict[int, Tensor] = {}
+
+    @contextmanager
+    def summing(self, block: range) -> Iterator[Callable[[int, Batch], None]]:
+        """Yield a function to call with the number of each batch before it runs.
+
+        At the end of the block the sums of these experts are in the store.
+        """
+        weights = self._experts.weights
+        inner = weights.stack.inner
+        # one after another, so that each can be let go of
+        self._sums = {e: torch.zeros(inner, inner, device=weights.device) for e in block}
+        try:
+            yield self._listen
+            for expert in block:
+                self.store.put(expert, self._sums.pop(expert))
+        finally:
+            self._experts.inner_listener = None
+            self._sums = {}
+
+    @contextmanager
+    def only(self, block: range) -> Iterator[None]:
+        """Run only the experts of a block, for their listener."""
+        self._experts.part = BlockState(experts=block, is_last=False)
+        try:
+            yield
+        finally:
+            self._experts.part = None
+
+    def cut(self) -> Cut:
+        """Return what the output's experts are made with."""
+        slices = self._plan.settings.method.slices
+        config = self._plan.source_model.text_config
+        return Cut(
+            slices=slices,
+            factor=slices if self._plan.family.normalizes(config) else 1,
+            grams=self.store,
+        )
+
+    def _listen(self, number: int, batch: Batch) -> None:
+        self._experts.inner_listener = self._listener(number * self._batch_sequences, batch)
+
+    def _listener(self, first: int, batch: Batch) -> InnerListener:
+        """Return the listener of a batch whose first sequence is number `first`."""
+        count = len(batch.input_ids_BL)
+        counts_B1 = None
+        if self._counts_SL is not None:
+            counts_B1 = self._counts_SL[first : first + count].expand(count, self._length)
+        if (kept_B := self._excluded.kept(first, count)) is not None:
+            kept_BL = kept_B[:, None].expand(count, self._length)
+            counts_B1 = kept_BL if counts_B1 is None else counts_B1 & kept_BL
+        counts_T = None
+        if counts_B1 is not None:
+            counts_T = counts_B1.reshape(-1).to(self._experts.weights.device)
+        return partial(self._add, counts_T)
+
+    def _add(
+        self,
+        counts_T: Tensor | None,
+        expert: int,
+        inner_RI: Tensor,
+        token_R: Tensor,
+        weight_R: Tensor,
+    ) -> None:
+        if expert not in self._sums:
+            return
+        gated_RI = inner_RI * weight_R[:, None].to(inner_RI.dtype)
+        # a sequence with numbers that are not finite is excluded once the layer has run
+        counts_R = gated_RI.isfinite().all(dim=1)
+        if counts_T is not None:
+            counts_R &= counts_T[token_R]
+        gated_RI = torch.where(counts_R[:, None], gated_RI, 0)
+        add_product(self._sums[expert], gated_RI, gated_RI)
+
+
+def choose_slices(
+    plan: Plan,
+    observer: Observer,
+    grams: BatchStore,
+    experts: StreamedExperts,
+    tensors: Tensors,
+    layer: int,
+    expert_done: Callable[[int, int], None],
+) -> Decision:
+    """Choose the slices of a layer that stay.
+
+    Parameters
+    ----------
+    plan
+        Plan of the run.
+    observer
+        Observer of the layer, for the saliencies that are reported.
+    grams
+        Sums of activations by expert.
+    experts, tensors
+        Experts of the open source layer, and its tensors.
+    layer
+        Position of the layer.
+    expert_done
+        Called with the number of experts done, and in all.
+
+    Raises
+    ------
+    ReamStreamError
+        A statistic is not a finite number.
+    """
+    settings, stack = plan.settings, experts.weights.stack
+    slices, width = settings.method.slices, settings.width(stack.inner)
+    device = experts.weights.device
+
+    def loaded() -> Iterator[tuple[Tensor, Tensor]]:
+        for expert in range(stack.count):
+            down_HI = stack.read(tensors, expert).down_HI
+            yield grams.get(expert).to(device), down_HI.to(device)
+
+    paths: list[RemovalPath] = []
+    try:
+        for path in removal_paths(loaded(), threads=plan.schedule.threads):
+            paths.append(path)
+            expert_done(len(paths), stack.count)
+        score_EC = torch.stack([slice_scores(p.error_I, slices, width) for p in paths])
+        kept = slices_kept(score_EC, settings.experts, routing_groups=plan.routing_groups)
+    except ValueError as error:
+        raise NumbersError(f"layer {layer}: {error}") from error
+    saliency = SALIENCIES[settings.method.saliency]
+    domains = observer.sums.domains
+    owners = [expert for expert, count in enumerate(kept) for _ in range(count)]
+    try:
+        saliency_E = saliency(observer.sums.total())
+    except ValueError as error:
+        raise ReamStreamError(f"layer {layer}: {error}") from error
+    return Decision(
+        saliency=tuple(saliency_E.tolist()),
+        domain_saliency={
+            name: tuple(saliency(sums).tolist())
+            for name, sums in domains.items()
+            if len(domains) > 1
+        },
+        groups=tuple((expert,) for expert in owners),
+        shares=((1.0,),) * len(owners),
+        neurons={
+            expert: kept_neurons(paths[expert], count, width)
+            for expert, count in enumerate(kept)
+            if count
+        },
+        score_EC=score_EC,
+    )
