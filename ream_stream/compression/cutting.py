@@ -114,6 +114,7 @@ class ActivationGrams:
         return Cut(
             slices=slices,
             factor=slices if self._plan.family.normalizes(config) else 1,
+            shares_bias=self._plan.family.shares_bias,
             grams=self.store,
         )
 

@@ -68,6 +68,9 @@ class Cut:
     """Factor of the down projections: 1 if each slice gets all of a router coefficient, else
     the number of slices."""
 
+    shares_bias: bool
+    """Whether the router's biases are divided among slices; see `Family`."""
+
     grams: BatchStore
     """Sums of activations A_e by expert."""
 
@@ -115,7 +118,9 @@ def layer_content(
     def content(name: str) -> Content:
         if name in routers:
             rows = routed_rows(tensors[name], routers[name], decision.groups, count)
-            return _distinct(name, rows, routers, decision, source)
+            return (
+                rows if cut is None else _of_slices(name, rows, routers, decision, cut, source)
+            )
         if name == table:
             row_EH = tensors[next(iter(routers))]
             return renumbered(tensors[name], row_EH, decision.groups)
@@ -136,10 +141,16 @@ def routed_rows(
     return tensor.index_select(axis, torch.cat([kept, rest]))
 
 
-def distinguished(
-    name: str, tensor: Tensor, routers: Mapping[str, int], rank_S: Sequence[int]
+def slice_rows(
+    name: str,
+    tensor: Tensor,
+    routers: Mapping[str, int],
+    rank_S: Sequence[int],
+    *,
+    shares: int,
+    drops: bool,
 ) -> Tensor:
-    """Return a router-side tensor in which slices of an expert are not equally likely.
+    """Return a router-side tensor of slices.
 
     Parameters
     ----------
@@ -149,9 +160,15 @@ def distinguished(
         Axis of experts of each router-side tensor.
     rank_S
         Number of each slice within its expert.
+    shares
+        What biases are divided by.
+    drops
+        Whether neurons were dropped: then slices of an expert are not equally likely.
     """
     biases = [each for each in routers if each.endswith("bias")]
-    if (name not in biases) if biases else tensor.dim() < 2:
+    if name in biases and shares > 1:
+        tensor = (tensor.double() / shares).to(tensor.dtype)
+    if not drops or ((name not in biases) if biases else tensor.dim() < 2):
         return tensor
     row_EX = tensor.movedim(routers[name], 0)
     rank_E = [*rank_S, *[0] * (len(row_EX) - len(rank_S))]
@@ -159,18 +176,18 @@ def distinguished(
     return changed_EX.movedim(0, routers[name]).contiguous()
 
 
-def _distinct(
+def _of_slices(
     name: str,
     rows: Tensor,
     routers: Mapping[str, int],
     decision: Decision,
+    cut: Cut,
     source: ExpertStack,
 ) -> Tensor:
-    """Return router-side rows: slices are distinguished, unless all neurons stay."""
     stay = sum(neuron_CW.numel() for neuron_CW in decision.neurons.values())
-    if not decision.neurons or stay == source.count * source.inner:
-        return rows
-    return distinguished(name, rows, routers, ranks(decision.groups))
+    shares = cut.slices if cut.shares_bias else 1
+    drops = stay < source.count * source.inner
+    return slice_rows(name, rows, routers, ranks(decision.groups), shares=shares, drops=drops)
 
 
 class _Merged:

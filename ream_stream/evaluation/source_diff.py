@@ -25,7 +25,7 @@ from ream_stream.checkpoint.reader import (
 from ream_stream.compression.decision import ranks
 from ream_stream.compression.finalize import copied_files
 from ream_stream.compression.manifest import LayerGroups
-from ream_stream.compression.output_tensors import distinguished, routed_rows
+from ream_stream.compression.output_tensors import routed_rows, slice_rows
 from ream_stream.errors import ReamStreamError
 from ream_stream.events import Finding
 from ream_stream.method.hash_routing import renumbered
@@ -215,8 +215,8 @@ def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None
             axis = shape.index(old.count)
             rest = range(old.count, shape[axis])
             found[name] = _rows(name, axis, torch.tensor([*rows, *rest]))
-            if subject.manifest.slices and new.count * new.inner < old.count * old.inner:
-                found[name] = _sliced_rows(name, dict.fromkeys(routers, axis), groups, old)
+            if subject.manifest.slices:
+                found[name] = _sliced_rows(name, routers, groups, (new, old), subject)
     return found
 
 
@@ -242,11 +242,21 @@ def _rows(name: str, axis: int, rows: Tensor) -> _Origin:
 
 
 def _sliced_rows(
-    name: str, routers: Mapping[str, int], groups: LayerGroups, old: ExpertStack
+    name: str,
+    routers: Sequence[str],
+    groups: LayerGroups,
+    stacks: tuple[ExpertStack, ExpertStack],
+    subject: Subject,
 ) -> _Origin:
+    new, old = stacks
+    shares = subject.manifest.slices if subject.family.shares_bias else 1
+    drops = new.count * new.inner < old.count * old.inner
+
     def pieces(ours: MappedTensors, theirs: MappedTensors) -> Iterator[tuple[Tensor, Tensor]]:
-        rows = routed_rows(theirs[name], routers[name], groups.groups, old.count)
-        yield ours[name], distinguished(name, rows, routers, ranks(groups.groups))
+        axes = {each: theirs[each].shape.index(old.count) for each in routers}
+        rows = routed_rows(theirs[name], axes[name], groups.groups, old.count)
+        order = ranks(groups.groups)
+        yield ours[name], slice_rows(name, rows, axes, order, shares=shares, drops=drops)
 
     return _Origin(name=name, pieces=pieces)
 

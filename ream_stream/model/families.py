@@ -131,6 +131,9 @@ class Family:
     """Tells from the transformers config whether g equal logits in the place of one get a g-th
     of its router coefficient each; otherwise each gets all of it."""
 
+    shares_bias: bool = False
+    """Whether biases are added to scores of which g equal logits get a g-th each."""
+
     uncut: Callable[[Any, int], str | None] = lambda _config, _slices: None
     """Returns why experts cannot be cut into so many slices without a change of the function;
     None if they can."""
@@ -199,10 +202,14 @@ FAMILIES: Mapping[str, Family] = {
     "granitemoehybrid": _GRANITE,
     "granitemoe_swa": Family(routers=("router.weight",)),
     "jamba": Family(routers=("router.weight",)),
-    "hunyuan_v1_moe": Family(routers=("gate.wg.weight",), shared_counts=("num_shared_expert",)),
+    "hunyuan_v1_moe": Family(
+        routers=("gate.wg.weight",),
+        uncut=lambda _config, _slices: "its shared expert is as wide as the routed ones",
+    ),
     "ernie4_5_moe": Family(
         routers=("gate.weight", "moe_statics.e_score_correction_bias"),
         shared_counts=("moe_num_shared_experts",),
+        shares_bias=True,
     ),
     "gemma4_text": Family(
         routers=("router.proj.weight", "router.per_expert_scale"),
@@ -320,7 +327,8 @@ def resized_config(
         config = _replaced(config, TOP_K_KEYS, {before.top_k: after.top_k})
     if before.inner != after.inner:
         text = text_config(config)
-        key = next((key for key in WIDTH_KEYS if key in text), WIDTH_KEYS[0])
+        told = [key for key in WIDTH_KEYS if text.get(key) in (before.inner, [before.inner])]
+        key = told[0] if told else WIDTH_KEYS[0]
         config = _replaced(config, (key,), {before.inner: after.inner})
         shared = {
             count: count * before.inner // after.inner
