@@ -170,7 +170,7 @@ def settings_for(
     if isinstance(method, str):
         method = replace(Method(), **PRESETS[method])
     method = replace(method, **changed)
-    method = _cut(options, layer, method)
+    method = _cut(options, layer, method, chosen="slices" in changed or method.slices == 1)
     experts = kept_experts(options, layer, method)
     if isinstance(options.method, str) and "group_size" not in changed:
         method = replace(method, group_size=default_group_size(experts, layer.count))
@@ -210,15 +210,23 @@ def check_usage(options: RunOptions) -> None:
             raise UsageError(f"{target} is in SOURCE, which is never written to")
 
 
-def _cut(options: RunOptions, layer: ExpertLayer, method: Method) -> Method:
-    """Return the method with the width of its slices; None is an even cut."""
+def _cut(options: RunOptions, layer: ExpertLayer, method: Method, *, chosen: bool) -> Method:
+    """Return the method with the width of its slices; None is an even cut.
+
+    Unless the number of slices was `chosen`, it is 1 where servers do not take more.
+    """
     if method.width is not None and not method.slices:
         method = replace(method, slices=1)
     if not method.slices:
         return method
     if method.width is None and options.keep is not None:
         share = Fraction(str(options.keep))
-        width = slice_width(layer, method.slices, share, any_count=options.any_count)
+        try:
+            width = slice_width(layer, method.slices, share, any_count=options.any_count)
+        except UsageError:
+            if chosen:
+                raise
+            return _cut(options, layer, replace(method, slices=1), chosen=True)
         method = replace(method, width=width)
     if method.width is None and options.experts is not None:
         raise UsageError(

@@ -23,8 +23,8 @@ from ream_stream.host_memory import trim
 from ream_stream.model import device as devices
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import TOP_K_KEYS, family_of
-from ream_stream.planning.cost import Cost
 from ream_stream.planning.disk import check_disk
+from ream_stream.planning.phase_cost import Cost
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
@@ -227,14 +227,21 @@ def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device)
     dtype = compute_dtype(options.compute_dtype, checkpoint, device)
     return settings_for(
         options,
-        expert_layer(checkpoint),
+        expert_layer(checkpoint, decodes=options.changes.get("dtype") == "bf16"),
         compute_dtype=str(dtype).removeprefix("torch."),
         device_kind=device.type,
     )
 
 
-def expert_layer(checkpoint: Checkpoint) -> ExpertLayer:
+def expert_layer(checkpoint: Checkpoint, *, decodes: bool = False) -> ExpertLayer:
     """Return the experts of a layer as headers and config.json tell; the plan checks them.
+
+    Parameters
+    ----------
+    checkpoint
+        The source.
+    decodes
+        Whether quantized tensors are written as floats.
 
     Raises
     ------
@@ -250,7 +257,7 @@ def expert_layer(checkpoint: Checkpoint) -> ExpertLayer:
         count=count,
         inner=stack.inner,
         top_k=max((numbers[key] for key in TOP_K_KEYS if key in numbers), default=1),
-        multiple=max(matrix.stored.codec.multiple for matrix in stack.matrices),
+        multiple=1 if decodes else max(m.stored.codec.multiple for m in stack.matrices),
         shared=max((numbers.get(key, 0) for key in family.shared_counts), default=0)
         * stack.inner,
         routing_groups=max(1, family.groups(told)),

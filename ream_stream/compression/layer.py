@@ -16,21 +16,18 @@ from ream_stream.calibration.tokens import mask_without_next
 from ream_stream.checkpoint.reader import MappedTensors
 from ream_stream.checkpoint.shards import Content, write_shard
 from ream_stream.errors import NumbersError
-from ream_stream.events import Phase, RefitResult, Report, Step
+from ream_stream.events import RefitResult, Report
 from ream_stream.files import Written
 from ream_stream.method.alignment import Matched
 from ream_stream.model.attention_cache import AttentionCache
-from ream_stream.model.batches import with_states
-from ream_stream.model.expert_blocks import ExpertBlockPasses, Listeners
 from ream_stream.model.experts import StreamedExperts
-from ream_stream.model.finite import CheckedWriter
-from ream_stream.model.streamed_model import Batch, StreamedModel
-from ream_stream.planning.plan import GRAMS, OUTPUTS, SUMS, LayerPlan
+from ream_stream.planning.plan import GRAMS, LayerPlan
 
 from . import refit_layer
 from .context import Context
 from .cutting import ActivationGrams, choose_slices
 from .decision import Decision, alignment_orders, decide
+from .layer_passes import LayerPasses
 from .observer import Observer, TokenSample, mean_outputs
 from .output_tensors import Unchanged, finite_content, layer_content
 from .refit_layer import Fitted, RefitJob
@@ -84,11 +81,10 @@ class _LayerRun:
     ) -> None:
         self.context, self.plan, self.layer = context, context.plan, layer
         self.index = layer.keys.index
-        self.leads_on = context.plan.leads_on(layer)
         # tokens that do not count are masked
         self.tokens = mask_without_next(context.tokens) if layer.keys.is_mtp else context.tokens
-        self._stores, self._report = stores, report
-        self._entering = context.hidden_reader(self.index)
+        self._stores = stores
+        self._passes = LayerPasses(context, layer, stores, report)
 
     def copy(self) -> LayerResult:
         """Copy a layer without experts, and run it for the next layer."""
@@ -96,10 +92,10 @@ class _LayerRun:
             content = self._unchanged(tensors).content
             shards = self._write(content, self.context.workspace.output)
         if self.plan.propagates(self.layer):
-            self._propagate(self.context.source, None, None)
+            self._passes.propagate(self.context.source, None, None)
         if self.plan.tracks_original_through(self.layer):
             with self.context.source.open_layer(self.index):
-                self._follow(None)
+                self._passes.follow(None)
         return LayerResult(shards=shards)
 
     def compress(self) -> LayerResult:
@@ -118,7 +114,7 @@ class _LayerRun:
                         self.index,
                     )
                 )
-            playback = self._playback()
+            playback = self._passes.playback()
             decision, statistics, shards = self._decide_and_write(refit, playback)
             fitted = None
             if refit is not None:
@@ -126,24 +122,13 @@ class _LayerRun:
                 content = refit.content(fitted.found if fitted else None)
                 shards = self._write(content, context.workspace.output)
             if plan.propagates(self.layer):
-                self._propagate(context.output, playback, fitted)
+                self._passes.propagate(context.output, playback, fitted)
             return LayerResult(
                 shards=shards,
                 statistics=statistics,
                 decision=decision,
                 refitted=fitted.found.outcome if fitted else None,
             )
-
-    def _playback(self) -> AttentionCache | None:
-        """Return a cache of attention outputs; None for a single pass or without room."""
-        context = self.context
-        if not self.plan.keeps_outputs(self.layer):
-            return None
-        # no reference to self: a cycle would keep all memory of the layer alive
-        stores = self._stores
-        return AttentionCache(
-            lambda name: stores.enter_context(context.open_batch_store(OUTPUTS, name))
-        )
 
     def _decide_and_write(
         self, refit: RefitJob | None, playback: AttentionCache | None
@@ -158,9 +143,9 @@ class _LayerRun:
                 observer.attached(source.router(self.index)),
                 nullcontext() if refit is None else refit.capturing(experts),
             ):
-                self._observe(observer, experts, playback, refit, grams)
+                self._passes.observe(observer, experts, playback, refit, grams)
             if plan.tracks_original_through(self.layer):
-                self._follow(refit)
+                self._passes.follow(refit)
             observer.finish(self.index)
             matched: dict[int, Matched] = {}
             if grams is None:
@@ -241,77 +226,8 @@ class _LayerRun:
                 experts,
                 tensors,
                 self.index,
-                lambda done, total: self._step("cut", done, total),
+                lambda done, total: self._passes.step("cut", done, total),
             )
-
-    def _observe(
-        self,
-        observer: Observer,
-        experts: StreamedExperts,
-        playback: AttentionCache | None,
-        refit: RefitJob | None,
-        grams: ActivationGrams | None,
-    ) -> None:
-        """Run the source layer: up to its experts, or whole if its outputs enter the next."""
-        writer = None
-        if not self.plan.settings.sequential and self.leads_on:
-            writer = self.context.hidden_writer(self.index + 1)
-        size = self.plan.schedule.batch_sequences
-
-        with (
-            self.context.timed("observe"),
-            nullcontext(_ignore) if grams is None else grams.summing(grams.blocks[0]) as sums,
-        ):
-
-            def listeners(number: int, batch: Batch) -> Callable[..., None]:
-                sums(number, batch)
-                return observer.listener(number * size, batch)
-
-            self._run(
-                "observe",
-                self.context.source,
-                experts,
-                writer,
-                playback,
-                listeners,
-                captures_sums=refit is not None and not self.plan.tracks_original,
-            )
-        if grams is not None:
-            for block in grams.blocks[1:]:
-                self._sum_grams(grams, block, playback)
-
-    def _sum_grams(
-        self, grams: ActivationGrams, block: range, playback: AttentionCache | None
-    ) -> None:
-        """Run the layer up to its experts once more, for the sums of a block of them."""
-        source, batches = self.context.source, self.context.batches
-        mixers = source.mixers(self.index)
-        with (
-            self.context.timed("observe"),
-            grams.summing(block) as sums,
-            nullcontext() if playback is None else playback.through(mixers),
-        ):
-            for number, batch, hidden_BLH in with_states(batches, self._entering):
-                sums(number, batch)
-                with grams.only(block):
-                    source.observe_layer(self.index, batch, hidden_BLH)
-                self._step("observe", number + 1, len(batches))
-
-    def _follow(self, refit: RefitJob | None) -> None:
-        """Run the open source layer on the original model's own states."""
-        context, index = self.context, self.index
-        batches, entering = context.batches, context.original_reader(index)
-        writer = context.original_writer(index + 1) if self.leads_on else None
-        with context.timed("follow"):
-            for number, batch, hidden_BLH in with_states(batches, entering):
-                leaving_BLH = context.source.run_layer(index, batch, hidden_BLH)
-                if refit is not None:
-                    refit.targets.put(number, leaving_BLH)
-                if writer is not None:
-                    writer.write(number, leaving_BLH)
-                self._step("follow", number + 1, len(batches))
-            if writer is not None:
-                writer.publish()
 
     def _compare(self, experts: StreamedExperts, sample: TokenSample | None) -> Tensor | None:
         """Return the experts' mean outputs (E, H); None if they are not compared."""
@@ -323,7 +239,7 @@ class _LayerRun:
                 experts,
                 sample,
                 self.plan.settings.method.similarity,
-                lambda done: self._step("compare", done, count),
+                lambda done: self._passes.step("compare", done, count),
             )
         if (bad_E := ~mean_EH.isfinite().all(dim=1)).any():
             raise NumbersError(
@@ -347,7 +263,7 @@ class _LayerRun:
                 tensors,
                 sample,
                 self.plan.schedule.threads,
-                lambda done, total: self._step("align", done, total),
+                lambda done, total: self._passes.step("align", done, total),
             )
 
     def _fit(
@@ -366,61 +282,10 @@ class _LayerRun:
             return refit.fit(
                 changing,
                 self.context.batches,
-                self._entering,
+                self._passes.entering,
                 playback,
-                lambda done, total: self._step("refit", done, total),
+                lambda done, total: self._passes.step("refit", done, total),
             )
-
-    def _propagate(
-        self, model: StreamedModel, playback: AttentionCache | None, fitted: Fitted | None
-    ) -> None:
-        """Run the layer of `model` to compute the hidden states that enter the next layer."""
-        with self.context.timed("propagate"):
-            writer = self.context.hidden_writer(self.index + 1)
-            with model.open_layer(self.index) as experts, ExitStack() as stack:
-                if fitted is not None and experts is not None:
-                    stack.enter_context(refit_layer.replaying(experts, fitted.tokens))
-                self._run("propagate", model, experts, writer, playback)
-
-    def _run(
-        self,
-        phase: Phase,
-        model: StreamedModel,
-        experts: StreamedExperts | None,
-        writer: CheckedWriter | None,
-        playback: AttentionCache | None,
-        listeners: Listeners | None = None,
-        *,
-        captures_sums: bool = False,
-    ) -> None:
-        """Run the layer on all batches; the whole layer if a writer takes its outputs."""
-        context, batches = self.context, self.context.batches
-        schedule = self.plan.schedule
-        if experts is not None:
-            experts.weights.resident = schedule.resident_experts
-        with ExitStack() as stack:
-            sums = None
-            if writer is not None and schedule.expert_blocks > 1:
-                sums = stack.enter_context(context.open_batch_store(SUMS, "sums"))
-            passes = ExpertBlockPasses(
-                model=model,
-                index=self.index,
-                experts=experts,
-                blocks=schedule.expert_blocks,
-                playback=playback,
-                sums=sums,
-                captures_sums=captures_sums,
-            )
-            total = len(passes) * len(batches)
-            run = passes.run(
-                batches, self._entering, listeners=listeners, captures_only=not writer
-            )
-            for done, (number, leaving_BLH) in enumerate(run, start=1):
-                if writer is not None and leaving_BLH is not None:
-                    writer.write(number, leaving_BLH)
-                self._step(phase, done, total)
-        if writer is not None:
-            writer.publish()
 
     def _write(self, content: Callable[[str], Content], folder: Path) -> tuple[Written, ...]:
         """Write the layer's shards; a refitted layer is also written before its refit."""
@@ -430,19 +295,12 @@ class _LayerRun:
             for shard in self.layer.shards:
                 shards.append(write_shard(folder, shard, finite_content(content, self.index)))
                 if final:
-                    self._step("write", len(shards), len(self.layer.shards))
+                    self._passes.step("write", len(shards), len(self.layer.shards))
         return tuple(shards)
 
     def _unchanged(self, tensors: MappedTensors) -> Unchanged:
         entries, decoded = self.plan.source.entries, self.plan.decoded
         return Unchanged(entries=entries, tensors=tensors, decoded=decoded)
-
-    def _step(self, phase: Phase, done: int, total: int) -> None:
-        self._report(Step(layer=self.index, phase=phase, done=done, total=total))
-
-
-def _ignore(_number: int, _batch: Batch) -> None:
-    """Take no sums of activations."""
 
 
 def _statistics(

@@ -198,7 +198,8 @@ def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None
             m.stored.codec for m in new.matrices
         ]
         if same_codec and subject.manifest.slices:
-            found |= _of_slices(groups, new, old)
+            if old.scheme == "plain":  # codes are made anew, in other groups
+                found |= _of_slices(groups, new, old)
         elif same_codec:
             found |= _of_experts(groups, new, old)
         refitted = groups.refit is not None and groups.refit.penalty is not None
@@ -206,17 +207,29 @@ def _origins(subject: Subject, original: Checkpoint) -> dict[str, _Origin | None
             downs = {n for n, m in enumerate(new.matrices) if m.parts == ("down",)}
             slots = new.slots().items()
             found |= dict.fromkeys(name for name, slot in slots if slot.matrix in downs)
-        rows = [group[0] for group in groups.groups]
-        routers, table = subject.family.router_tensors(old.block, original.entries)
-        if table is not None:
-            found[table] = _renumbered(table, routers[0], groups.groups)
-        for name in routers:
-            shape = original.entries[name].shape
-            axis = shape.index(old.count)
-            rest = range(old.count, shape[axis])
-            found[name] = _rows(name, axis, torch.tensor([*rows, *rest]))
-            if subject.manifest.slices:
-                found[name] = _sliced_rows(name, routers, groups, (new, old), subject)
+        found |= _of_router(subject, original, groups, (new, old))
+    return found
+
+
+def _of_router(
+    subject: Subject,
+    original: Checkpoint,
+    groups: LayerGroups,
+    stacks: tuple[ExpertStack, ExpertStack],
+) -> dict[str, _Origin | None]:
+    """Return the origin of a layer's router-side tensors: rows of the centroids."""
+    old, found = stacks[1], dict[str, _Origin | None]()
+    rows = [group[0] for group in groups.groups]
+    routers, table = subject.family.router_tensors(old.block, original.entries)
+    if table is not None:
+        found[table] = _renumbered(table, routers[0], groups.groups)
+    for name in routers:
+        shape = original.entries[name].shape
+        axis = shape.index(old.count)
+        rest = range(old.count, shape[axis])
+        found[name] = _rows(name, axis, torch.tensor([*rows, *rest]))
+        if subject.manifest.slices:
+            found[name] = _sliced_rows(name, routers, groups, stacks, subject)
     return found
 
 

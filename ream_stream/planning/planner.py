@@ -188,6 +188,14 @@ def _check_cut(
             f"--slices {slices} --width {width}: an expert has {inner} neurons, "
             f"{slices} slices can have {inner // slices} each"
         )
+    multiple = (
+        1 if settings.decodes else max(m.stored.codec.multiple for m in stacks[0].matrices)
+    )
+    if inner % multiple == 0 and width % multiple:
+        raise UsageError(
+            f"--width {width}: {stacks[0].scheme} is stored and run in groups of {multiple}; "
+            "give a multiple of it, or --dtype bf16"
+        )
     for key in family.shared_counts:
         shared = getattr(config, key, None)
         if isinstance(shared, int) and shared * inner % width:

@@ -65,8 +65,8 @@ def check_served(experts: int, num_experts: int, routing_groups: int, top_k: int
         if number > most and experts != num_experts:
             raise UsageError(
                 f"{number} {what} are more than the {most} that {who} takes; use fewer "
-                "--slices or wider ones (--width), or give --any-count if what serves the model "
-                "takes more"
+                "--slices or wider ones (--width), or give --any-count if what serves the "
+                "model takes more"
             )
 
 

@@ -73,7 +73,11 @@ def slice_width(layer: ExpertLayer, slices: int, share: Fraction, *, any_count: 
     while 2 * step <= min(128, layer.inner // 12):
         step *= 2
     step = lcm(step, layer.multiple)
-    widths = {*range(step, most + 1, step), *([most] if layer.inner % slices == 0 else [])}
+    widths = set(range(step, most + 1, step))
+    if layer.inner % slices == 0 and (
+        most % layer.multiple == 0 or layer.inner % layer.multiple
+    ):
+        widths.add(most)
     fitting = [
         width
         for width in sorted(widths, reverse=True)

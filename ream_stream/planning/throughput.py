@@ -25,7 +25,8 @@ from ream_stream.host_memory import available_bytes, trim
 from ream_stream.method.rng import generator
 from ream_stream.model.experts import ExpertWeights, Form, StreamedExperts, slots_by_expert
 
-from .cost import Cost, cost_of, total
+from .cost import cost_of
+from .phase_cost import Cost, total
 from .plan import Plan
 
 ASSUMED_READ = 1e9

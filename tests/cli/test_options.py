@@ -18,6 +18,7 @@ from ream_stream.compression.config import RunOptions, settings_for
 from ream_stream.evaluation import variants
 from ream_stream.evaluation.config import ComparisonOptions, ScoreOptions
 from ream_stream.evaluation.verify import verify
+from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.settings import Method, Settings
 
 VERBS = sorted(cli.commands)
@@ -95,8 +96,13 @@ def test_a_command_line_without_options_asks_for_what_the_library_does():
     here = RunOptions(source=Path(), experts=65)
     assert replace(asked, changes={}) == here
     machine = {"compute_dtype": "float32", "device_kind": "cpu"}
+    layer = ExpertLayer(count=128, inner=768)
     settings = Settings(experts=65, method=Method(), **machine)
-    assert settings_for(asked, 128, **machine) == settings_for(here, 128, **machine) == settings
+    assert (
+        settings_for(asked, layer, **machine)
+        == settings_for(here, layer, **machine)
+        == settings
+    )
     assert (
         variants.settings_of("ream", experts=65, num_experts=128, seed=0, **machine) == settings
     )
@@ -128,7 +134,8 @@ def test_an_option_of_the_command_line_is_what_the_library_is_given():
         2 * 10**9,
         None,
     )
-    found = settings_for(asked, 10, compute_dtype="float32", device_kind="cpu")
+    layer = ExpertLayer(count=10, inner=768)
+    found = settings_for(asked, layer, compute_dtype="float32", device_kind="cpu")
     assert (found.experts, found.dtype, found.max_shard_bytes) == (8, "bf16", 10**6)
     assert (found.method.refit_lambda, found.method.gate_term) == ((1.0, 2.0), False)
 

@@ -6,12 +6,14 @@ import pytest
 
 from ream_stream.compression.config import PRESETS, RunOptions, check_usage, settings_for
 from ream_stream.errors import UsageError
+from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.settings import Method, options_of
 
 
-def settings_of(num_experts=128, **values):
+def settings_of(num_experts=128, *, layer=None, **values):
     options = RunOptions.of(source=Path(), **values)
-    return settings_for(options, num_experts, compute_dtype="float32", device_kind="cpu")
+    layer = layer or ExpertLayer(count=num_experts, inner=768)
+    return settings_for(options, layer, compute_dtype="float32", device_kind="cpu")
 
 
 def test_any_share_is_rounded_down_without_an_error_of_floating_point():
@@ -38,10 +40,8 @@ def test_any_share_is_rounded_down_without_an_error_of_floating_point():
 def test_a_share_is_rounded_to_the_nearest_number_that_servers_take(
     keep, num_experts, groups, experts
 ):
-    options = RunOptions.of(source=Path(), keep=keep)
-    machine = {"compute_dtype": "float32", "device_kind": "cpu"}
-    found = settings_for(options, num_experts, routing_groups=groups, **machine)
-    assert found.experts == experts
+    layer = ExpertLayer(count=num_experts, inner=768, routing_groups=groups)
+    assert settings_of(keep=keep, layer=layer).experts == experts
 
 
 def test_every_whole_percent_of_128_experts_is_near_a_number_that_servers_take():
@@ -52,10 +52,9 @@ def test_every_whole_percent_of_128_experts_is_near_a_number_that_servers_take()
 def test_a_share_far_from_all_numbers_that_servers_take_names_those_around():
     with pytest.raises(UsageError, match=r"is 6, and .* --experts 4, or --any-count"):
         settings_of(keep="75%", num_experts=8)
-    options = RunOptions.of(source=Path(), keep="37.2%")
-    machine = {"compute_dtype": "float32", "device_kind": "cpu"}
+    layer = ExpertLayer(count=32, inner=768, routing_groups=8)
     with pytest.raises(UsageError, match=r"is 11.9, and .* --experts 8 or --experts 16, or"):
-        settings_for(options, 32, routing_groups=8, **machine)
+        settings_of(keep="37.2%", layer=layer)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,47 @@ def test_an_option_without_an_effect_is_refused(values, message):
 def test_every_preset_names_choices_that_exist():
     for preset in PRESETS.values():
         for name, value in preset.items():
-            assert value in options_of(Method)[name].metadata["choices"]
+            known = options_of(Method)[name].metadata
+            assert value in known["choices"] if "choices" in known else value >= known["least"]
+
+
+def test_slices_are_of_a_share_of_neurons_rounded_to_what_servers_take():
+    found = settings_of(keep="75%", method="slices")
+    # 75% of 128 x 768 neurons are 230.4 slices of 320
+    assert (found.experts, found.method.slices, found.method.width) == (232, 2, 320)
+    assert (found.top_k(8), found.width(768), found.method.refit_target) == (
+        16,
+        320,
+        "trajectory",
+    )
+    even = settings_of(keep="100%", method="slices", slices=3)
+    assert (even.experts, even.method.width, even.width(768)) == (384, None, 256)
+    assert not even.drops(128)
+    assert found.drops(128)
+    mix = settings_of(experts=112, method="slices", slices=1, width=640)
+    assert (mix.experts, mix.top_k(8), mix.width(768)) == (112, 8, 640)
+
+
+def test_a_layer_of_many_wide_experts_is_narrowed_where_servers_take_no_more():
+    kimi = ExpertLayer(count=384, inner=2048, top_k=8, shared=2048, multiple=128)
+    found = settings_of(layer=kimi, keep="50%", method="slices")
+    assert (found.method.slices, found.method.width, found.experts) == (2, None, 384)
+    with pytest.raises(UsageError, match="512 experts"):
+        settings_of(layer=kimi, keep="75%", method="slices", slices=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"experts": 96, "method": "slices"}, r"--experts 96: .*--width.* --keep"),
+        ({"keep": "75%", "method": "slices", "saliency": "ean"}, "--saliency has no effect"),
+        ({"keep": "75%", "method": "slices", "slices": 7}, "--slices 7: no width"),
+    ],
+)
+def test_slices_that_cannot_be_are_refused_with_what_would_work(values, message):
+    layer = ExpertLayer(count=8, inner=10, multiple=4)
+    with pytest.raises(UsageError, match=message):
+        settings_of(layer=layer, any_count=True, **values)
 
 
 @pytest.mark.parametrize(

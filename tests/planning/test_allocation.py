@@ -11,7 +11,8 @@ from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import OverBudgetError
 from ream_stream.planning import allocation, disk, memory, planner, schedule
 from ream_stream.planning.allocation import CHUNKS, NORMS, OUTPUTS, SUMS
-from ream_stream.planning.cost import cost_of, total
+from ream_stream.planning.cost import cost_of
+from ream_stream.planning.phase_cost import total
 from ream_stream.planning.schedule import Begun, Budgets
 from ream_stream.units import size_option
 

@@ -13,7 +13,8 @@ from tiny_runs import plan_for, run_plan, scheduled, settings, some_tokens
 from ream_stream.checkpoint.formats import Fp8Block
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.events import LayerDone
-from ream_stream.planning.cost import PHASES, Cost, cost_of, total
+from ream_stream.planning.cost import cost_of
+from ream_stream.planning.phase_cost import PHASES, Cost, total
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.refit_memory import ACTIVATIONS
 from ream_stream.planning.throughput import UNCOUNTED, Throughput, forecast
