@@ -205,6 +205,7 @@ class Method:
         "the disk.",
         default="layer",
         choices=("layer", "trajectory"),
+        otherwise=THAT_OF_METHOD,
     )
     refit_iterations: int = option(
         "Method", "Iterations of conjugate gradients.", default=2, least=1

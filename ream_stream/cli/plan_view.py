@@ -53,8 +53,9 @@ def _rows(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str,
         ),
         ("experts a layer", _experts(known, asked)),
         *((_NOTE, note) for note in known["notes"]),
-        ("experts a token", str(known["experts_per_token"])),
-        ("method", _method(known["settings"], asked)),
+        ("experts a token", _changed(known, "experts_per_token", "experts_per_token_after")),
+        *_widths(known),
+        ("method", _method(known, asked)),
         (
             "weights",
             f"{format_size(source)} -> {format_size(output)} ({output / source:.1%})",
@@ -165,15 +166,42 @@ def _experts(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     text = f"{before} -> {after}"
     if keep is None:
         return text
-    exact = keep * before
+    exact = keep * before * known["width_before"] / known["width_after"]
     rounded = "" if exact == after else f" is {float(exact):.4g}, rounded"
     return f"{text} ({float(100 * keep):g}%{rounded})"
 
 
-def _method(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def _changed(known: Mapping[str, Any], before: str, after: str) -> str:
+    """Return a number before and after, or once if it stays."""
+    if known[before] == known[after]:
+        return str(known[before])
+    return f"{known[before]} -> {known[after]}"
+
+
+def _widths(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a row if experts become narrower."""
+    if known["width_before"] == known["width_after"]:
+        return []
+    return [("width of an expert", _changed(known, "width_before", "width_after"))]
+
+
+def _method(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Return what is done with experts, and why if ``--method auto`` chose it."""
+    reason = known["method_reason"]
+    why = f" (--method auto is {known['method']}: {reason})" if reason else ""
+    return _parts_of_method(known["settings"], asked) + why
+
+
+def _parts_of_method(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     refit = (
         "" if settings["refit"] == "none" else f"; refit {settings['refit_experts']} that stay"
     )
+    if settings["slices"] > 1:
+        return (
+            f"cut experts into {settings['slices']} slices, drop those that matter least{refit}"
+        )
+    if settings["slices"]:
+        return f"drop the neurons and experts that matter least{refit}"
     if settings["grouping"] == "none":
         return f"drop experts of low {settings['saliency']}{refit}"
     size = ""

@@ -15,6 +15,7 @@ from ream_stream.settings import (
     Settings,
     check_idle,
     check_values,
+    flag_of,
     given_options,
     option,
     options_of,
@@ -39,6 +40,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Options that each ``--method`` sets; an explicit option takes precedence."""
+
+AUTO = "auto"
+"""Name of the method that `candidates` chooses."""
+
+_OF_ANY = frozenset(
+    {
+        *("slices", "width"),
+        *("refit", "refit_experts", "refit_target", "refit_iterations", "refit_lambda"),
+    }
+)
+"""Options of `Method` that have a meaning whatever ``--method auto`` chooses."""
 
 _MANY_EXPERTS = 512
 
@@ -91,10 +103,12 @@ class RunOptions(CalibrationOptions, MachineOptions):
     )
     method: str | Method = option(
         "Method",
-        "A known method: sets --grouping, --saliency and --refit. reap drops experts, energy "
-        "does so and refits those that stay, the others merge them.",
-        default="ream",
-        choices=tuple(PRESETS),
+        "A known method: sets --grouping, --saliency, --slices and --refit. reap drops "
+        "experts, energy does so and refits those that stay, slices cuts experts and drops "
+        "parts of them, the others merge experts. auto is slices for --keep where the model "
+        "and servers take them, else energy.",
+        default=AUTO,
+        choices=(AUTO, *PRESETS),
     )
     stream: bool = option(
         "Machine",
@@ -144,6 +158,37 @@ class RunOptions(CalibrationOptions, MachineOptions):
         own = {field.name for field in fields(cls)}
         changes = {name: given.pop(name) for name in list(given) if name not in own}
         return cls(**given, changes=changes)
+
+
+def candidates(options: RunOptions) -> list[tuple[RunOptions, str]]:
+    """Return what ``--method auto`` may be, the first that works, with the reason for each.
+
+    The rule follows from docs/concepts/method.md: slices lost least in all that was measured,
+    with the original model's trajectory as target; whole experts lost least by energy,
+    refitted. Any other method is its own only candidate.
+
+    Raises
+    ------
+    UsageError
+        A part of a method is to be changed, and no method is named.
+    """
+    if options.method != AUTO:
+        return [(options, "")]
+    known, usual = options_of(Method), Method()
+    for name in options.changes.keys() & {*known} - _OF_ANY:
+        given = "otherwise" in known[name].metadata
+        if given or options.changes[name] != getattr(usual, name):
+            flag = flag_of(known[name])
+            raise UsageError(f"{flag} changes a part of a method: say of which with --method")
+    by_energy = replace(options, method="energy")
+    if options.keep is None:
+        return [(by_energy, "whole experts lose least by it, refitted")]
+    cut = replace(options, method="slices")
+    least = "it lost least in all that was measured"
+    alike = cut
+    if "refit_target" not in options.changes:
+        alike = replace(cut, changes={**options.changes, "refit_target": "layer"})
+    return [(cut, least), (alike, least), (by_energy, "the experts cannot be cut")]
 
 
 def settings_for(

@@ -4,6 +4,7 @@ Nothing is written. The order is from cheap to dear: what the options say, the
 source's headers, the output folder, the plan, and the calibration text last.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
 
-from .config import RunOptions, check_usage, settings_for
+from .config import RunOptions, candidates, check_usage, settings_for
 from .finalize import check_names, output_files
 from .journal import Journal, check_fingerprint
 from .pipeline import fingerprint
@@ -66,6 +67,12 @@ class Job:
     forecast: Forecast | None = None
     """Remaining work and its estimated duration; None if nothing remains."""
 
+    method: str = ""
+    """Name of the method, of `PRESETS`; empty if all its parts were given."""
+
+    reason: str = ""
+    """Reason for the method, if ``--method auto`` chose it."""
+
     @property
     def layer_bytes(self) -> tuple[int, ...]:
         """Bytes of each layer in the source."""
@@ -93,7 +100,6 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     check_usage(options)
     checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
     device, vram = _device(options, plans_only=not with_data)
-    settings = _settings(options, checkpoint, device)
     workspace = None
     if options.output is not None:
         workspace = workspace_of(options.output, options.work_dir, options.source)
@@ -103,18 +109,24 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     wanted = calibration_of(options)
     tokens = _token_file(wanted, checkpoint)
     begun = journal.begun() if journal else None
-    plan = make_plan(
-        checkpoint,
-        settings,
-        options.sequences if tokens is None else tokens.num_sequences,
-        options.sequence_length if tokens is None else tokens.sequence_length,
-        budgets=Budgets.of(options.ram, disk=options.disk, vram=vram),
-        threads=options.threads,
-        padded=tokens is None or tokens.attention_mask_SL is not None,
-        output=workspace.output if workspace else None,
-        work=workspace.work if workspace else None,
-        begun=begun,
-    )
+    budgets = Budgets.of(options.ram, disk=options.disk, vram=vram)
+
+    def planned(settings: Settings) -> Plan:
+        return make_plan(
+            checkpoint,
+            settings,
+            options.sequences if tokens is None else tokens.num_sequences,
+            options.sequence_length if tokens is None else tokens.sequence_length,
+            budgets=budgets,
+            threads=options.threads,
+            padded=tokens is None or tokens.attention_mask_SL is not None,
+            output=workspace.output if workspace else None,
+            work=workspace.work if workspace else None,
+            begun=begun,
+        )
+
+    plan, asked, reason = _first_that_works(options, checkpoint, device, planned)
+    settings = plan.settings
     torch.set_num_threads(plan.schedule.threads)
     if not options.any_count:
         check_served(settings.experts, plan.num_experts, plan.routing_groups, plan.output_top_k)
@@ -128,8 +140,29 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         tokens=tokens,
         request=None,
         device=device,
+        method=asked.method if isinstance(asked.method, str) else "",
+        reason=reason,
     )
     return _with_forecast(_with_tokens(job, wanted))
+
+
+def _first_that_works(
+    options: RunOptions,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    planned: Callable[[Settings], Plan],
+) -> tuple[Plan, RunOptions, str]:
+    """Return the plan of the first candidate that works, its options, and the reason."""
+    tried = candidates(options)
+    why_not: list[str] = []
+    for asked, reason in tried[:-1]:
+        try:
+            return planned(_settings(asked, checkpoint, device)), asked, reason
+        except UsageError as error:
+            why_not.append(str(error))
+    asked, reason = tried[-1]
+    plan = planned(_settings(asked, checkpoint, device))
+    return plan, asked, f"{reason}: {why_not[0]}" if why_not else reason
 
 
 def num_experts(checkpoint: Checkpoint) -> int:
@@ -169,6 +202,8 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "width_after": plan.experts[1].inner,
         "notes": notes_of(plan),
         "settings": plan.settings.fields(),
+        "method": job.method,
+        "method_reason": job.reason,
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "calibration_sequences": plan.sequences,

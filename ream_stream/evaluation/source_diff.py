@@ -35,6 +35,7 @@ from ream_stream.model.families import (
     WIDTH_KEYS,
     ExpertSizes,
     resized_config,
+    with_expert_count,
 )
 from ream_stream.planning.output_layout import FORMAT_KEYS
 
@@ -136,6 +137,8 @@ def _documents(subject: Subject, original: Checkpoint) -> Iterator[Finding]:
 def _expected_config(subject: Subject, original: Checkpoint) -> dict[str, Any]:
     """Return the source's config.json with the sizes of the output's experts."""
     manifest = subject.manifest
+    if not manifest.slices:
+        return with_expert_count(original.config, manifest.before, manifest.after)
     inner = next(iter(original.experts.values())).inner
     after = ExpertSizes(
         count=manifest.after,
