@@ -180,6 +180,16 @@ def test_memory_stays_within_the_plan_of_a_refit(measured):
     assert told["peak"] <= told["planned"], told
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [None, 144_000_000])
+def test_memory_stays_within_the_plan_of_slices(room, measured):
+    # in a budget the products of activations of 32 experts, 34 MB, go to the disk
+    words = () if room is None else ("--room", room)
+    told = measured(4, "float32", "--slices", "--refit", "trajectory", *words)
+    assert told["peak"] <= told["planned"], told
+    assert told["parts"]["products of activations"] > 0
+
+
 def with_budgets(measured, layers=2, experts=8):
     """Runs in float32 throughout, with a budget so many bytes above what Python takes."""
     return [

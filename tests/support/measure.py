@@ -1,6 +1,6 @@
 """Compresses a checkpoint in a process of its own and tells how much memory that took.
 
-Usage: python measure.py SOURCE OUTPUT DTYPE [--room BYTES] [--refit TARGET] [--leak]
+Usage: python measure.py SOURCE OUTPUT DTYPE [--room BYTES] [--refit TARGET] [--slices] [--leak]
 
 With --room the budget is what the interpreter takes and so much more, as if --ram had been
 given; without, it is large, and batches are kept small.
@@ -65,18 +65,21 @@ def leak_experts():
     ExpertWeights.load = keep
 
 
-def make_plan(source, sequences, dtype, room, refit):
-    checkpoint = open_checkpoint(Path(source))
+def make_plan(options, sequences):
+    room, refit = options.room, options.refit
+    checkpoint = open_checkpoint(Path(options.source))
+    experts = checkpoint.config["num_experts"]
     settings = Settings(
-        experts=checkpoint.config["num_experts"] * 3 // 4,
+        experts=experts * 3 // 2 if options.slices else experts * 3 // 4,
         method=Method(
+            **({"grouping": "none", "slices": 2} if options.slices else {}),
             group_size=4,
             similarity_tokens=512,
             alignment_tokens=256,
             refit="down" if refit else "none",
             refit_target=refit or "layer",
         ),
-        compute_dtype=dtype,
+        compute_dtype=options.dtype,
     )
     if room is None:
         allocation.MAX_BATCH_TOKENS = BATCH_TOKENS
@@ -97,9 +100,7 @@ def main(options):
     if options.leak:
         leak_experts()
     sequences = SEQUENCES if options.room is None else ROOMY_SEQUENCES
-    planned, ram = make_plan(
-        options.source, sequences, options.dtype, options.room, options.refit
-    )
+    planned, ram = make_plan(options, sequences)
     base = rss_anon()
     ids_SL = torch.arange(sequences * LENGTH).view(sequences, LENGTH) * 7 % 64
     tokens = from_tensors({"input_ids": ids_SL}, description="counted")
@@ -141,6 +142,7 @@ def parse():
     parser.add_argument("dtype")
     parser.add_argument("--room", type=int)
     parser.add_argument("--refit")
+    parser.add_argument("--slices", action="store_true")
     parser.add_argument("--leak", action="store_true")
     return parser.parse_args()
 
