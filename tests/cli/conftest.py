@@ -17,7 +17,7 @@ def words(source, token_file):
     def give(output, *more):
         count = () if {"--keep", "--experts"} & set(more) else ("--experts", "6")
         fixed = ("--any-count", "--calibration", token_file, "--compute-dtype", "float32")
-        return "compress", source, output, *count, *fixed, *more
+        return "compress", source, output, *count, *fixed, "--method", "ream", *more
 
     return give
 

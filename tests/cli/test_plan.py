@@ -6,10 +6,41 @@ from command_line import call
 
 
 def test_a_plan_needs_no_text_and_no_output(capsys, source):
-    status, out, err = call(capsys, "plan", source, "--keep", "75%", "--any-count")
+    words = ("plan", source, "--keep", "75%", "--any-count")
+    status, out, err = call(capsys, *words, "--method", "ream")
     assert (status, err) == (0, "")
     assert "8 -> 6 (75%)" in out
     assert "3072 sequences of 512 tokens" in out
+
+
+def test_a_plan_tells_which_method_auto_is_and_why(capsys, source):
+    words = ("plan", source, "--any-count")
+    cut = json.loads(call(capsys, *words, "--keep", "75%", "--json")[1])
+    assert (cut["method"], cut["settings"]["slices"]) == ("slices", 2)
+    assert cut["settings"]["refit_target"] == "trajectory"
+    assert cut["experts_after"] * cut["width_after"] <= 8 * 16 * 3 // 4
+    out = " ".join(call(capsys, *words, "--keep", "75%")[1].split())
+    assert "--method auto is slices: it lost least in all that was measured" in out
+    assert "experts a token 3 -> 6" in out
+    counted = json.loads(call(capsys, *words, "--experts", "6", "--json")[1])
+    assert (counted["method"], counted["settings"]["saliency"]) == ("energy", "energy")
+    assert counted["settings"]["refit"] == "down"
+
+
+def test_auto_is_energy_where_experts_cannot_be_cut_and_says_why(capsys, checkpoints):
+    words = ("plan", checkpoints("phimoe"), "--any-count", "--keep", "75%")
+    told = json.loads(call(capsys, *words, "--json")[1])
+    assert told["method"] == "energy"
+    assert "phimoe cannot be cut, its router masks" in told["method_reason"]
+
+
+def test_a_part_of_a_method_needs_the_methods_name(capsys, source):
+    words = ("plan", source, "--any-count", "--keep", "75%")
+    for part in (("--merge", "mean"), ("--saliency", "reap"), ("--group-size", "8")):
+        status, _, err = call(capsys, *words, *part)
+        assert status == 2
+        assert f"{part[0]} changes a part of a method: say of which with --method" in err
+    assert call(capsys, *words, "--refit-lambda", "1")[0] == 0
 
 
 def test_a_plan_tells_reads_writes_products_and_time(capsys, source):

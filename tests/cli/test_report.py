@@ -32,7 +32,7 @@ def made(tmp_path_factory):
     size = ["--sequences", "6", "--sequence-length", "32", "--threads", "1"]
     parts = [w for n in ("code", "math") for w in ("--calibration", f"{n}={folder / n}.txt")]
     words = ["compress", str(CHECKPOINT), str(folder / "out"), "--experts", "24", *parts, *size]
-    assert main([*words, "--group-size", "4"]) == 0
+    assert main([*words, "--method", "ream", "--group-size", "4"]) == 0
     (folder / "eval.json").write_text(json.dumps(EVALUATION))
     (folder / "comparison.json").write_text(json.dumps(COMPARISON))
     (folder / "sweep.json").write_text(json.dumps(SWEEP))

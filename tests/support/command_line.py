@@ -20,9 +20,10 @@ def files(folder):
 
 
 def compression(source, output, tokens, *more):
-    """Return the words of a command that leaves six experts of a tiny checkpoint's eight."""
+    """Return the words of a command that merges a tiny checkpoint's eight experts into six."""
     given = ("compress", source, output, "--experts", 6, "--any-count", "--calibration", tokens)
-    return [str(word) for word in (*given, "--compute-dtype", "float32", *more)]
+    usual = ("--method", "ream", "--compute-dtype", "float32")
+    return [str(word) for word in (*given, *usual, *more)]
 
 
 def words_of(source, folder):
