@@ -58,7 +58,13 @@ class Evaluating:
     """A pass over a checkpoint begins."""
 
     name: str
-    """Name of the checkpoint and of the evaluation."""
+    """Name of the checkpoint, and of what it is run on if that is not the text."""
+
+    layers: int
+    """Number of decoder layers that the pass runs."""
+
+    skipped: int = 0
+    """Number of layers that an interrupted evaluation has run already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,8 @@ def evaluate(
     Prints perplexity and next-token accuracy by domain, each with its standard error over
     sequences. With --against also the difference between two checkpoints, which is known
     more exactly than either since both predict the same tokens, the divergence of what
-    they predict, and how often their most likely tokens agree.
+    they predict, how often their most likely tokens agree, and what that means in words,
+    by a rule of thumb.
 
     Example:
 
@@ -38,8 +39,8 @@ def evaluate(
     from ream_stream.evaluation import api
 
     from .console import console, print_json
-    from .progress import evaluating
-    from .score_view import score_tables
+    from .evaluation_progress import evaluating
+    from .score_view import say_scores
     from .signals import stop_requests, stopping
 
     with stop_requests() as asked, evaluating(console(stderr=True)) as show:
@@ -47,6 +48,4 @@ def evaluate(
     if as_json:
         print_json(scores.facts())
         return
-    shown = console(stderr=False)
-    for table in score_tables(scores):
-        shown.print(table)
+    say_scores(scores, console(stderr=False))

@@ -1,8 +1,8 @@
 """A run as it happens: live on a terminal, a line a layer elsewhere."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
@@ -12,10 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ream_stream.compression.event_log import Pace
 from ream_stream.events import (
     BatchHalved,
-    Evaluating,
     Event,
     LayerDone,
-    Report,
     Started,
     Step,
     TakenOver,
@@ -152,28 +150,3 @@ def layer_line(event: LayerDone, count: int, pace: Pace) -> str:
 def display(console: Console, layer_bytes: Sequence[int]) -> Lines | Live:
     """Return what suits the console."""
     return (Live if console.is_terminal else Lines)(console, layer_bytes)
-
-
-@contextmanager
-def evaluating(console: Console) -> Iterator[Report]:
-    """Give what moves a bar on a terminal while checkpoints are evaluated."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    name = ""
-    with bar:
-        task = bar.add_task(name)
-
-        def show(event: Event) -> None:
-            nonlocal name
-            if isinstance(event, Evaluating):
-                name = event.name
-            elif isinstance(event, Step):
-                described = f"{name}  layer {event.layer + 1}  {event.phase}"
-                bar.update(task, description=described, completed=event.done, total=event.total)
-
-        yield show
