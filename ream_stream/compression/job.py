@@ -25,6 +25,7 @@ from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import family_of
 from ream_stream.planning.cost import Cost
 from ream_stream.planning.disk import check_disk
+from ream_stream.planning.model_size import context_length, model_size, stored_as
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
@@ -165,6 +166,15 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "experts_per_token": plan.top_k,
         "notes": notes_of(plan),
         "settings": plan.settings.fields(),
+        "parameters": {
+            "before": model_size(plan.source).facts(),
+            "after": model_size(plan.output_model.checkpoint).facts(),
+        },
+        "context_length": context_length(plan.source.config),
+        "stored_as": {
+            "before": stored_as(plan.source),
+            "after": stored_as(plan.output_model.checkpoint),
+        },
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "calibration_sequences": plan.sequences,
