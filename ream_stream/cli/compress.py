@@ -56,14 +56,19 @@ def compress(
         ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B-REAP \\
             --method reap --experts 96 --calibration text.jsonl --ram 16GB
     """
-    from ream_stream.evaluation import api
-
     from .console import console, print_json
-    from .run import following, say_start, say_summary
+    from .startup import starting
 
     shown, asked = console(stderr=True), {**values, "restart": restart, "verbose": verbose}
+    with starting(shown, "loading torch and transformers"):
+        from ream_stream.evaluation import api
+
+        from .run import following, say_start, say_summary
     if dry_run:
-        planned = api.plan(source, output, restart=restart, with_data=True, **values).details
+        with following(shown) as report:
+            planned = api.plan(
+                source, output, restart=restart, with_data=True, report=report, **values
+            ).details
         say_start(planned, asked, shown)
         if as_json:
             print_json(planned)
