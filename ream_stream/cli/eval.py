@@ -1,7 +1,8 @@
 """The verb `eval`."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,6 +10,9 @@ from ream_stream.evaluation.config import ScoreOptions
 
 from .options import options_for
 from .params import FOLDER, Verb, exit_statuses, json_option
+
+if TYPE_CHECKING:
+    from ream_stream.evaluation.session import Scores
 
 
 @click.command("eval", cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 12, 130))
@@ -40,6 +44,7 @@ def evaluate(
 
     from .console import console, print_json
     from .evaluation_progress import evaluating
+    from .next_view import say_next
     from .score_view import say_scores
     from .signals import stop_requests, stopping
 
@@ -49,3 +54,19 @@ def evaluate(
         print_json(scores.facts())
         return
     say_scores(scores, console(stderr=False))
+    say_next(_next(scores), console(stderr=True))
+
+
+def _next(scores: "Scores") -> Iterator[str]:
+    """Yield what follows an evaluation: publish or report an output, plan for a source."""
+    from ream_stream.compression.manifest import MANIFEST
+    from ream_stream.untrusted import shell_words
+
+    folder = shell_words([str(scores.checkpoint)])
+    if not (scores.checkpoint / MANIFEST).is_file():
+        yield f"ream-stream plan {folder} --keep 75%"
+        return
+    if scores.against is None:
+        yield f"the same with --against SOURCE tells what compressing {folder} cost"
+    yield f"ream-stream push {folder} ORG/NAME"
+    yield f"ream-stream report {folder} --results FILE, of a file that eval --json wrote"

@@ -12,6 +12,7 @@ from ream_stream.units import format_seconds, format_size
 from ream_stream.untrusted import shell_words
 
 from .console import facts, phases
+from .next_view import say_next
 from .plan_view import plan_table
 from .progress import running
 from .signals import stop_requests, stopping
@@ -100,8 +101,10 @@ def say_summary(result: CompressionResult, asked: Mapping[str, Any], console: Co
                 title="Done",
             )
         )
-    for line in (
-        f"next: ream-stream verify {output}",
-        f"      ream-stream eval {output}{against} --text FILE",
-    ):
-        console.print(line, soft_wrap=True)
+    say_next(
+        (
+            f"ream-stream verify {output}",
+            f"ream-stream eval {output}{against} --text FILE",
+        ),
+        console,
+    )

@@ -63,7 +63,8 @@ def verify(
     """
     from ream_stream.evaluation.verify import verify as check
 
-    from .console import print_json
+    from .console import console, print_json
+    from .next_view import say_clients
 
     def show(event: Event) -> None:
         if isinstance(event, Finding) and not as_json:
@@ -80,3 +81,5 @@ def verify(
             f"error: {output}: {failed} of {len(found.findings)} findings are bad", err=True
         )
         ctx.exit(DamagedError.exit_status)
+    if not as_json:
+        say_clients(str(output), output, console(stderr=True))

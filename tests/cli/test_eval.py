@@ -100,9 +100,19 @@ def test_eval_says_what_a_comparison_means_and_explains_its_columns(
 def test_eval_on_a_pipe_says_what_is_running(capsys, source, finished, token_file):
     words = ("eval", finished, "--against", source, "--text", token_file, "--layers")
     lines = call(capsys, *words)[2].splitlines()
-    assert lines == [
+    assert lines[:4] == [
         f"running {finished.name}, 3 layers",
         f"running {source.name}, 3 layers",
         "scoring 4 sequences",
         f"running both, layer by layer: {finished.name}, 3 layers",
     ]
+
+
+def test_eval_ends_with_what_to_do_next(capsys, source, finished, token_file):
+    words = ("--text", token_file)
+    lines = call(capsys, "eval", finished, "--against", source, *words)[2].splitlines()
+    assert f"next: ream-stream push {finished} ORG/NAME" in lines
+    lines = call(capsys, "eval", finished, *words)[2].splitlines()
+    assert any(line.startswith("next: the same with --against SOURCE") for line in lines)
+    lines = call(capsys, "eval", source, *words)[2].splitlines()
+    assert lines[-1] == f"next: ream-stream plan {source} --keep 75%"
