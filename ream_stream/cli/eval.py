@@ -9,7 +9,7 @@ import click
 from ream_stream.evaluation.config import ScoreOptions
 
 from .options import options_for
-from .params import FOLDER, Verb, exit_statuses, json_option
+from .params import FOLDER, Verb, exit_statuses, json_option, quiet_option
 
 if TYPE_CHECKING:
     from ream_stream.evaluation.session import Scores
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 @click.command("eval", cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 12, 130))
 @click.argument("checkpoint", type=FOLDER)
 @options_for(ScoreOptions)
+@quiet_option
 @json_option
 def evaluate(
     checkpoint: Path,
     *,
+    quiet: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - those of ScoreOptions
 ) -> None:
@@ -48,13 +50,14 @@ def evaluate(
     from .score_view import say_scores
     from .signals import stop_requests, stopping
 
-    with stop_requests() as asked, evaluating(console(stderr=True)) as show:
+    said = console(stderr=True, quiet=quiet)
+    with stop_requests() as asked, evaluating(said) as show:
         scores = api.evaluate(checkpoint, report=stopping(asked, show), **values)
     if as_json:
         print_json(scores.facts())
         return
     say_scores(scores, console(stderr=False))
-    say_next(_next(scores), console(stderr=True))
+    say_next(_next(scores), said)
 
 
 def _next(scores: "Scores") -> Iterator[str]:
