@@ -34,10 +34,10 @@ def inspect(path: Path | str, *, as_json: bool) -> None:
     if as_json:
         print_json(known)
     else:
-        console(stderr=False).print(facts(_rows(known)))
+        console(stderr=False).print(facts(_rows(known, is_remote=isinstance(path, str))))
 
 
-def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(known: dict[str, Any], *, is_remote: bool) -> list[tuple[str, str]]:
     from ream_stream.units import format_size
 
     from .plan_view import BITS_ROW, context, parameters, sizes_at
@@ -45,57 +45,56 @@ def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
     total, mtp, size = known["bytes"] or 1, known["mtp_moe_layers"], known["parameters"]
     extra = f"; {mtp} for multi-token prediction" if mtp else ""
     cut, format_name = known["headers_only_files"], known["stored_as"] or "not read"
+    told = f"headers only: {cut} of {known['files']} files end before their tensors do"
+    if is_remote:
+        told = "on the hub: headers and small files were read"
     return [
-        *(
-            [
-                (
-                    "source",
-                    f"headers only: {cut} of {known['files']} files end before their tensors",
-                )
-            ]
-            if cut
-            else []
-        ),
+        *([("source", told)] if cut else []),
         ("model", f"{known['family']}{context(known['context_length'])}"),
         ("supported", "yes" if known["supported"] else f"no: {known['why_not']}"),
         ("parameters", parameters(size) if size else "not known"),
         ("layers", f"{known['layers']}, {known['moe_layers']} of them with experts" + extra),
         ("experts a layer", f"{known['experts']}, {known['experts_per_token'] or '?'} a token"),
         ("weights", f"{format_size(total)} in {known['files']} files, {format_name}"),
-        *((f"  {kind}", _share(part, total)) for kind, part in known["bytes_by_kind"].items()),
+        *(
+            (f"  {kind}", f"{format_size(part)} ({part / total:.1%})")
+            for kind, part in known["bytes_by_kind"].items()
+        ),
         (
             "  by dtype",
-            ", ".join(f"{d} {size / total:.1%}" for d, size in known["bytes_by_dtype"].items()),
+            ", ".join(f"{d} {part / total:.1%}" for d, part in known["bytes_by_dtype"].items()),
         ),
         *([(BITS_ROW, sizes_at(size))] if size else []),
         *(_made_rows(known) if known["made"] else []),
     ]
 
 
-def _share(part: int, total: int) -> str:
+def _made_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
     from ream_stream.units import format_size
 
-    return f"{format_size(part)} ({part / total:.1%})"
-
-
-def _made_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
     from .plan_view import BITS_ROW, parameters, sizes_at
 
-    made = known["made"]
-    settings, before = made["settings"], made["parameters_before"]
+    made, size = known["made"], known["parameters"]
+    settings, before, weights = (
+        made["settings"],
+        made["parameters_before"],
+        made["source_bytes"],
+    )
     verb = "dropped" if settings.get("grouping") == "none" else "merged"
     groups = ", ".join(f"{count} of {size}" for size, count in made["groups_by_size"].items())
-    return [
+    rows = [
         ("made by", f"ream-stream {made['versions'].get('ream-stream')}"),
         ("  experts", f"{made['experts_before']} -> {made['experts_after']}, the rest {verb}"),
-        *(
-            [
-                ("  parameters", f"{parameters(before)} -> {parameters(known['parameters'])}"),
-                (f"  {BITS_ROW}", f"{sizes_at(before)} -> {sizes_at(known['parameters'])}"),
-            ]
-            if before
-            else []
-        ),
+    ]
+    if before:
+        rows += [
+            ("  parameters", f"{parameters(before)} -> {parameters(size)}"),
+            (f"  {BITS_ROW}", f"{sizes_at(before)} -> {sizes_at(size)}"),
+        ]
+    if weights:
+        rows.append(("  weights", f"{format_size(weights)} -> {format_size(known['bytes'])}"))
+    return [
+        *rows,
         ("  groups", f"{groups} (all layers)"),
         ("  settings", ", ".join(f"{name} {value}" for name, value in settings.items())),
     ]

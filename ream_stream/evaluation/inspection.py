@@ -163,6 +163,7 @@ def _made(folder: Path, size: ModelSize | None) -> dict[str, Any] | None:
     return {
         "experts_before": manifest.before,
         "experts_after": manifest.after,
+        "source_bytes": manifest.source_bytes,
         "parameters_before": size.with_experts(manifest.before).facts() if size else None,
         "settings": dict(manifest.fingerprint),
         "versions": dict(manifest.versions),

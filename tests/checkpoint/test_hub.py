@@ -61,6 +61,8 @@ def test_inspect_of_a_checkpoint_on_the_hub_fetches_its_headers(hub, source, cap
     there = json.loads(capsys.readouterr().out)
     changed = {name for name in there if known[name] != there[name]}
     assert changed == {"path", "headers_only_files"}
+    assert main(["inspect", REPO]) == 0
+    assert "on the hub: headers and small files were read" in capsys.readouterr().out
     assert main(["inspect", "nobody/nothing"]) == 2
 
 

@@ -46,6 +46,8 @@ def test_inspect_speaks_of_a_model(capsys, source, finished):
     assert (known["context_length"], known["stored_as"]) == (64, "BF16")
     made = json.loads(call(capsys, "inspect", finished, "--json")[1])["made"]
     assert made["parameters_before"] == size
+    # it stands in the manifest, which a clean leaves
+    assert made["source_bytes"] == known["bytes"]
     shown = call(capsys, "inspect", source)[1]
     rows = {line[:16].strip(): line[16:].strip() for line in shown.splitlines()}
     assert rows["model"].endswith("context 64 tokens")
