@@ -25,6 +25,8 @@ class Pass:
         """Take an event; return the line of a part that begins."""
         if isinstance(event, Evaluating):
             self._told, self._step, self._begun = event, None, time.monotonic()
+            if event.skipped == event.layers:
+                return f"{event.name} was run before"
             goes_on = f", from layer {event.skipped + 1} on" if event.skipped else ""
             return f"running {event.name}, {event.layers} layers{goes_on}"
         if isinstance(event, Step):

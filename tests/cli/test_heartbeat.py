@@ -39,3 +39,5 @@ def test_a_pass_over_a_checkpoint_tells_its_layer_and_what_is_left():
     assert re.fullmatch(r"it  layer 3/4  propagate 1/4  .* left", now.words())
     assert now.show(Step(layer=3, phase="score", done=1, total=5)) == "scoring 5 sequences"
     assert now.done == 0.2
+    done = Evaluating(name="it", layers=4, skipped=4)
+    assert now.show(done) == "it was run before"
