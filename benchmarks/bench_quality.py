@@ -19,7 +19,7 @@ perplexities are of up to 30,000 test tokens a domain. All in float32 on the CPU
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,10 +46,11 @@ from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.demo.command import FULL, QUICK, SEQUENCE_LENGTH, Amount, write_texts
 from ream_stream.cli.demo.texts import DOMAINS, documents
 from ream_stream.cli.report.figures import pareto_picture, standalone
+from ream_stream.cli.signals import stop_requests
 from ream_stream.compression.finalize import MANIFEST
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import Workspace
-from ream_stream.evaluation.comparison import ComparisonSetup
+from ream_stream.evaluation.comparison import ComparisonSetup, Outcome, Trial
 from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.metrics import Evaluation
 from ream_stream.evaluation.variants import named
@@ -171,6 +172,11 @@ def bench(folder: Path, tests: Mapping[str, Tokens]) -> ComparisonSetup:
     )
 
 
+def _carried_out(job: ComparisonSetup, trials: Sequence[Trial]) -> tuple[Outcome, ...]:
+    with stop_requests() as asked:
+        return carry_out(job, trials, Console(stderr=True), asked)
+
+
 def compare_seeds(
     names: str, counts: tuple[int, ...], seeds: int, job: ComparisonSetup, amount: Amount
 ) -> None:
@@ -180,7 +186,7 @@ def compare_seeds(
             experts=experts, methods=named(names), seeds=tuple(range(seeds)), group_size=None
         )
         trials = trials_of(job, grid, calibration(amount))
-        outcomes = carry_out(job, trials, Console(stderr=True))
+        outcomes = _carried_out(job, trials)
         print(f"\n{experts} of 32 experts, {seeds} seeds\n\n{markdown(outcomes)}", flush=True)
         files = {"json": comparison_facts(job, outcomes), "csv": as_csv(outcomes)}
         write_files(job.folder, {f"{names}-{experts}.{k}": v for k, v in files.items()})
@@ -195,7 +201,7 @@ def sweep(seeds: int, job: ComparisonSetup, amount: Amount) -> None:
         group_size=None,
         mixes=tuple(MIXES),
     )
-    outcomes = carry_out(job, trials_of(job, grid, calibration(amount)), Console(stderr=True))
+    outcomes = _carried_out(job, trials_of(job, grid, calibration(amount)))
     known = sweep_facts(job, grid, outcomes)
     write_files(
         job.folder, {"sweep.json": known, "sweep.svg": standalone(pareto_picture(known))}

@@ -33,6 +33,14 @@ class Fetching:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Preparing:
+    """A part of what comes before a run begins."""
+
+    part: str
+    """Description of the part, such as ``reading headers``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
     """A run may begin; nothing is written yet."""
 
@@ -67,7 +75,36 @@ class Evaluating:
     """A pass over a checkpoint begins."""
 
     name: str
-    """Name of the checkpoint and of the evaluation."""
+    """Name of the checkpoint, and of what it is run on if that is not the text."""
+
+    layers: int
+    """Number of decoder layers that the pass runs."""
+
+    skipped: int = 0
+    """Number of layers that an interrupted evaluation has run already."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparing:
+    """A trial of a comparison begins."""
+
+    number: int
+    """Number of the trial in the comparison, from 1 on; the original is the first."""
+
+    trials: int
+    """Number of all trials."""
+
+    to_do: int
+    """Number of trials that are not done yet, this one included."""
+
+    name: str
+    """Name of the compared variant."""
+
+    mix: str
+    """Name of the calibration mix; empty for a single mix."""
+
+    seed: int | None
+    """Seed of the trial; None for the original."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,6 +238,7 @@ class Finished:
 
 Event = (
     Fetching
+    | Preparing
     | Planned
     | Started
     | TakenOver
@@ -209,6 +247,7 @@ Event = (
     | BatchHalved
     | Finished
     | Evaluating
+    | Comparing
     | Finding
 )
 

@@ -116,6 +116,17 @@ def size_option(num_bytes: int) -> str:
     return f"{float(number):g}{unit}"
 
 
+def format_count(number: int) -> str:
+    """Return a number with three significant digits: ``30.5B``, ``3.88M``, ``512``."""
+    value, unit = float(number), ""
+    for unit in ("", "K", "M", "B", "T"):
+        if value < 999.5 or unit == "T":
+            break
+        value /= 1000
+    digits = 0 if not unit or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f}{unit}"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a duration in the units that matter: ``41 s``, ``3 min 05 s``, ``2 h 10 min``."""
     whole = round(seconds)

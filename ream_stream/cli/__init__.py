@@ -23,8 +23,14 @@ from .status import status
 from .tokens import make_tokens
 from .verify import verify
 
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    # REAM_STREAM_COMPRESS_RAM=16GB is compress --ram 16GB
+    "auto_envvar_prefix": "REAM_STREAM",
+}
 
-@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(cls=Root, context_settings=_SETTINGS)
 @click.version_option(__version__, prog_name="ream-stream")
 def cli() -> None:
     """Make a Mixture-of-Experts checkpoint smaller, one layer at a time.

@@ -10,7 +10,17 @@ from ream_stream.calibration.mix import MIXES
 from ream_stream.evaluation.config import ComparisonOptions
 
 from .options import options_for
-from .params import FOLDER, NEW_FOLDER, F, Verb, exit_statuses, json_option, option, together
+from .params import (
+    FOLDER,
+    NEW_FOLDER,
+    F,
+    Verb,
+    exit_statuses,
+    json_option,
+    option,
+    quiet_option,
+    together,
+)
 
 
 def _options(*, output: str) -> Callable[[F], F]:
@@ -24,13 +34,20 @@ def _options(*, output: str) -> Callable[[F], F]:
         metavar="DIR",
         help="Where results are kept; what is there is not done again.",
     )
-    return together([options_for(ComparisonOptions), where, json_option])
+    return together([options_for(ComparisonOptions), where, quiet_option, json_option])
 
 
 @click.command("compare", cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
 @click.argument("source", type=FOLDER)
 @_options(output="compare-output")
-def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None:  # noqa: ANN401
+def compare(
+    source: Path,
+    output: Path,
+    *,
+    quiet: bool,
+    as_json: bool,
+    **values: Any,  # noqa: ANN401
+) -> None:
     """Compress SOURCE by several methods and measure each beside it.
 
     Every method is run with several seeds; the table has mean and standard deviation of
@@ -61,7 +78,7 @@ def compare(source: Path, output: Path, *, as_json: bool, **values: Any) -> None
     check_names(output, ("comparison.json", "comparison.csv", "comparison.md"))
     with stop_requests() as asked:
         bench, _, trials = _prepare(source, output, ("",), ComparisonOptions(**values))
-        outcomes = carry_out(bench, trials, console(stderr=True), asked)
+        outcomes = carry_out(bench, trials, console(stderr=True, quiet=quiet), asked)
     known = comparison_facts(bench, outcomes)
     write_files(
         bench.folder,
@@ -92,6 +109,7 @@ def sweep(
     output: Path,
     mixes: str,
     *,
+    quiet: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401
 ) -> None:
@@ -124,7 +142,7 @@ def sweep(
     check_names(output, ("sweep.json", "sweep.svg"))
     with stop_requests() as asked:
         bench, grid, trials = _prepare(source, output, names, ComparisonOptions(**values))
-        outcomes = carry_out(bench, trials, console(stderr=True), asked)
+        outcomes = carry_out(bench, trials, console(stderr=True, quiet=quiet), asked)
     known = sweep_facts(bench, grid, outcomes)
     write_files(
         bench.folder, {"sweep.json": known, "sweep.svg": standalone(pareto_picture(known))}

@@ -32,7 +32,6 @@ from ream_stream.evaluation.comparison import (
 from ream_stream.evaluation.config import ComparisonOptions
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
 from ream_stream.evaluation.variants import named, settings_of
-from ream_stream.events import Event, LayerDone, Started
 from ream_stream.file_access import resolved
 from ream_stream.model.device import choose_device
 from ream_stream.model.dtypes import compute_dtype
@@ -41,6 +40,7 @@ from ream_stream.settings import check_values
 
 from .console import columns
 from .signals import stopping
+from .trial_progress import comparing
 
 AXIS_MEASURE = "accuracy"
 """Measure on the axes of a sweep's figure: percent of next tokens, one axis per domain."""
@@ -156,15 +156,9 @@ def carry_out(
     console: Console,
     asked: Callable[[], int | None],
 ) -> tuple[Outcome, ...]:
-    """Run the trials that are left, saying a line for each layer, until a signal is caught."""
-    return run_trials(bench, trials, stopping(asked, lambda event: _say(event, console)))
-
-
-def _say(event: Event, console: Console) -> None:
-    if isinstance(event, Started):
-        console.print(f"compressing from layer {event.committed + 1} of {event.layers}")
-    elif isinstance(event, LayerDone):
-        console.print(f"  layer {event.layer + 1}: {sum(event.seconds.values()):.1f} s")
+    """Run the trials that are left and show which one runs, until a signal is caught."""
+    with comparing(console) as show:
+        return run_trials(bench, trials, stopping(asked, show))
 
 
 def comparison_facts(bench: ComparisonSetup, outcomes: Sequence[Outcome]) -> dict[str, Any]:

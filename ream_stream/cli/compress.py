@@ -9,7 +9,16 @@ from ream_stream.compression.config import RunOptions
 from ream_stream.settings import Method, Settings
 
 from .options import options_for
-from .params import Verb, exit_statuses, json_option, option, resume_command, verbose_option
+from .params import (
+    Verb,
+    exit_statuses,
+    json_option,
+    option,
+    quiet_option,
+    resume_command,
+    verbose_option,
+)
+from .run_file import config_option
 from .source import source_argument
 
 
@@ -26,7 +35,9 @@ from .source import source_argument
     show_default=True,
     help="What becomes of journal, statistics, tokens and log when it is done.",
 )
+@config_option
 @verbose_option
+@quiet_option
 @json_option
 @click.pass_context
 def compress(
@@ -39,6 +50,7 @@ def compress(
     restart: bool,
     keep_work: bool,
     verbose: bool,
+    quiet: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - those of RunOptions, Method and Settings
 ) -> None:
@@ -55,15 +67,22 @@ def compress(
             --keep 75% --calibration text.jsonl
         ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B-REAP \\
             --method reap --experts 96 --calibration text.jsonl --ram 16GB
+        ream-stream compress --config run.yaml --ram 16GB
     """
-    from ream_stream.evaluation import api
-
     from .console import console, print_json
-    from .run import following, say_start, say_summary
+    from .startup import starting
 
-    shown, asked = console(stderr=True), {**values, "restart": restart, "verbose": verbose}
+    shown = console(stderr=True, quiet=quiet)
+    asked = {**values, "restart": restart, "verbose": verbose}
+    with starting(shown, "loading torch and transformers"):
+        from ream_stream.evaluation import api
+
+        from .run import following, say_start, say_summary
     if dry_run:
-        planned = api.plan(source, output, restart=restart, with_data=True, **values).details
+        with following(shown) as report:
+            planned = api.plan(
+                source, output, restart=restart, with_data=True, report=report, **values
+            ).details
         say_start(planned, asked, shown)
         if as_json:
             print_json(planned)

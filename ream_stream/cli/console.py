@@ -24,11 +24,13 @@ class _Console(Console):
         return super().render_str(printable(text, most=MOST_CHARACTERS), **options)
 
 
-def console(*, stderr: bool) -> Console:
-    """Return a console for one of the streams."""
+def console(*, stderr: bool, quiet: bool = False) -> Console:
+    """Return a console for one of the streams; a quiet one prints nothing."""
     # what is asked for goes to stdout and ends with its reader; a run goes on without one
     file = beneath(sys.stderr if stderr else sys.stdout, lasting=stderr)
-    return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
+    return _Console(
+        file=file, stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False
+    )
 
 
 def print_json(value: object) -> None:

@@ -103,6 +103,10 @@ verbose_option = option(
     "Output", "-v", "--verbose", is_flag=True, help="Show every part of the plan."
 )
 
+quiet_option = option(
+    "Output", "-q", "--quiet", is_flag=True, help="Say nothing but results and errors."
+)
+
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

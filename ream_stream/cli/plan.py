@@ -10,6 +10,8 @@ from ream_stream.settings import Method, Settings, options_of
 
 from .options import options_for
 from .params import Verb, exit_statuses, json_option, verbose_option
+from .run_file import config_option, save_option
+from .run_file import save as save_run
 from .source import source_argument
 
 _ONLY_SIZE = {
@@ -23,17 +25,23 @@ _ONLY_SIZE = {
 @source_argument
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @options_for(RunOptions, Method, Settings, changed={"calibration": _ONLY_SIZE})
+@config_option
+@save_option
 @verbose_option
 @json_option
+@click.pass_context
 def plan(
+    ctx: click.Context,
+    /,
     source: Path | str,
     output: Path | None,
     *,
+    save: Path | None,
     verbose: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - those of RunOptions, Method and Settings
 ) -> None:
-    """Tell what `compress` would do, with the same arguments; write nothing.
+    """Tell what `compress` would do, with the same arguments; write nothing but --save.
 
     The exit status is the one compress would begin with: 0 if it can run. Only headers are
     read, so it takes seconds for any size of model, and SOURCE may hold no more than them:
@@ -45,6 +53,8 @@ def plan(
     \b
         ream-stream plan ./Qwen3-30B-A3B --keep 75%
         ream-stream plan ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --ram 16GB --json
+        ream-stream plan ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --calibration text.jsonl \
+            --save run.yaml
     """
     from ream_stream.evaluation import api
 
@@ -52,6 +62,8 @@ def plan(
     from .plan_view import plan_table
 
     known = api.plan(source, output, **values).details
+    if save is not None:
+        save_run(ctx, save)
     if as_json:
         print_json(known)
     else:

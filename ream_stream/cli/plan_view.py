@@ -1,11 +1,11 @@
 """The plan of a run as a table."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.table import Table
 
-from ream_stream.units import format_seconds, format_size
+from ream_stream.units import format_count, format_seconds, format_size
 
 from .console import facts, phases
 
@@ -44,22 +44,24 @@ def _rows(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str,
     free = known["disk_free_bytes"]
     return [
         *_headers_only(known),
-        ("family", known["family"]),
         (
-            "layers",
-            f"{known['layers']}"
+            "model",
+            f"{known['family']}, {known['layers']} layers"
             + (f", {dense} of them dense" if dense else "")
-            + (f", {mtp} for multi-token prediction" if mtp else ""),
+            + (f", {mtp} for multi-token prediction" if mtp else "")
+            + context(known["context_length"]),
         ),
-        ("experts a layer", _experts(known, asked)),
+        ("experts a layer", f"{_experts(known, asked)}, {_per_token(known)} a token"),
         *((_NOTE, note) for note in known["notes"]),
-        ("experts a token", _changed(known, "experts_per_token", "experts_per_token_after")),
         *_widths(known),
+        ("parameters", _arrow(known["parameters"], parameters)),
         ("method", _method(known, asked)),
         (
             "weights",
-            f"{format_size(source)} -> {format_size(output)} ({output / source:.1%})",
+            f"{format_size(source)} -> {format_size(output)} ({output / source:.1%}), "
+            f"{_arrow(known['stored_as'], str)}",
         ),
+        (BITS_ROW, _arrow(known["parameters"], sizes_at)),
         (
             "calibration",
             f"{known['calibration_sequences']} sequences of "
@@ -87,6 +89,32 @@ def _rows(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str,
         *_parts(known["disk_parts"]),
         *_forecast(known["forecast"]),
     ]
+
+
+BITS_ROW = "at 16, 8, 4 bits"
+"""Head of what the weights take at these numbers of bits, scales not counted."""
+
+
+def context(length: int | None) -> str:
+    """Return the length of the context as the end of a list; nothing if it is unknown."""
+    return "" if length is None else f", context {length} tokens"
+
+
+def parameters(size: Mapping[str, Any]) -> str:
+    """Return a model's parameters, and how many a token uses: ``30.5B, 3.35B active``."""
+    active = "" if size["active"] is None else f", {format_count(size['active'])} active"
+    return format_count(size["total"]) + active
+
+
+def sizes_at(size: Mapping[str, Any]) -> str:
+    """Return what the weights take at the bits of `BITS_ROW`."""
+    return ", ".join(map(format_size, size["bytes_at_bits"].values()))
+
+
+def _arrow(of: Mapping[str, Any], describe: Callable[[Any], str]) -> str:
+    """Return a description before and after, once if they are the same."""
+    before, after = describe(of["before"]), describe(of["after"])
+    return before if before == after else f"{before} -> {after}"
 
 
 def _parts(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -171,18 +199,15 @@ def _experts(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     return f"{text} ({float(100 * keep):g}%{rounded})"
 
 
-def _changed(known: Mapping[str, Any], before: str, after: str) -> str:
-    """Return a number before and after, or once if it stays."""
-    if known[before] == known[after]:
-        return str(known[before])
-    return f"{known[before]} -> {known[after]}"
+def _per_token(known: Mapping[str, Any]) -> str:
+    before, after = known["experts_per_token"], known["experts_per_token_after"]
+    return str(before) if before == after else f"{before} -> {after}"
 
 
 def _widths(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return a row if experts become narrower."""
-    if known["width_before"] == known["width_after"]:
-        return []
-    return [("width of an expert", _changed(known, "width_before", "width_after"))]
+    before, after = known["width_before"], known["width_after"]
+    return [] if before == after else [("width of an expert", f"{before} -> {after}")]
 
 
 def _method(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

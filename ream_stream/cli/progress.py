@@ -1,18 +1,16 @@
-"""A run as it happens: live on a terminal, a line a layer elsewhere."""
+"""A run as it happens: a bar on a terminal, lines elsewhere."""
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
-from typing import Self
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from ream_stream.compression.event_log import Pace
 from ream_stream.events import (
     BatchHalved,
-    Evaluating,
     Event,
     LayerDone,
     Report,
@@ -23,89 +21,110 @@ from ream_stream.events import (
 from ream_stream.host_memory import anonymous_bytes
 from ream_stream.units import format_seconds, format_size
 
-
-class Lines(AbstractContextManager["Lines"]):
-    """One plain line a layer, for logs and pipes."""
-
-    def __init__(self, console: Console, layer_bytes: Sequence[int]) -> None:
-        self._console, self._pace = console, Pace(layer_bytes)
-        self._count = len(layer_bytes)
-        self._begun = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is held."""
-
-    def show(self, event: Event) -> None:
-        """Print a line if a layer is done."""
-        if isinstance(event, Started):
-            self._pace.skip(event.committed)
-            self._begun = time.monotonic()
-        if isinstance(event, LayerDone):
-            self._pace.finish(time.monotonic() - self._begun)
-            self._begun = time.monotonic()
-            self._console.print(layer_line(event, self._count, self._pace), soft_wrap=True)
-        if isinstance(event, BatchHalved | TakenOver):
-            self._console.print(line_of(event), soft_wrap=True)
+from .heartbeat import Heartbeat
 
 
-class Live(AbstractContextManager["Live"]):
-    """A bar that moves with every batch and expert."""
+class Position:
+    """Where a run is: its layer, the phase in it, and the time that is left.
 
-    def __init__(self, console: Console, layer_bytes: Sequence[int]) -> None:
-        self._pace, self._bytes = Pace(layer_bytes), layer_bytes
-        self._begun, self._peak = time.monotonic(), 0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[state]}"),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=self._pace.total_bytes, state="")
+    Parameters
+    ----------
+    layer_bytes
+        Bytes of every layer.
+    planned_seconds
+        Forecast of what is left of the run, which counts until a layer was measured.
+    """
 
-    def __enter__(self) -> Self:
-        """Show the bar."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+    def __init__(
+        self, layer_bytes: Sequence[int], planned_seconds: float | None = None
     ) -> None:
-        """Take the bar away, so that what is printed next stands alone."""
-        self._progress.stop()
+        self.pace, self._count = Pace(layer_bytes, planned_seconds), len(layer_bytes)
+        self._step: Step | None = None
+        self._begun, self._peak = time.monotonic(), 0
 
-    def show(self, event: Event) -> None:
-        """Move the bar; a line stays for each finished layer."""
-        if isinstance(event, Started):
-            self._pace.skip(event.committed)
+    def show(self, event: Event) -> str | None:
+        """Take an event; return the line that stays of it."""
+        if isinstance(event, Step):
+            self._step = event
+        elif isinstance(event, Started):
+            self.pace.skip(event.committed)
             self._begun = time.monotonic()
-        elif isinstance(event, Step):
-            self._show_step(event)
+            if event.committed < event.layers:
+                return f"layer {event.committed + 1}/{event.layers} begins{self.left()}"
         elif isinstance(event, LayerDone):
-            self._pace.finish(time.monotonic() - self._begun)
-            self._begun = time.monotonic()
-            line = layer_line(event, len(self._bytes), self._pace)
-            self._progress.console.print(line, soft_wrap=True)
+            self.pace.finish(time.monotonic() - self._begun)
+            self._begun, self._step = time.monotonic(), None
+            return layer_line(event, self._count, self.pace)
         elif isinstance(event, BatchHalved | TakenOver):
-            self._progress.console.print(line_of(event), soft_wrap=True)
+            return line_of(event)
+        return None
 
-    def _show_step(self, step: Step) -> None:
+    def words(self) -> str:
+        """Return layer, phase, memory and the time left in one line; empty before the first."""
+        return f"{self.place()}  {self.memory()}{self.left()}" if self._step else ""
+
+    def place(self) -> str:
+        """Return layer and phase."""
+        if (step := self._step) is None:
+            return ""
+        return f"layer {step.layer + 1}/{self._count}  {step.phase} {step.done}/{step.total}"
+
+    def memory(self) -> str:
+        """Return the memory in use, and the highest that was seen here."""
         memory = anonymous_bytes()
         self._peak = max(self._peak, memory)
-        done = self._pace.done_bytes
-        left = self._pace.left(time.monotonic() - self._begun)
-        self._progress.update(
-            self._task,
-            completed=done,
-            description=f"layer {step.layer + 1}/{len(self._bytes)}  "
-            f"{step.phase} {step.done}/{step.total}",
-            state=f"{format_size(done)} of {format_size(self._pace.total_bytes)}"
-            f"  memory {format_size(memory)}, peak {format_size(self._peak)}"
-            + (f"  {format_seconds(left)} left" if left is not None else ""),
+        return f"memory {format_size(memory)}, peak {format_size(self._peak)}"
+
+    def left(self) -> str:
+        """Return the time left as the end of a line; empty if it is not known."""
+        left = self.pace.left(time.monotonic() - self._begun)
+        if left is None:
+            return ""
+        return f"  {format_seconds(left)} left" + (
+            "" if self.pace.is_measured else " (planned)"
         )
+
+
+class _State(ProgressColumn):
+    """Bytes, memory and the time left, which move between two events too."""
+
+    def __init__(self, position: Position) -> None:
+        super().__init__()
+        self._position = position
+
+    def render(self, task: Task) -> Text:
+        """Return what stands behind the bar."""
+        pace = self._position.pace
+        size = f"{format_size(pace.done_bytes)} of {format_size(pace.total_bytes)}"
+        return Text(f"{size}  {self._position.memory()}{self._position.left()}")
+
+
+@contextmanager
+def running(
+    console: Console, layer_bytes: Sequence[int], planned_seconds: float | None = None
+) -> Iterator[Report]:
+    """Give what shows a run on a console; the parameters are those of `Position`."""
+    position = Position(layer_bytes, planned_seconds)
+    if not console.is_terminal:
+        with Heartbeat(console, position.words) as lines:
+
+            def say(event: Event) -> None:
+                if line := position.show(event):
+                    lines.say(line)
+
+            yield say
+        return
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), _State(position)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=position.pace.total_bytes)
+
+        def move(event: Event) -> None:
+            line = position.show(event)
+            if line and not isinstance(event, Started):
+                bar.console.print(line, soft_wrap=True)
+            bar.update(task, completed=position.pace.done_bytes, description=position.place())
+
+        yield move
 
 
 def line_of(event: BatchHalved | TakenOver) -> str:
@@ -147,33 +166,3 @@ def layer_line(event: LayerDone, count: int, pace: Pace) -> str:
     if left and event.layer + 1 < count:
         words.append(f"{format_seconds(left)} left")
     return "  ".join(words)
-
-
-def display(console: Console, layer_bytes: Sequence[int]) -> Lines | Live:
-    """Return what suits the console."""
-    return (Live if console.is_terminal else Lines)(console, layer_bytes)
-
-
-@contextmanager
-def evaluating(console: Console) -> Iterator[Report]:
-    """Give what moves a bar on a terminal while checkpoints are evaluated."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    name = ""
-    with bar:
-        task = bar.add_task(name)
-
-        def show(event: Event) -> None:
-            nonlocal name
-            if isinstance(event, Evaluating):
-                name = event.name
-            elif isinstance(event, Step):
-                described = f"{name}  layer {event.layer + 1}  {event.phase}"
-                bar.update(task, description=described, completed=event.done, total=event.total)
-
-        yield show

@@ -42,7 +42,8 @@ def push(
     from ream_stream.units import format_size
     from ream_stream.untrusted import printable
 
-    from .console import print_json
+    from .console import console, print_json
+    from .next_view import say_clients
 
     bad = [finding.message for finding in verify(output, scan=False) if not finding.ok]
     if bad:
@@ -59,3 +60,4 @@ def push(
         click.echo(f"{printable(name)}  {size}", err=not dry_run)
     if url is not None:
         click.echo(url)
+        say_clients(repository, output, console(stderr=True), on_hub=True, revision=revision)

@@ -7,14 +7,16 @@ from typing import Any
 from rich.console import Console
 
 from ream_stream.compression.run import CompressionResult
-from ream_stream.events import Event, Fetching, Planned, Report, no_report
+from ream_stream.events import Event, Fetching, Planned, Preparing, Report, no_report
 from ream_stream.units import format_seconds, format_size
 from ream_stream.untrusted import shell_words
 
 from .console import facts, phases
+from .next_view import say_next
 from .plan_view import plan_table
-from .progress import display
+from .progress import running
 from .signals import stop_requests, stopping
+from .startup import starting
 
 
 @contextmanager
@@ -24,19 +26,24 @@ def following(console: Console, asked: Mapping[str, Any] | None = None) -> Itera
     Once the run may begin, a signal ends it at the next safe point.
     """
     tell: Report = no_report
-    with ExitStack() as stack:
+    with ExitStack() as before, ExitStack() as stack:
+        say = before.enter_context(starting(console))
 
         def report(event: Event) -> None:
             nonlocal tell
             if isinstance(event, Fetching):
+                before.close()  # the hub has bars of its own
                 size = format_size(event.num_bytes)
                 console.print(f"fetching {event.repo} at {event.commit[:12]}, {size} at most")
+            elif isinstance(event, Preparing):
+                say(event.part)
             elif isinstance(event, Planned):
+                before.close()
                 if asked is not None:
                     say_start(event.facts, asked, console)
-                shown = display(console, event.layer_bytes)
-                stack.enter_context(shown)
-                tell = stopping(stack.enter_context(stop_requests()), shown.show)
+                planned = (event.facts["forecast"] or {}).get("seconds")
+                shown = stack.enter_context(running(console, event.layer_bytes, planned))
+                tell = stopping(stack.enter_context(stop_requests()), shown)
             else:
                 tell(event)
 
@@ -94,8 +101,10 @@ def say_summary(result: CompressionResult, asked: Mapping[str, Any], console: Co
                 title="Done",
             )
         )
-    for line in (
-        f"next: ream-stream verify {output}",
-        f"      ream-stream eval {output}{against} --text FILE",
-    ):
-        console.print(line, soft_wrap=True)
+    say_next(
+        (
+            f"ream-stream verify {output}",
+            f"ream-stream eval {output}{against} --text FILE",
+        ),
+        console,
+    )

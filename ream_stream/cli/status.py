@@ -1,22 +1,36 @@
 """The verb `status`."""
 
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import FOLDER, Verb, exit_statuses, json_option, work_dir_option
+from .params import FOLDER, Verb, exit_statuses, json_option, option, work_dir_option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ream_stream.compression.workspace import Workspace
+
+WATCH_SECONDS = 2.0
+"""Time between two looks at a run."""
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 11))
 @click.argument("output", type=FOLDER)
 @work_dir_option
+@option(
+    "Output",
+    "--watch",
+    is_flag=True,
+    help="Look again every two seconds until the run ends; Ctrl-C leaves, the run goes on.",
+)
 @json_option
-def status(output: Path, work_dir: Path | None, *, as_json: bool) -> None:
+def status(output: Path, work_dir: Path | None, *, watch: bool, as_json: bool) -> None:
     """Tell how far the run in OUTPUT is, and how to go on with it.
 
     Its state is complete, running or stopped. Nothing is read but the journal and the log,
@@ -26,17 +40,53 @@ def status(output: Path, work_dir: Path | None, *, as_json: bool) -> None:
 
     \b
         ream-stream status ./Qwen3-23B
+        ream-stream status ./Qwen3-23B --watch
         ream-stream status ./Qwen3-23B --json
     """
     from ream_stream.compression.workspace import workspace_of
 
     from .console import console, facts, print_json
 
-    known = gather(workspace_of(output, work_dir))
+    workspace = workspace_of(output, work_dir)
+    known = gather(workspace)
+    if watch and known["state"] == "running":
+        with suppress(KeyboardInterrupt):
+            known = follow(workspace, console(stderr=True))
     if as_json:
         print_json(known)
     else:
         console(stderr=False).print(facts(_rows(known)))
+
+
+def follow(
+    workspace: "Workspace", shown: "Console", pause: Callable[[float], None] = time.sleep
+) -> dict[str, Any]:
+    """Show a run until it ends, and return what is known of it then.
+
+    Parameters
+    ----------
+    workspace
+        Folders of the run.
+    shown
+        Console that is refreshed; one that is no terminal gets a line for each change.
+    pause
+        Waits for a number of seconds between two looks.
+    """
+    from rich.live import Live
+
+    from .console import facts
+
+    known, last = gather(workspace), ""
+    with Live(console=shown, transient=True, auto_refresh=False) as live:
+        while known["state"] == "running":
+            if shown.is_terminal:
+                live.update(facts(_rows(known)), refresh=True)
+            elif (line := _line(known)) != last:
+                shown.print(f"{time.strftime('%H:%M:%S')}  {line}", soft_wrap=True)
+                last = line
+            pause(WATCH_SECONDS)
+            known = gather(workspace)
+    return known
 
 
 def gather(workspace: "Workspace") -> dict[str, Any]:
@@ -78,6 +128,12 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
         "directory": command.get("directory"),
         "resume": None if state == "complete" else command.get("command"),
     }
+
+
+def _line(known: dict[str, Any]) -> str:
+    """Return what changes while a run goes on."""
+    rows = dict(_rows(known))
+    return "  ".join([rows["layers"], rows["written"], rows.get("last event", "")[20:]])
 
 
 def _left(log: dict[str, Any]) -> float | None:

@@ -7,7 +7,7 @@ import click
 from ream_stream.errors import DamagedError
 from ream_stream.events import Event, Finding
 
-from .params import FOLDER, Verb, exit_statuses, json_option, option
+from .params import FOLDER, Verb, exit_statuses, json_option, option, quiet_option
 
 
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10))
@@ -38,6 +38,7 @@ from .params import FOLDER, Verb, exit_statuses, json_option, option
     metavar="SOURCE",
     help="The source: all that was not merged must be its bytes.",
 )
+@quiet_option
 @json_option
 @click.pass_context
 def verify(
@@ -49,6 +50,7 @@ def verify(
     load: bool,
     run: bool,
     against: Path | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Check that OUTPUT is whole, consistent and loads.
@@ -63,10 +65,11 @@ def verify(
     """
     from ream_stream.evaluation.verify import verify as check
 
-    from .console import print_json
+    from .console import console, print_json
+    from .next_view import say_clients
 
     def show(event: Event) -> None:
-        if isinstance(event, Finding) and not as_json:
+        if isinstance(event, Finding) and not as_json and not (quiet and event.ok):
             # as they come: reading a large output takes minutes
             word = "note" if event.is_note else "ok" if event.ok else "FAILED"
             click.echo(f"{word:6}  {event.check:9}  {event.message}")
@@ -80,3 +83,5 @@ def verify(
             f"error: {output}: {failed} of {len(found.findings)} findings are bad", err=True
         )
         ctx.exit(DamagedError.exit_status)
+    if not as_json:
+        say_clients(str(output), output, console(stderr=True, quiet=quiet))

@@ -36,10 +36,14 @@ class Pace:
     ----------
     layer_bytes
         Bytes of every layer, committed ones included.
+    planned_seconds
+        Forecast of all that is left, which counts until a layer is finished; None without.
     """
 
-    def __init__(self, layer_bytes: Sequence[int]) -> None:
-        self._layer_bytes = layer_bytes
+    def __init__(
+        self, layer_bytes: Sequence[int], planned_seconds: float | None = None
+    ) -> None:
+        self._layer_bytes, self._planned = layer_bytes, planned_seconds
         self._next = 0
         self._bytes, self._seconds = 0, 0.0
 
@@ -63,10 +67,16 @@ class Pace:
         """Bytes of all layers."""
         return sum(self._layer_bytes)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether a layer was finished in this run."""
+        return bool(self._bytes)
+
     def left(self, since_last: float = 0.0) -> float | None:
-        """Return the seconds left, `since_last` after a layer; None before the first."""
+        """Return the seconds left, `since_last` after a layer; None if nothing tells them."""
         if not self._bytes:
-            return None
+            over = self._planned is None or since_last >= self._planned
+            return None if over or self._planned is None else self._planned - since_last
         rest = self.total_bytes - self.done_bytes
         return max(0.0, rest * self._seconds / self._bytes - since_last)
 
@@ -77,8 +87,13 @@ class Log:
     Each tells the time that is left and the memory in use, for who looks from elsewhere.
     """
 
-    def __init__(self, file: FileIO, layer_bytes: Sequence[int] = ()) -> None:
-        self._file, self._pace = file, Pace(layer_bytes)
+    def __init__(
+        self,
+        file: FileIO,
+        layer_bytes: Sequence[int] = (),
+        planned_seconds: float | None = None,
+    ) -> None:
+        self._file, self._pace = file, Pace(layer_bytes, planned_seconds)
         self._begun = self._told = time.monotonic()
 
     def show(self, event: Event) -> None:

@@ -66,7 +66,13 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
     files.write_bytes(output / CARD, text.encode(errors="backslashreplace"))
     files.write_json(
         output / MANIFEST,
-        manifest_of(journal, plan.num_experts, plan.settings.experts, written),
+        manifest_of(
+            journal,
+            plan.num_experts,
+            plan.settings.experts,
+            written,
+            source_bytes=plan.source_bytes,
+        ),
     )
 
 

@@ -19,16 +19,18 @@ from ream_stream.checkpoint.config_json import text_config
 from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, check_path, open_checkpoint, vocab_size_of
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
+from ream_stream.events import Preparing, Report, no_report
 from ream_stream.file_access import free_bytes, why_not_writable
 from ream_stream.host_memory import trim
 from ream_stream.model import device as devices
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import TOP_K_KEYS, family_of
 from ream_stream.planning.disk import check_disk
+from ream_stream.planning.model_size import context_length, model_size, stored_as
 from ream_stream.planning.phase_cost import Cost
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
-from ream_stream.planning.schedule import Budgets
+from ream_stream.planning.schedule import Begun, Budgets
 from ream_stream.planning.serving_limits import check_served, serving_notes
 from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.planning.throughput import Forecast, forecast
@@ -58,11 +60,11 @@ class Job:
     tokens: Tokens | None
     """Calibration set; None if none was named."""
 
-    request: Request | None
-    """Text that the tokens were made from; None for a token file."""
-
     device: torch.device
     """Device that layers run on."""
+
+    request: Request | None = None
+    """Text that the tokens were made from; None for a token file."""
 
     forecast: Forecast | None = None
     """Remaining work and its estimated duration; None if nothing remains."""
@@ -79,8 +81,19 @@ class Job:
         entries, layers = self.plan.source.entries, self.plan.layers
         return tuple(sum(entries[name].nbytes for name in each.keys.names) for each in layers)
 
+    @property
+    def planned_seconds(self) -> float | None:
+        """Estimated seconds of the remaining work; None if nothing remains."""
+        return sum(self.forecast.seconds.values()) if self.forecast else None
 
-def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = True) -> Job:
+
+def prepare(
+    options: RunOptions,
+    *,
+    restart: bool = False,
+    with_data: bool = True,
+    report: Report = no_report,
+) -> Job:
     """Work out what the options come to.
 
     Parameters
@@ -91,6 +104,8 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         Whether a run in the output folder is to be discarded.
     with_data
         False if the source's shards may end after their headers.
+    report
+        Told each part as `Preparing`.
 
     Raises
     ------
@@ -98,6 +113,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         The run cannot begin; the class says why.
     """
     check_usage(options)
+    report(Preparing(part="reading headers"))
     checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
     device, vram = _device(options, plans_only=not with_data)
     workspace = None
@@ -126,24 +142,31 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         )
 
     plan, asked, reason = _first_that_works(options, checkpoint, device, planned)
-    settings = plan.settings
     torch.set_num_threads(plan.schedule.threads)
-    if not options.any_count:
-        check_served(settings.experts, plan.num_experts, plan.routing_groups, plan.output_top_k)
-    check_names(workspace.output if workspace else Path(), output_files(plan))
-    if workspace is not None:
-        check_disk(plan, workspace.output, workspace.work, begun)
+    _check_output(plan, options, workspace, begun)
     job = Job(
         plan=plan,
         workspace=workspace,
         journal=journal,
         tokens=tokens,
-        request=None,
         device=device,
         method=asked.method if isinstance(asked.method, str) else "",
         reason=reason,
     )
-    return _with_forecast(_with_tokens(job, wanted))
+    return _with_forecast(_with_tokens(job, wanted, report), report)
+
+
+def _check_output(
+    plan: Plan, options: RunOptions, workspace: Workspace | None, begun: Begun | None
+) -> None:
+    """Refuse an output that servers do not take, or that its folder or disk does not."""
+    if not options.any_count:
+        check_served(
+            plan.settings.experts, plan.num_experts, plan.routing_groups, plan.output_top_k
+        )
+    check_names(workspace.output if workspace else Path(), output_files(plan))
+    if workspace is not None:
+        check_disk(plan, workspace.output, workspace.work, begun)
 
 
 def _first_that_works(
@@ -204,6 +227,15 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "settings": plan.settings.fields(),
         "method": job.method,
         "method_reason": job.reason,
+        "parameters": {
+            "before": model_size(plan.source).facts(),
+            "after": model_size(plan.output_model.checkpoint).facts(),
+        },
+        "context_length": context_length(plan.source.config),
+        "stored_as": {
+            "before": stored_as(plan.source),
+            "after": stored_as(plan.output_model.checkpoint),
+        },
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "calibration_sequences": plan.sequences,
@@ -342,7 +374,7 @@ def _token_file(wanted: Calibration | None, checkpoint: Checkpoint) -> Tokens | 
     return read_tokens(wanted, checkpoint.folder, vocab_size=vocab_size_of(checkpoint.config))
 
 
-def _with_tokens(job: Job, calibration: Calibration | None) -> Job:
+def _with_tokens(job: Job, calibration: Calibration | None, report: Report) -> Job:
     """Return the job with its tokens; of a begun run, with the ones it began with.
 
     Raises
@@ -361,6 +393,7 @@ def _with_tokens(job: Job, calibration: Calibration | None) -> Job:
             tokens = stored(workspace.tokens, journal.fingerprint["calibration"])
             differs = changed(request, workspace.tokens)
     if tokens is None:
+        report(Preparing(part="reading calibration text and making tokens"))
         source = job.plan.source
         tokens = read_tokens(
             calibration, source.folder, vocab_size=vocab_size_of(source.config)
@@ -376,10 +409,11 @@ def _with_tokens(job: Job, calibration: Calibration | None) -> Job:
     return replace(job, tokens=tokens, request=request)
 
 
-def _with_forecast(job: Job) -> Job:
+def _with_forecast(job: Job, report: Report) -> Job:
     """Return the job with the time it takes, which is measured last: it may be refused."""
     if job.workspace is not None and job.journal is not None and job.workspace.is_complete():
         return job
+    report(Preparing(part="measuring how fast this machine is"))
     committed = len(job.journal.layers) if job.journal else 0
     # for a device that is only planned for, the processor stands in
     device = job.device if devices.is_here(job.device) else torch.device("cpu")

@@ -75,6 +75,9 @@ class Manifest:
     files: Mapping[str, Written] = field(repr=False)
     """Shards of the output by name."""
 
+    source_bytes: int | None
+    """Bytes of the source's tensors; None if an older version did not record them."""
+
     documents: Mapping[str, Written] | None = field(repr=False)
     """Other files of the output by name; None if an older version did not record them."""
 
@@ -93,7 +96,12 @@ class Manifest:
 
 
 def manifest_of(
-    journal: Journal, num_experts: int, kept: int, documents: Mapping[str, Written]
+    journal: Journal,
+    num_experts: int,
+    kept: int,
+    documents: Mapping[str, Written],
+    *,
+    source_bytes: int,
 ) -> dict[str, Any]:
     """Return the JSON of a manifest; `read_manifest` reads it back.
 
@@ -105,6 +113,8 @@ def manifest_of(
         Experts of an MoE layer in the source and in the output.
     documents
         Files beside the shards, by name.
+    source_bytes
+        Bytes of the source's tensors.
     """
     return {
         "format": FORMAT,
@@ -114,6 +124,7 @@ def manifest_of(
             **{name: version(name) for name in ("torch", "transformers", "safetensors")},
         },
         "experts": {"before": num_experts, "after": kept},
+        "source_bytes": source_bytes,
         "files": {shard.name: _told(shard) for shard in journal.shards()},
         "documents": {
             name: _told(file)
@@ -161,11 +172,13 @@ def _manifest(value: Mapping[str, Any]) -> Manifest:
     fingerprint = dict(value["fingerprint"])
     if "grouping" not in fingerprint:
         raise KeyError("grouping")
+    source_bytes = value.get("source_bytes")
     return Manifest(
         fingerprint=fingerprint,
         versions={str(key): str(text) for key, text in value["versions"].items()},
         before=_count(value["experts"]["before"]),
         after=_count(value["experts"]["after"]),
+        source_bytes=None if source_bytes is None else _count(source_bytes),
         files={name: _file(name, file) for name, file in value["files"].items()},
         documents=_documents(value.get("documents")),
         layers=tuple(_layer(layer) for layer in value["layers"]),

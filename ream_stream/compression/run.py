@@ -91,7 +91,7 @@ def run(
         left_by = stack.enter_context(workspace.locked())
         _make_ready(job, workspace, job.tokens, restart=restart)
         file = stack.enter_context(files.open_log(workspace.log, workspace.older_log))
-        log = Log(file, job.layer_bytes)
+        log = Log(file, job.layer_bytes, job.planned_seconds)
         known = plan_facts(job)
         if command is not None:
             log.write("command", {"command": command, "directory": str(Path.cwd())})

@@ -71,6 +71,7 @@ def plan(
     calibration: Texts | None = None,
     restart: bool = False,
     with_data: bool = False,
+    report: Report = no_report,
     **options: Any,  # noqa: ANN401
 ) -> PlanResult:
     """Tell what `compress` would do with the same arguments; write nothing.
@@ -81,6 +82,8 @@ def plan(
         As in `compress`; without `calibration` only its size counts.
     with_data
         Whether shards that end after their headers are refused.
+    report
+        Called with what is done, as `events.Preparing`.
 
     Raises
     ------
@@ -90,7 +93,8 @@ def plan(
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
     asked, remote = _located(source, output, {**given, **options})
     with _threads_kept():
-        job = prepare(asked, restart=restart, with_data=with_data and remote is None)
+        data = with_data and remote is None
+        job = prepare(asked, restart=restart, with_data=data, report=report)
     found = job.plan
     return PlanResult(
         settings=found.settings,
@@ -100,7 +104,7 @@ def plan(
         memory_bytes=found.memory_bytes,
         device_memory_bytes=sum(found.device_memory.values()),
         disk_bytes=found.disk_bytes,
-        seconds=sum(job.forecast.seconds.values()) if job.forecast else None,
+        seconds=job.planned_seconds,
         details=plan_facts(job) | {"is_remote": remote is not None},
     )
 
@@ -156,7 +160,7 @@ def compress(
             # what cannot be done is refused before anything large is fetched
             prepare(replace(asked, calibration=()), restart=restart, with_data=False)
             asked = replace(asked, source=_fetched(remote, report))
-        job = prepare(asked, restart=restart)
+        job = prepare(asked, restart=restart, report=report)
         report(Planned(facts=plan_facts(job), layer_bytes=job.layer_bytes))
         result = run(job, report=report, command=command, restart=restart, keep_work=keep_work)
     if text is None:

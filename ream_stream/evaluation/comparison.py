@@ -23,7 +23,7 @@ from ream_stream.compression.file_lock import claimed
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import HOME, Workspace
 from ream_stream.errors import DamagedError
-from ream_stream.events import Finished, Report, no_report
+from ream_stream.events import Comparing, Finished, Report, no_report
 from ream_stream.file_access import read_own_json, regular_size
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
@@ -125,10 +125,22 @@ def run_trials(
     """
     with claimed(bench.folder):
         files.make_directory(bench.folder / "results")
-        outcomes, batch = [], 0
-        for trial in [None, *trials]:
-            path = bench.folder / "results" / f"{_key(bench, trial)}.json"
+        outcomes, batch, every = [], 0, [None, *trials]
+        paths = [bench.folder / "results" / f"{_key(bench, trial)}.json" for trial in every]
+        left = sum(regular_size(path) is None for path in paths)
+        for number, (trial, path) in enumerate(zip(every, paths, strict=True), start=1):
             if regular_size(path) is None:
+                report(
+                    Comparing(
+                        number=number,
+                        trials=len(every),
+                        to_do=left,
+                        name=trial.name if trial else ORIGINAL,
+                        mix=trial.mix if trial else "",
+                        seed=trial.settings.seed if trial else None,
+                    )
+                )
+                left -= 1
                 batch = batch or _evaluated_at_once(bench)
                 outcome = _carry_out(bench, trial, path.stem, batch, report)
                 files.write_json(path, asdict(outcome))

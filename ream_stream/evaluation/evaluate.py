@@ -109,7 +109,7 @@ def evaluate(
         Leave what the original's last layer gave in the work folder, or the checkpoint's
         if it is alone, for the next evaluation beside it; the caller removes it.
     report
-        Told the progress: phase ``propagate`` by batch, then ``score`` by sequence.
+        Told each checkpoint, its phase ``propagate`` by batch, and ``score`` by sequence.
 
     Raises
     ------

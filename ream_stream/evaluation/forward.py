@@ -19,7 +19,7 @@ from ream_stream import files as durable
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.errors import DamagedError, UsageError
-from ream_stream.events import Report, Step
+from ream_stream.events import Evaluating, Report, Step
 from ream_stream.file_access import read_own_json, regular_size
 from ream_stream.model.batches import Batches, advance
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
@@ -122,6 +122,7 @@ class ForwardRun:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.name = checkpoint.folder.name
         self.model = StreamedModel(checkpoint, dtype, device)
         self.batches = Batches(tokens, batch)
         embedding = self.model.model.get_input_embeddings()
@@ -137,7 +138,9 @@ class ForwardRun:
         """Run the layers that are left, and return what leaves the last."""
         model, size, batches = self.model, self.batches.size, len(self.batches)
         states = States(self.folder, self._told, self._shape, model.dtype, size)
-        for index in range(len(states.records), model.num_layers):
+        done = len(states.records)
+        report(Evaluating(name=self.name, layers=model.num_layers, skipped=done))
+        for index in range(done, model.num_layers):
             entering, leaving = (
                 states.reader("states", index),
                 states.writer("states", index + 1),

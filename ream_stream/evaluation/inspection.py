@@ -1,7 +1,9 @@
 """What a checkpoint holds, from its headers; of an output also how it was made."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.manifest import MANIFEST, read_manifest
 from ream_stream.errors import UnsupportedModelError
 from ream_stream.model.families import family_of
+from ream_stream.planning.model_size import ModelSize, context_length, model_size, stored_as
+
+_IN_LAYER = re.compile(r"(^|\.)layers\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +65,19 @@ class Inspection:
     bytes_by_dtype: Mapping[str, int]
     """Bytes by dtype in the safetensors format's spelling."""
 
+    parameters: Mapping[str, Any] | None
+    """Parameters in all and used for a token, and bytes at 16, 8 and 4 bits; None if a tensor
+    is in a format that is not read."""
+
+    context_length: int | None
+    """Longest context in tokens; None if config.json does not tell it."""
+
+    stored_as: str | None
+    """Format of the routed experts, or of all tensors without them; None if it is not read."""
+
+    headers_only_files: int
+    """Number of shards that end before their tensors do."""
+
     made: Mapping[str, Any] | None
     """Facts of the manifest if ream-stream made the checkpoint; None for others."""
 
@@ -71,6 +89,12 @@ class Inspection:
 def inspect(path: str | Path) -> Inspection:
     """Describe a checkpoint, one that cannot be compressed too.
 
+    Parameters
+    ----------
+    path
+        Checkpoint folder, whose shards may end after their headers, or
+        ``ORG/NAME[@REVISION]`` on the hub, of which headers and small files are fetched.
+
     Raises
     ------
     UsageError
@@ -78,7 +102,8 @@ def inspect(path: str | Path) -> Inspection:
     DamagedError
         Its headers, or the manifest of an output, are not what they should be.
     """
-    checkpoint, reason = open_checkpoint(Path(path)), None
+    checkpoint, reason = open_checkpoint(_folder_of(path), with_data=False), None
+    size: ModelSize | None = None
     stacks: Mapping[str, ExpertStack] = {}
     text = text_config(checkpoint.config)
     try:
@@ -88,6 +113,8 @@ def inspect(path: str | Path) -> Inspection:
             reason = "it has no experts"
     except UnsupportedModelError as error:
         reason = str(error)
+    with suppress(UnsupportedModelError):
+        size = model_size(checkpoint)
     in_stack = {name for stack in stacks.values() for name in stack.slots()}
     kinds, dtypes = Counter[str](), Counter[str]()
     for name, entry in checkpoint.entries.items():
@@ -104,17 +131,30 @@ def inspect(path: str | Path) -> Inspection:
         moe_layers=len(stacks) - len(mtp),
         mtp_moe_layers=len(mtp),
         experts=counts[0] if len(counts) == 1 else counts or None,
-        experts_per_token=text.get("num_experts_per_tok"),
+        experts_per_token=size.top_k if size else None,
         tensors=len(checkpoint.entries),
         files=len(checkpoint.files()),
         bytes=sum(dtypes.values()),
         bytes_by_kind=dict(kinds.most_common()),
         bytes_by_dtype=dict(dtypes.most_common()),
-        made=_made(checkpoint.folder),
+        parameters=size.facts() if size else None,
+        context_length=context_length(checkpoint.config),
+        stored_as=stored_as(checkpoint) if size else None,
+        headers_only_files=len(checkpoint.cut_files()),
+        made=_made(checkpoint.folder, size),
     )
 
 
-def _made(folder: Path) -> dict[str, Any] | None:
+def _folder_of(path: str | Path) -> Path:
+    """Return the folder of a checkpoint; of one on the hub, that of its headers."""
+    if Path(path).is_dir():
+        return Path(path)
+    from ream_stream.checkpoint import hub  # takes a second, which folders do not need
+
+    return hub.fetch_headers(hub.find(str(path)))
+
+
+def _made(folder: Path, size: ModelSize | None) -> dict[str, Any] | None:
     """Return how an output was made; None for other checkpoints."""
     if not (folder / MANIFEST).is_file():
         return None
@@ -123,6 +163,8 @@ def _made(folder: Path) -> dict[str, Any] | None:
     return {
         "experts_before": manifest.before,
         "experts_after": manifest.after,
+        "source_bytes": manifest.source_bytes,
+        "parameters_before": size.with_experts(manifest.before).facts() if size else None,
         "settings": dict(manifest.fingerprint),
         "versions": dict(manifest.versions),
         "groups_by_size": {str(size): sizes[size] for size in sorted(sizes)},
@@ -132,4 +174,4 @@ def _made(folder: Path) -> dict[str, Any] | None:
 def _kind(name: str, in_stack: set[str]) -> str:
     if name in in_stack or ".experts." in name:
         return "routed experts"
-    return "other parts of layers" if ".layers." in name else "outside the layers"
+    return "other parts of layers" if _IN_LAYER.search(name) else "outside the layers"

@@ -24,7 +24,7 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.compression.file_lock import claimed
 from ream_stream.errors import DamagedError, UsageError
-from ream_stream.events import Report, Step, no_report
+from ream_stream.events import Evaluating, Report, Step, no_report
 from ream_stream.model.batches import Batches
 from ream_stream.model.families import family_of
 from ream_stream.model.meta_model import get_tensor
@@ -101,7 +101,10 @@ def layer_errors(
         with ExitStack() as stack:
             for model in models:
                 stack.enter_context(model.open_outside())
-            for index in range(len(states.records), models[0].num_layers):
+            layers, done = models[0].num_layers, len(states.records)
+            name = f"both, layer by layer: {checkpoint.folder.name}"
+            report(Evaluating(name=name, layers=layers, skipped=done))
+            for index in range(done, layers):
                 _layer(models, states, batches, index, report)
         found = _errors_of(states, folder / "states")
         files.remove(folder)

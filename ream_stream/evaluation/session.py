@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +15,7 @@ from ream_stream.calibration.token_cache import read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
 from ream_stream.errors import UsageError
-from ream_stream.events import Evaluating, Report, no_report
+from ream_stream.events import Evaluating, Event, Report, no_report
 from ream_stream.file_access import resolved
 from ream_stream.model.device import choose_device
 from ream_stream.model.dtypes import compute_dtype
@@ -201,7 +201,6 @@ def _predict(
     bench: _Bench, tokens: Tokens, work: Path, batch: int, *, keep_original: bool
 ) -> Result:
     """Return the result on a text."""
-    bench.report(Evaluating(name=bench.checkpoint.folder.name))
     return evaluate(
         bench.checkpoint,
         tokens,
@@ -219,7 +218,6 @@ def _compare_layers(
     bench: _Bench, original: Checkpoint, tokens: Tokens, work: Path, batch: int
 ) -> tuple[LayerError, ...]:
     """Return the error of each layer."""
-    bench.report(Evaluating(name=f"{bench.checkpoint.folder.name} layers"))
     return layer_errors(
         bench.checkpoint,
         original,
@@ -232,11 +230,15 @@ def _compare_layers(
     )
 
 
-def _share_facts(shares: Mapping[str, Share]) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {key: finite(value) for key, value in asdict(share).items()}
-        for name, share in shares.items()
-    }
+def _told_of(path: Path, report: Report) -> Report:
+    """Return a report that names what is run beside the checkpoint."""
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Evaluating):
+            event = replace(event, name=f"{event.name} on {path.name}")
+        report(event)
+
+    return tell
 
 
 def _ask(bench: _Bench, path: Path, work: Path) -> dict[str, Mapping[str, Share]]:
@@ -253,7 +255,6 @@ def _ask(bench: _Bench, path: Path, work: Path) -> dict[str, Mapping[str, Share]
             description=str(path),
         )
         batch = bench.batch(quiz.tokens, checkpoint)
-        bench.report(Evaluating(name=f"{checkpoint.folder.name} {path.name}"))
         result = evaluate(
             checkpoint,
             quiz.tokens,
@@ -262,7 +263,7 @@ def _ask(bench: _Bench, path: Path, work: Path) -> dict[str, Mapping[str, Share]
             device=bench.device,
             target_SL=quiz.target_SL,
             batch_sequences=batch,
-            report=bench.report,
+            report=_told_of(path, bench.report),
         )
         answers[role] = accuracies(asked, result.evaluation.loss.total_S)
     return answers

@@ -5,7 +5,7 @@ from pathlib import Path
 from ream_stream.checkpoint.reader import INDEX
 from ream_stream.errors import OverBudgetError
 from ream_stream.file_access import free_bytes, same_disk
-from ream_stream.units import format_size
+from ream_stream.units import format_size, size_option
 
 from .plan import Layout, Plan
 from .schedule import Begun
@@ -35,7 +35,7 @@ def scratch_room(
             raise OverBudgetError(
                 f"output and work folder need {format_size(needed)} of disk, the "
                 f"budget is {format_size(budget)}; the largest parts are {told}. Give --disk "
-                f"{needed} or more, keep fewer experts, or use fewer --sequences"
+                f"{size_option(needed)} or more, keep fewer experts, or use fewer --sequences"
             )
     if output is not None:
         work = work or output

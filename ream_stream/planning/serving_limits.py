@@ -18,18 +18,21 @@ DIVISOR = 4
 _LIKED: tuple[tuple[Callable[[int], bool], str], ...] = (
     (
         lambda count: count % DIVISOR == 0,
-        f"a multiple of {DIVISOR}: routing kernels of TensorRT-LLM and FlashInfer refuse them",
+        "TensorRT-LLM, FlashInfer: fails with {count} experts a layer, their routing kernels "
+        f"take multiples of {DIVISOR}",
     ),
     (
         lambda count: count & (count - 1) == 0,
-        "a power of two, which the fused gates of SGLang (384 aside) and AITER (ROCm) are for",
+        "SGLang, AITER (ROCm): slow with {count} experts a layer, their fused gates are for "
+        "powers of two (SGLang's for 384 too)",
     ),
     (
         lambda count: count % 8 == 0,
-        "a multiple of 8: vLLM refuses to divide them among 8 devices (expert parallelism)",
+        "vLLM: works with {count} experts a layer, but fails to divide them among 8 devices "
+        "(expert parallelism)",
     ),
 )
-"""Preferred properties of an expert count, with the servers that prefer them."""
+"""Preferred properties of an expert count, with what servers make of other counts."""
 
 
 def check_served(experts: int, num_experts: int, routing_groups: int, top_k: int = 1) -> None:
@@ -101,8 +104,4 @@ def served_count(
 
 def serving_notes(experts: int) -> list[str]:
     """Return a sentence for each thing that is slower, or refused, with so many experts."""
-    return [
-        f"{experts} experts a layer are not {liked}"
-        for is_liked, liked in _LIKED
-        if not is_liked(experts)
-    ]
+    return [note.format(count=experts) for is_liked, note in _LIKED if not is_liked(experts)]

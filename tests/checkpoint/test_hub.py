@@ -54,6 +54,18 @@ def test_plan_and_dry_run_of_a_checkpoint_on_the_hub(hub, tokens, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_inspect_of_a_checkpoint_on_the_hub_fetches_its_headers(hub, source, capsys):
+    assert main(["inspect", f"{REPO}@main", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(source), "--json"]) == 0
+    there = json.loads(capsys.readouterr().out)
+    changed = {name for name in there if known[name] != there[name]}
+    assert changed == {"path", "headers_only_files"}
+    assert main(["inspect", REPO]) == 0
+    assert "on the hub: headers and small files were read" in capsys.readouterr().out
+    assert main(["inspect", "nobody/nothing"]) == 2
+
+
 def test_a_checkpoint_is_fetched_and_gives_the_bytes_of_the_same_files_on_disk(
     hub, tokens, tmp_path, control
 ):

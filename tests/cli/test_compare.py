@@ -22,7 +22,7 @@ def test_compare_and_sweep_write_their_results_and_do_nothing_twice(capsys, tmp_
     assert status == 0
     assert [each["name"] for each in known["summary"]] == ["original", "reap", "frequency"]
     assert json.loads((folder / "comparison.json").read_text()) == known
-    assert "layer 4" in err
+    assert "trial 2 of 3: reap, seed 0" in err
     status, out, err = call(capsys, *command)
     assert (status, err) == (0, "")
     assert "frequency" in out

@@ -6,6 +6,7 @@ import pytest
 from command_line import call
 
 from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.evaluation.verdict import BANDS
 
 
 def test_eval_compares_two_checkpoints(capsys, source, finished, token_file):
@@ -69,3 +70,49 @@ def test_eval_of_text_takes_whole_sequences_up_to_the_limit(capsys, tmp_path):
     status, _, err = call(capsys, *words)
     assert status == 2
     assert "do not fill a sequence of 16" in err
+
+
+def test_eval_says_what_a_comparison_means_and_explains_its_columns(
+    capsys, source, finished, token_file
+):
+    words = ("eval", finished, "--against", source, "--text", token_file)
+    known = json.loads(call(capsys, *words, "--json")[1])
+    shown = " ".join(call(capsys, *words)[1].split())
+    assert f"{known['against']['perplexity']:.4g} " in shown
+    ratio = known["perplexity"] / known["against"]["perplexity"]
+    assert f" {ratio - 1:+.1%} " in shown
+    band = next(
+        each
+        for each in BANDS
+        if known["divergence"]["value"] <= each.divergence
+        and known["agreement"]["value"] >= each.agreement
+    )
+    assert f"verdict: {band.verdict} (divergence" in shown
+    assert band.usual_for in shown
+    assert "rule of thumb" in shown
+    for head in ("perplexity", "change", "accuracy", "nats more", "divergence", "same top"):
+        assert f"{head}: " in shown
+    alone = call(capsys, "eval", source, "--text", token_file)[1]
+    assert "perplexity: " in alone
+    assert not {"verdict:", "change"} & set(alone.split())
+
+
+def test_eval_on_a_pipe_says_what_is_running(capsys, source, finished, token_file):
+    words = ("eval", finished, "--against", source, "--text", token_file, "--layers")
+    lines = call(capsys, *words)[2].splitlines()
+    assert lines[:4] == [
+        f"running {finished.name}, 3 layers",
+        f"running {source.name}, 3 layers",
+        "scoring 4 sequences",
+        f"running both, layer by layer: {finished.name}, 3 layers",
+    ]
+
+
+def test_eval_ends_with_what_to_do_next(capsys, source, finished, token_file):
+    words = ("--text", token_file)
+    lines = call(capsys, "eval", finished, "--against", source, *words)[2].splitlines()
+    assert f"next: ream-stream push {finished} ORG/NAME" in lines
+    lines = call(capsys, "eval", finished, *words)[2].splitlines()
+    assert any(line.startswith("next: the same with --against SOURCE") for line in lines)
+    lines = call(capsys, "eval", source, *words)[2].splitlines()
+    assert lines[-1] == f"next: ream-stream plan {source} --keep 75%"

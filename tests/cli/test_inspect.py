@@ -30,3 +30,44 @@ def test_inspect_describes_what_cannot_be_compressed(capsys, copied):
     status, out, _ = call(capsys, "inspect", copied)
     assert status == 0
     assert "no: model type 'llama'" in out
+
+
+def test_inspect_speaks_of_a_model(capsys, source, finished):
+    known = json.loads(call(capsys, "inspect", source, "--json")[1])
+    size = known["parameters"]
+    # bf16, and 8 - 3 of 8 experts of each of two layers are not used for a token
+    assert size["total"] == known["bytes"] // 2
+    assert size["total"] - size["active"] == 2 * 5 * 3 * 16 * 32
+    assert size["bytes_at_bits"] == {
+        "16": known["bytes"],
+        "8": known["bytes"] // 2,
+        "4": known["bytes"] // 4,
+    }
+    assert (known["context_length"], known["stored_as"]) == (64, "BF16")
+    made = json.loads(call(capsys, "inspect", finished, "--json")[1])["made"]
+    assert made["parameters_before"] == size
+    # it stands in the manifest, which a clean leaves
+    assert made["source_bytes"] == known["bytes"]
+    shown = call(capsys, "inspect", source)[1]
+    rows = {line[:16].strip(): line[16:].strip() for line in shown.splitlines()}
+    assert rows["model"].endswith("context 64 tokens")
+    assert rows["experts a layer"].endswith("8, 3 a token")
+
+
+def test_inspect_takes_headers_alone_and_says_so(capsys, source, copied):
+    for path in copied.glob("*.safetensors"):
+        data = path.read_bytes()
+        path.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    known, whole = (
+        json.loads(call(capsys, "inspect", folder, "--json")[1]) for folder in (copied, source)
+    )
+    changed = {name for name in whole if known[name] != whole[name]}
+    assert changed == {"path", "headers_only_files"}
+    assert "headers only: 3 of 3 files end before" in call(capsys, "inspect", copied)[1]
+
+
+def test_inspect_of_what_cannot_be_compressed_has_its_parameters(capsys, copied):
+    config = read_config(copied)
+    (copied / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    known = json.loads(call(capsys, "inspect", copied, "--json")[1])
+    assert known["parameters"]["total"] == known["bytes"] // 2

@@ -49,6 +49,8 @@ def test_the_examples_of_the_help_can_be_parsed(capsys, tmp_path, monkeypatch):
         "sweep.json",
     ):
         (tmp_path / file).touch()
+    run = "source: ./Qwen3-30B-A3B\noutput: ./small\ncalibration: text.jsonl\n"
+    (tmp_path / "run.yaml").write_text(run)
     for verb in VERBS:
         _, out, _ = call(capsys, verb, "--help")
         shown = out.partition("Example:\n\n")[2].partition("\n\n")[0]
@@ -83,7 +85,7 @@ def given(verb, *words):
 
 def run_options(*words):
     values = given("plan", ".", *words)
-    other = {"as_json", "verbose", "stream"}
+    other = {"as_json", "verbose", "stream", "save"}
     return RunOptions.of(**{k: v for k, v in values.items() if k not in other})
 
 

@@ -76,3 +76,18 @@ def test_a_plan_as_json_has_the_bytes_that_the_run_writes(capsys, source, token_
     )
     assert known["memory_bytes"] == sum(known["memory_parts"].values())
     assert known["output"] is None
+
+
+def test_a_plan_tells_parameters_and_sizes_before_and_after(capsys, source):
+    words = ("plan", source, "--keep", "75%", "--any-count")
+    known = json.loads(call(capsys, *words, "--json")[1])
+    before, after = known["parameters"]["before"], known["parameters"]["after"]
+    # two layers, two experts less in each, and their router rows
+    assert before["total"] - after["total"] == 2 * 2 * (3 * 16 * 32 + 32)
+    # a token still goes to three experts
+    assert before["active"] - after["active"] == 2 * 2 * 32
+    out = " ".join(call(capsys, *words)[1].split())
+    assert "3 a token" in out
+    assert "context 64 tokens" in out
+    assert "at 16, 8, 4 bits" in out
+    assert "works with 6 experts a layer, but fails to divide them" in out

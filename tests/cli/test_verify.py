@@ -24,3 +24,11 @@ def test_a_flipped_byte_is_3(capsys, finished, tmp_path):
     assert (status, known["ok"]) == (3, False)
     assert [each["check"] for each in known["findings"] if not each["ok"]] == ["digest"]
     assert call(capsys, "verify", output, "--no-scan")[0] == 0
+
+
+def test_verify_ends_with_what_to_do_next(capsys, finished):
+    status, out, err = call(capsys, "verify", finished, "--no-scan")
+    assert status == 0
+    assert "next:" not in out
+    assert err.startswith(f"next: serve with vLLM: vllm serve {finished}  (tested with ")
+    assert call(capsys, "verify", finished, "--no-scan", "--json")[2] == ""

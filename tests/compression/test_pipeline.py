@@ -447,8 +447,11 @@ def test_events_tell_every_layer_once_in_order(ream):
 def test_the_manifest_tells_what_was_done(ream, name):
     done = ream(name)
     manifest = done.manifest
-    fields = ["format", "fingerprint", "versions", "experts", "files", "documents", "layers"]
-    assert list(manifest) == fields
+    assert list(manifest) == [
+        *("format", "fingerprint", "versions", "experts", "source_bytes", "files"),
+        *("documents", "layers"),
+    ]
+    assert manifest["source_bytes"] == done.plan.source_bytes
     assert manifest["experts"] == {"before": EXPERTS, "after": KEEP}
     assert manifest["fingerprint"]["calibration"] == done.tokens.digest
     assert manifest["fingerprint"]["source"] == done.plan.source.digest()

@@ -29,7 +29,7 @@ from ream_stream.evaluation.evaluate import Result, evaluate, scored
 from ream_stream.evaluation.layer_errors import layer_errors
 from ream_stream.evaluation.memory import plan_evaluation
 from ream_stream.evaluation.metrics import effective_rank
-from ream_stream.events import Step
+from ream_stream.events import Evaluating, Step
 from ream_stream.host_memory import gauge
 from ream_stream.model.streamed_model import StreamedModel
 
@@ -49,6 +49,8 @@ def streamed(folder, tokens, work, dtype=torch.float32):
     result = evaluate(
         open_checkpoint(folder), tokens, work, dtype=dtype, device=CPU, report=steps
     )
+    begun, *steps = steps
+    assert isinstance(begun, Evaluating)
     assert all(isinstance(step, Step) for step in steps)
     assert isinstance(result, Result)
     return result.evaluation
@@ -136,6 +138,8 @@ def test_the_work_folder_holds_two_boundaries_at_most_and_nothing_at_the_end(tmp
 
     def look(event):
         nonlocal most
+        if isinstance(event, Evaluating):
+            return
         # at the first batch of a layer what leaves it has no name yet
         stores = list((work / "evaluate").glob("*/states-*"))
         most = max(most, len(stores))
@@ -156,8 +160,12 @@ def test_the_work_folder_holds_two_boundaries_at_most_and_nothing_at_the_end(tmp
 def test_progress_counts_batches_by_layer_then_sequences(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 64 * 4)
     checkpoint = open_checkpoint(CHECKPOINT)
-    steps = Events()
-    evaluate(checkpoint, demo_tokens(), tmp_path, dtype=torch.float32, device=CPU, report=steps)
+    events = Events()
+    evaluate(
+        checkpoint, demo_tokens(), tmp_path, dtype=torch.float32, device=CPU, report=events
+    )
+    begun, *steps = events
+    assert begun == Evaluating(name=CHECKPOINT.name, layers=4)
     assert [(s.layer, s.phase, s.done, s.total) for s in steps] == [
         *((layer, "propagate", done, 2) for layer in range(4) for done in (1, 2)),
         *((3, "score", done, 6) for done in range(1, 7)),
@@ -182,22 +190,24 @@ def interrupted(tokens, work, *, after, **options):
 def test_a_stopped_evaluation_goes_on_to_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 64 * 4)
     tokens, expected = demo_tokens(padded=True), None
-    for after in (0, 3, 4, 7, 8, 11):
+    for after in (1, 4, 5, 8, 9, 12):
         interrupted(tokens, tmp_path, after=after)
         checkpoint = open_checkpoint(CHECKPOINT)
-        steps = Events()
+        events = Events()
         result = evaluate(
-            checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU, report=steps
+            checkpoint, tokens, tmp_path, dtype=torch.float32, device=CPU, report=events
         )
+        begun, *steps = events
         # layers that were done are not run again
-        assert sum(step.phase == "propagate" for step in steps) == 8 - 2 * min(4, after // 2)
+        assert begun.skipped == min(4, (after - 1) // 2)
+        assert sum(step.phase == "propagate" for step in steps) == 8 - 2 * begun.skipped
         assert expected is None or result == expected
         expected = result
         assert list(tmp_path.iterdir()) == []
 
 
 def test_other_tokens_or_weights_do_not_go_on_with_what_was_left(tmp_path):
-    interrupted(demo_tokens(2, 8), tmp_path, after=4)
+    interrupted(demo_tokens(2, 8), tmp_path, after=5)
     other = evaluate(
         open_checkpoint(CHECKPOINT),
         demo_tokens(3, 8),
@@ -351,7 +361,7 @@ def test_a_checkpoint_beside_itself_differs_in_nothing(tmp_path):
 def test_an_original_that_is_kept_is_not_run_again(pruned, tmp_path):
     results, layers = [], []
     for _ in range(2):
-        steps = Events()
+        events = Events()
         result = evaluate(
             open_checkpoint(pruned),
             demo_tokens(),
@@ -360,9 +370,10 @@ def test_an_original_that_is_kept_is_not_run_again(pruned, tmp_path):
             device=CPU,
             original=open_checkpoint(CHECKPOINT),
             keep_original=True,
-            report=steps,
+            report=events,
         )
         results.append(result)
+        steps = [event for event in events if isinstance(event, Step)]
         layers.append(sum(step.phase == "propagate" for step in steps))
     assert results[0] == results[1]
     assert layers == [8, 4]
@@ -404,7 +415,7 @@ def test_the_effective_rank_is_of_what_enters_the_output_matrix(tmp_path, monkey
 @torch.no_grad()
 def test_the_errors_of_layers_are_those_of_transformers_layers(pruned, tmp_path):
     tokens = demo_tokens(padded=True)
-    steps = Events()
+    events = Events()
     errors = layer_errors(
         open_checkpoint(pruned),
         open_checkpoint(CHECKPOINT),
@@ -413,8 +424,10 @@ def test_the_errors_of_layers_are_those_of_transformers_layers(pruned, tmp_path)
         dtype=torch.float32,
         device=CPU,
         batch_sequences=4,
-        report=steps,
+        report=events,
     )
+    begun, *steps = events
+    assert begun.layers == 4
     assert (len(steps), len(errors)) == (8, 4)
     inputs = [(tokens.input_ids_SL, tokens.attention_mask_SL)]
     original, compressed = (
@@ -446,9 +459,11 @@ def test_the_errors_of_layers_go_on_after_a_stop(pruned, tmp_path):
 
     expected = compared(Events())
     with pytest.raises(InterruptedRunError):
-        compared(Events(2))
-    steps = Events()
-    errors = compared(steps)
+        compared(Events(3))
+    events = Events()
+    errors = compared(events)
+    begun, *steps = events
+    assert begun.skipped == 2
     assert [step.layer for step in steps] == [2, 3]
     assert errors == expected
 

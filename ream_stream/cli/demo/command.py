@@ -11,7 +11,7 @@ from ream_stream import files
 from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
 from ream_stream.calibration.tokens import joined
 from ream_stream.cli.console import columns
-from ream_stream.cli.progress import evaluating
+from ream_stream.cli.evaluation_progress import evaluating
 from ream_stream.cli.report.facts import gather
 from ream_stream.cli.report.page import page
 from ream_stream.cli.run import following
