@@ -4,7 +4,6 @@
 `option` is an option of the command line too, which is generated from it.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -357,55 +356,3 @@ def check_idle(method: Method, given: Iterable[str]) -> None:
                 raise UsageError(
                     f"{flag_of(known[name])} has no effect: {reason}; leave it out"
                 )
-
-
-def check_settings(settings: Settings, num_experts: int) -> None:
-    """Refuse values that there are not, and counts that make no groups of a layer's experts.
-
-    Raises
-    ------
-    UsageError
-        One sentence about the option that does not work and what would.
-    """
-    keep, method = settings.experts, settings.method
-    check_values(settings)
-    check_values(method)
-    _check_refit(settings)
-    most = num_experts * max(1, method.slices)
-    if not 1 <= keep <= most:
-        made = f", cut into {most}" if settings.cuts else ""
-        raise UsageError(
-            f"--experts {keep}: the source has {num_experts} experts a layer{made}"
-        )
-    if settings.cuts and method.grouping != "none":
-        raise UsageError(
-            f"--slices {method.slices}: slices are dropped, and --grouping {method.grouping} "
-            "merges experts; use --method slices, or --grouping none"
-        )
-    if method.grouping == "ream" and keep * method.group_size < num_experts:
-        smallest = -(-num_experts // keep)
-        raise UsageError(
-            f"--group-size {method.group_size}: {keep} groups of at most "
-            f"{method.group_size} cannot hold {num_experts} experts; use {smallest} or more"
-        )
-
-
-def _check_refit(settings: Settings) -> None:
-    """Refuse a refit that cannot be solved, or has nothing to change."""
-    method = settings.method
-    if method.refit == "none":
-        return
-    penalties = method.refit_lambda
-    if not penalties or not all(0 < penalty < math.inf for penalty in penalties):
-        raise UsageError(f"--refit-lambda {penalties}: numbers above 0 are needed")
-    if len(set(penalties)) < len(penalties):
-        raise UsageError(f"--refit-lambda {penalties}: a number is there twice")
-    if method.refit_experts == "changed" and method.grouping == "none":
-        raise UsageError(
-            "--refit-experts changed: pruning changes no expert, so there is none to refit"
-        )
-    if method.refit_target == "trajectory" and not settings.sequential:
-        raise UsageError(
-            "--refit-target trajectory: with --no-sequential each layer is given the original "
-            "model's states, so there is no other trajectory; use --refit-target layer"
-        )

@@ -8,7 +8,8 @@ import pytest
 
 import ream_stream.method
 from ream_stream.errors import UsageError
-from ream_stream.settings import Method, Settings, check_settings, options_of
+from ream_stream.planning.settings_check import check_settings
+from ream_stream.settings import Method, Settings, options_of
 
 NO_OPTIONS = {"PRECONDITIONERS"}
 """Tables of the method that a run does not choose in."""

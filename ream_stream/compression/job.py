@@ -5,10 +5,9 @@ source's headers, the output folder, the plan, and the calibration text last.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -20,18 +19,16 @@ from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, check_path, open_checkpoint, vocab_size_of
 from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
 from ream_stream.events import Preparing, Report, no_report
-from ream_stream.file_access import free_bytes, why_not_writable
+from ream_stream.file_access import why_not_writable
 from ream_stream.host_memory import trim
 from ream_stream.model import device as devices
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import TOP_K_KEYS, family_of
 from ream_stream.planning.disk import check_disk
-from ream_stream.planning.model_size import context_length, model_size, stored_as
-from ream_stream.planning.phase_cost import Cost
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Begun, Budgets
-from ream_stream.planning.serving_limits import check_served, serving_notes
+from ream_stream.planning.serving_limits import check_served
 from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.planning.throughput import Forecast, forecast
 from ream_stream.settings import Settings
@@ -201,93 +198,6 @@ def num_experts(checkpoint: Checkpoint) -> int:
     if not stacks:
         raise UnsupportedModelError(f"{checkpoint.folder} is a dense model: it has no experts")
     return max(stack.count for stack in stacks)
-
-
-def plan_facts(job: Job) -> dict[str, Any]:
-    """Return all that is known before a run, as plain data."""
-    plan = job.plan
-    output = job.workspace.output if job.workspace else None
-    return {
-        "source": str(plan.source.folder),
-        "source_files": len(plan.source.files()),
-        "headers_only_files": len(plan.source.cut_files()),
-        "is_remote": plan.source.fetch is not None,
-        "output": str(output) if output else None,
-        "family": plan.config["model_type"],
-        "layers": len(plan.layers),
-        "moe_layers": len(plan.moe_layers),
-        "mtp_layers": sum(layer.keys.is_mtp for layer in plan.layers),
-        "experts_before": plan.num_experts,
-        "experts_after": plan.settings.experts,
-        "experts_per_token": plan.top_k,
-        "experts_per_token_after": plan.output_top_k,
-        "width_before": plan.experts[0].inner,
-        "width_after": plan.experts[1].inner,
-        "notes": notes_of(plan),
-        "settings": plan.settings.fields(),
-        "method": job.method,
-        "method_reason": job.reason,
-        "parameters": {
-            "before": model_size(plan.source).facts(),
-            "after": model_size(plan.output_model.checkpoint).facts(),
-        },
-        "context_length": context_length(plan.source.config),
-        "stored_as": {
-            "before": stored_as(plan.source),
-            "after": stored_as(plan.output_model.checkpoint),
-        },
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.output_bytes,
-        "calibration_sequences": plan.sequences,
-        "calibration_sequence_length": plan.sequence_length,
-        "batch_sequences": plan.schedule.batch_sequences,
-        "memory_bytes": plan.memory_bytes,
-        "memory_parts": dict(plan.memory),
-        "memory_budget_bytes": plan.budgets.ram,
-        "expert_blocks": plan.schedule.expert_blocks,
-        "resident_experts": plan.schedule.resident_experts,
-        "device_memory_bytes": sum(plan.device_memory.values()),
-        "device_memory_parts": dict(plan.device_memory),
-        "device_memory_budget_bytes": plan.budgets.vram,
-        "disk_bytes": plan.disk_bytes,
-        "disk_parts": plan.disk,
-        "disk_free_bytes": free_bytes(output) if output else None,
-        "device": str(job.device),
-        "device_is_here": devices.is_here(job.device),
-        "threads": plan.schedule.threads,
-        "begun": job.workspace is not None and job.workspace.has_journal(),
-        "complete": job.workspace is not None and job.workspace.is_complete(),
-        "committed_layers": len(job.journal.layers) if job.journal else 0,
-        "forecast": None if job.forecast is None else forecast_facts(job.forecast),
-    }
-
-
-def notes_of(plan: Plan) -> list[str]:
-    """Return the plan's, and what a server may make of a new number of experts."""
-    experts = plan.settings.experts
-    return [*plan.notes, *([] if experts == plan.num_experts else serving_notes(experts))]
-
-
-def forecast_facts(forecast: Forecast) -> dict[str, Any]:
-    """Return the remaining work, by phase and in all, and the rates behind the times."""
-    seconds = forecast.seconds
-
-    def described(cost: Cost, time: float) -> dict[str, Any]:
-        return {
-            "read_bytes": cost.read_bytes,
-            "cached_bytes": cost.cached_bytes,
-            "written_bytes": cost.written_bytes,
-            "flop": cost.flop,
-            "decoded_numbers": cost.decoded_numbers,
-            "encoded_numbers": cost.encoded_numbers,
-            "seconds": time,
-        }
-
-    return {
-        **described(forecast.total, sum(seconds.values())),
-        "phases": {name: described(c, seconds[name]) for name, c in forecast.costs.items()},
-        "rates": asdict(forecast.throughput),
-    }
 
 
 def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device) -> Settings:

@@ -14,8 +14,9 @@ from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamErr
 from ream_stream.events import Event, Report, TakenOver, no_report
 
 from .event_log import Log
-from .job import Job, plan_facts
+from .job import Job
 from .pipeline import compress
+from .plan_facts import plan_facts
 from .workspace import Workspace
 
 

@@ -16,7 +16,8 @@ import torch
 
 from ream_stream.checkpoint import hub
 from ream_stream.compression.config import RunOptions
-from ream_stream.compression.job import plan_facts, prepare
+from ream_stream.compression.job import prepare
+from ream_stream.compression.plan_facts import plan_facts
 from ream_stream.compression.run import CompressionResult, run
 from ream_stream.errors import UsageError
 from ream_stream.events import Fetching, Planned, Report, no_report

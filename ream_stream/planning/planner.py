@@ -6,23 +6,21 @@ config, so that a checkpoint which would not load is refused before the first
 layer.
 """
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from ream_stream.checkpoint.config_json import find_mtp, lacks_mtp, text_config
-from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.checkpoint.shard_fetcher import ShardFetcher
 from ream_stream.checkpoint.source_card import source_metadata
 from ream_stream.errors import DamagedError, UnsupportedModelError, UsageError
-from ream_stream.model.families import ExpertSizes, Family, family_of
+from ream_stream.model.families import ExpertSizes, family_of
 from ream_stream.model.meta_model import trusting
 from ream_stream.model.mtp import why_unknown
 from ream_stream.model.streamed_model import StreamedModel
-from ream_stream.settings import Settings, check_settings
+from ream_stream.settings import Settings
 
 from .activation_memory import Footprints
 from .allocation import allocate
@@ -31,6 +29,7 @@ from .memory import MemoryModel, Workload
 from .output_layout import decoded_matrices, lay_out, output_config, output_quantization
 from .plan import Layout, Plan
 from .schedule import Begun, Budgets
+from .settings_check import check_cut, check_settings
 
 CPU = torch.device("cpu")
 
@@ -124,7 +123,7 @@ def _lay_out(
     if problem := routed.problem(settings.experts):
         raise UsageError(f"--experts {settings.experts}: {problem}")
     if settings.cuts:
-        _check_cut(model, family, settings, stacks)
+        check_cut(model, family, settings, stacks)
     sizes = ExpertSizes(count=num_experts, inner=stacks[0].inner, top_k=model.top_k)
     decoded = decoded_matrices(model) if settings.decodes else {}
     layers, outside = lay_out(model, family, num_experts, settings, decoded)
@@ -157,53 +156,6 @@ def _lay_out(
     if layout.tracks_original:
         _check_adds(footprints, source)
     return layout, footprints
-
-
-def _check_cut(
-    model: StreamedModel, family: Family, settings: Settings, stacks: Sequence[ExpertStack]
-) -> None:
-    """Refuse slices that the family, or the layout of the layers, has no place for."""
-    slices, inner, config = settings.method.slices, stacks[0].inner, model.text_config
-    if reason := family.uncut(config, slices):
-        raise UsageError(f"--slices {slices}: {config.model_type} cannot be cut, {reason}")
-    if any(stack.inner != inner for stack in stacks):
-        raise UnsupportedModelError(
-            "layers have experts of different widths: they cannot be cut"
-        )
-    if (
-        any(
-            layer.stack
-            and family.router_tensors(layer.stack.block, model.checkpoint.entries)[1]
-            for layer in model.layers
-        )
-        and slices > 1
-    ):
-        raise UsageError(
-            f"--slices {slices}: a layer chooses its experts by a table of token ids, which "
-            "has no place for slices; use --slices 1 with --width"
-        )
-    width = settings.width(inner)
-    if slices * width > inner or width * slices < 1:
-        raise UsageError(
-            f"--slices {slices} --width {width}: an expert has {inner} neurons, "
-            f"{slices} slices can have {inner // slices} each"
-        )
-    multiple = (
-        1 if settings.decodes else max(m.stored.codec.multiple for m in stacks[0].matrices)
-    )
-    if inner % multiple == 0 and width % multiple:
-        raise UsageError(
-            f"--width {width}: {stacks[0].scheme} is stored and run in groups of {multiple}; "
-            "give a multiple of it, or --dtype bf16"
-        )
-    for key in family.shared_counts:
-        shared = getattr(config, key, None)
-        if isinstance(shared, int) and shared * inner % width:
-            raise UsageError(
-                f"--width {width}: the shared experts of {config.model_type} are "
-                f"{shared * inner} wide, and config.json can tell multiples of the experts' "
-                "width only: give a divisor of it"
-            )
 
 
 def _without_tensors(source: Checkpoint) -> list[str]:

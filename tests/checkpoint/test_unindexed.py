@@ -18,7 +18,7 @@ from tiny_runs import run, settings
 from ream_stream.checkpoint import hub
 from ream_stream.checkpoint.config_json import find_mtp
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.compression.job import notes_of
+from ream_stream.compression.plan_facts import notes_of
 from ream_stream.errors import DamagedError
 from ream_stream.evaluation.source_diff import against
 from ream_stream.evaluation.verify import verify
