@@ -43,6 +43,10 @@ VARIANTS = {
         experts=3,
         method=Method(grouping="none", refit="down", refit_target="trajectory"),
     ),
+    "slices": Settings(
+        experts=6,
+        method=Method(grouping="none", slices=2, refit="down", refit_target="trajectory"),
+    ),
 }
 
 
