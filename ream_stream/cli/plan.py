@@ -6,10 +6,11 @@ from typing import Any
 import click
 
 from ream_stream.compression.config import RunOptions
+from ream_stream.planning.gpus import GPUS
 from ream_stream.settings import Method, Settings, options_of
 
 from .options import options_for
-from .params import Verb, exit_statuses, json_option, verbose_option
+from .params import Verb, exit_statuses, json_option, option, verbose_option
 from .source import source_argument
 
 _ONLY_SIZE = {
@@ -23,12 +24,20 @@ _ONLY_SIZE = {
 @source_argument
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @options_for(RunOptions, Method, Settings, changed={"calibration": _ONLY_SIZE})
+@option(
+    "Machine",
+    "--gpu",
+    type=click.Choice(tuple(GPUS)),
+    help="Plan for this GPU, which need not be here: its memory, and times by the rates of its "
+    "data sheet.",
+)
 @verbose_option
 @json_option
 def plan(
     source: Path | str,
     output: Path | None,
     *,
+    gpu: str | None,
     verbose: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - those of RunOptions, Method and Settings
@@ -45,13 +54,14 @@ def plan(
     \b
         ream-stream plan ./Qwen3-30B-A3B --keep 75%
         ream-stream plan ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --ram 16GB --json
+        ream-stream plan Qwen/Qwen3-30B-A3B --keep 75% --gpu rtx-4090 --ram 48GB
     """
     from ream_stream.evaluation import api
 
     from .console import console, print_json
     from .plan_view import plan_table
 
-    known = api.plan(source, output, **values).details
+    known = api.plan(source, output, gpu=gpu, **values).details
     if as_json:
         print_json(known)
     else:

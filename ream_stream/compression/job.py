@@ -25,6 +25,7 @@ from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import family_of
 from ream_stream.planning.cost import Cost
 from ream_stream.planning.disk import check_disk
+from ream_stream.planning.gpus import EFFICIENCY, Gpu
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
@@ -62,6 +63,12 @@ class Job:
     device: torch.device
     """Device that layers run on."""
 
+    gpu: Gpu | None = None
+    """GPU that is planned for by its data sheet."""
+
+    unused_gpu: str | None = None
+    """Note on a GPU of this machine that ``--device auto`` could not choose."""
+
     forecast: Forecast | None = None
     """Remaining work and its estimated duration; None if nothing remains."""
 
@@ -72,13 +79,19 @@ class Job:
         return tuple(sum(entries[name].nbytes for name in each.keys.names) for each in layers)
 
 
-def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = True) -> Job:
+def prepare(
+    options: RunOptions,
+    *,
+    restart: bool = False,
+    with_data: bool = True,
+    gpu: Gpu | None = None,
+) -> Job:
     """Work out what the options come to.
 
     Parameters
     ----------
-    options
-        As parsed.
+    options, gpu
+        As parsed; the GPU that is planned for, whatever there is here.
     restart
         Whether a run in the output folder is to be discarded.
     with_data
@@ -91,7 +104,7 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     """
     check_usage(options)
     checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
-    device, vram = _device(options, plans_only=not with_data)
+    device, budgets = _machine(options, gpu, plans_only=not with_data)
     settings = _settings(options, checkpoint, device)
     workspace = None
     if options.output is not None:
@@ -101,25 +114,20 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
     journal = None if workspace is None else _journal(workspace, restart=restart)
     wanted = calibration_of(options)
     tokens = _token_file(wanted, checkpoint)
-    begun = journal.begun() if journal else None
     plan = make_plan(
         checkpoint,
         settings,
         options.sequences if tokens is None else tokens.num_sequences,
         options.sequence_length if tokens is None else tokens.sequence_length,
-        budgets=Budgets.of(options.ram, disk=options.disk, vram=vram),
+        budgets=budgets,
         threads=options.threads,
         padded=tokens is None or tokens.attention_mask_SL is not None,
         output=workspace.output if workspace else None,
         work=workspace.work if workspace else None,
-        begun=begun,
+        begun=journal.begun() if journal else None,
     )
     torch.set_num_threads(plan.schedule.threads)
-    if not options.any_count:
-        check_served(settings.experts, plan.num_experts, plan.routing_groups)
-    check_names(workspace.output if workspace else Path(), output_files(plan))
-    if workspace is not None:
-        check_disk(plan, workspace.output, workspace.work, begun)
+    _check_output(plan, options, workspace, journal)
     job = Job(
         plan=plan,
         workspace=workspace,
@@ -127,8 +135,22 @@ def prepare(options: RunOptions, *, restart: bool = False, with_data: bool = Tru
         tokens=tokens,
         request=None,
         device=device,
+        gpu=gpu,
+        unused_gpu=_unused_gpu(options, device),
     )
     return _with_forecast(_with_tokens(job, wanted))
+
+
+def _check_output(
+    plan: Plan, options: RunOptions, workspace: Workspace | None, journal: Journal | None
+) -> None:
+    """Refuse a number of experts, names of files or a size that the output cannot have."""
+    if not options.any_count:
+        check_served(plan.settings.experts, plan.num_experts, plan.routing_groups)
+    check_names(workspace.output if workspace else Path(), output_files(plan))
+    if workspace is not None:
+        begun = journal.begun() if journal else None
+        check_disk(plan, workspace.output, workspace.work, begun)
 
 
 def num_experts(checkpoint: Checkpoint) -> int:
@@ -163,7 +185,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "experts_before": plan.num_experts,
         "experts_after": plan.settings.experts,
         "experts_per_token": plan.top_k,
-        "notes": notes_of(plan),
+        "notes": notes_of(plan) + ([job.unused_gpu] if job.unused_gpu else []),
         "settings": plan.settings.fields(),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
@@ -183,12 +205,17 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "disk_free_bytes": free_bytes(output) if output else None,
         "device": str(job.device),
         "device_is_here": devices.is_here(job.device),
+        "gpu": _gpu_facts(job.gpu),
         "threads": plan.schedule.threads,
         "begun": job.workspace is not None and job.workspace.has_journal(),
         "complete": job.workspace is not None and job.workspace.is_complete(),
         "committed_layers": len(job.journal.layers) if job.journal else 0,
         "forecast": None if job.forecast is None else forecast_facts(job.forecast),
     }
+
+
+def _gpu_facts(gpu: Gpu | None) -> dict[str, Any] | None:
+    return None if gpu is None else {**asdict(gpu), "efficiency": EFFICIENCY}
 
 
 def notes_of(plan: Plan) -> list[str]:
@@ -238,6 +265,18 @@ def _routing_groups(checkpoint: Checkpoint) -> int:
     return max(1, family_of(checkpoint.config).groups(told))
 
 
+def _machine(
+    options: RunOptions, gpu: Gpu | None, *, plans_only: bool
+) -> tuple[torch.device, Budgets]:
+    """Return device and budgets: of this machine, or of one with a named GPU."""
+    if gpu is None:
+        device, vram = _device(options, plans_only=plans_only)
+    else:
+        device, vram = _planned_device(options, gpu)
+    elsewhere = gpu is not None
+    return device, Budgets.of(options.ram, disk=options.disk, vram=vram, elsewhere=elsewhere)
+
+
 def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:
     """Return the device of the layers, and its memory budget; None for the processor.
 
@@ -260,6 +299,25 @@ def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int
             )
         return device, None
     return device, options.vram or devices.free_bytes(device)
+
+
+def _unused_gpu(options: RunOptions, device: torch.device) -> str | None:
+    """Return a note if ``auto`` took the processor though the machine has a GPU."""
+    return devices.unused_gpu() if (options.device, device.type) == ("auto", "cpu") else None
+
+
+def _planned_device(options: RunOptions, gpu: Gpu) -> tuple[torch.device, int]:
+    """Return the device of a plan for a named GPU, and its memory budget.
+
+    Raises
+    ------
+    UsageError
+        Layers would run on the processor.
+    """
+    if options.device == "cpu":
+        raise UsageError(f"--gpu {gpu.name} and --device cpu exclude each other; leave one out")
+    device = "cuda" if options.device == "auto" else options.device
+    return torch.device(device), options.vram or gpu.budget_bytes
 
 
 def _journal(workspace: Workspace, *, restart: bool) -> Journal | None:
@@ -321,5 +379,7 @@ def _with_forecast(job: Job) -> Job:
         return job
     committed = len(job.journal.layers) if job.journal else 0
     # for a device that is only planned for, the processor stands in
-    device = job.device if devices.is_here(job.device) else torch.device("cpu")
-    return replace(job, forecast=forecast(job.plan, device, committed=committed))
+    here = job.gpu is None and devices.is_here(job.device)
+    device = job.device if here else torch.device("cpu")
+    found = forecast(job.plan, device, committed=committed, gpu=job.gpu)
+    return replace(job, forecast=found)

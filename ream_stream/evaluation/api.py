@@ -20,6 +20,7 @@ from ream_stream.compression.job import plan_facts, prepare
 from ream_stream.compression.run import CompressionResult, run
 from ream_stream.errors import UsageError
 from ream_stream.events import Fetching, Planned, Report, no_report
+from ream_stream.planning.gpus import gpu_named
 from ream_stream.settings import Method, Settings, given_options
 
 from .config import ScoreOptions
@@ -71,6 +72,7 @@ def plan(
     calibration: Texts | None = None,
     restart: bool = False,
     with_data: bool = False,
+    gpu: str | None = None,
     **options: Any,  # noqa: ANN401
 ) -> PlanResult:
     """Tell what `compress` would do with the same arguments; write nothing.
@@ -81,6 +83,8 @@ def plan(
         As in `compress`; without `calibration` only its size counts.
     with_data
         Whether shards that end after their headers are refused.
+    gpu
+        Key of `planning.gpus.GPUS`: the GPU that is planned for, by its data sheet.
 
     Raises
     ------
@@ -88,9 +92,10 @@ def plan(
         As `compress` before it begins.
     """
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
+    card = None if gpu is None else gpu_named(gpu)
     asked, remote = _located(source, output, {**given, **options})
     with _threads_kept():
-        job = prepare(asked, restart=restart, with_data=with_data and remote is None)
+        job = prepare(asked, restart=restart, with_data=with_data and remote is None, gpu=card)
     found = job.plan
     return PlanResult(
         settings=found.settings,

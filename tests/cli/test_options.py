@@ -82,7 +82,7 @@ def given(verb, *words):
 
 def run_options(*words):
     values = given("plan", ".", *words)
-    other = {"as_json", "verbose", "stream"}
+    other = {"as_json", "verbose", "stream", "gpu"}
     return RunOptions.of(**{k: v for k, v in values.items() if k not in other})
 
 
