@@ -26,7 +26,7 @@ from ream_stream.cli.comparison_view import (
     trials_of,
 )
 from ream_stream.cli.demo import CHECKPOINT
-from ream_stream.cli.report.figures import bars, heat_map, lines, pareto_picture, standalone
+from ream_stream.cli.report.figures import bars, lines, pareto_picture, standalone
 from ream_stream.compression import pipeline
 from ream_stream.compression.file_lock import MARK
 from ream_stream.errors import InterruptedRunError, UsageError
@@ -254,8 +254,7 @@ def test_a_sweep_by_hand(made):
 def test_pictures_are_svg_that_brings_its_colors_along(made):
     figures = [
         pareto_picture(swept(made)),
-        heat_map([[1.0, 0.0], [0.0, 1.0]], "cells").replace('">', '"/>'),
-        bars([0.0, 2.0], "bars & more", marked=[1]),
+        bars([0.0, 2.0], "bars & more", "height", marked=[1]),
         lines({"own": [0.1, 0.2], "total": [0.2, 0.3]}, "layer", "error"),
     ]
     for figure in figures:

@@ -24,7 +24,8 @@ from ream_stream.cli.params import (
     multiple=True,
     type=FILE,
     metavar="FILE",
-    help="What eval --json printed, or comparison.json or sweep.json; may be given for each.",
+    help="What eval --json or verify --json printed, or comparison.json or sweep.json; may be "
+    "given for each.",
 )
 @work_dir_option
 @option(
@@ -47,9 +48,10 @@ def report(
 ) -> None:
     """Write one page about the compressed checkpoint in OUTPUT.
 
-    What was done, sizes, time and memory as planned and as measured, what each expert is
-    worth and which absorbed which, and the quality that was measured. The page needs no
-    network; --json prints the same numbers.
+    Is it whole, how good was it measured to be, what each expert is worth and which was
+    merged into which, time and memory as planned and as measured. Without what verify
+    printed, headers and documents are checked. The page needs no network; --json prints the
+    same numbers.
 
     Example:
 
