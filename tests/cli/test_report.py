@@ -356,6 +356,20 @@ def large(layers, experts, kept):
     }  # fmt: skip
 
 
+def test_what_was_measured_goes_into_the_model_card_if_it_is_asked_for(made, tmp_path, capsys):
+    output = shutil.copytree(made / "out", tmp_path / "out")
+    words = ["report", str(output), "--html", str(tmp_path / "a.html"), "--card"]
+    assert main(words) == 2
+    assert "--card: nothing was measured" in capsys.readouterr().err
+    assert main([*words, "--results", str(made / "eval.json")]) == 0
+    text = (output / "README.md").read_text()
+    assert "| all | 90 | 12.500 | 11.000 | +0.1250 | 87.5% |" in text
+    assert main(["verify", str(output)]) == 0
+    (output / "README.md").write_text("mine")
+    assert main([*words, "--results", str(made / "eval.json")]) == 2
+    assert (output / "README.md").read_text() == "mine"
+
+
 def test_hundreds_of_layers_stay_a_page_that_a_browser_opens():
     page = page_of(large(240, 512, 384))
     reader = read(page)
