@@ -253,11 +253,11 @@ def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device)
         num_experts(checkpoint),
         compute_dtype=str(dtype).removeprefix("torch."),
         device_kind=device.type,
-        routing_groups=_routing_groups(checkpoint),
+        routing_groups=routing_groups(checkpoint),
     )
 
 
-def _routing_groups(checkpoint: Checkpoint) -> int:
+def routing_groups(checkpoint: Checkpoint) -> int:
     """Return the groups of the router as config.json tells them; the plan checks the number."""
     text = text_config(checkpoint.config)
     numbers = {key: value for key, value in text.items() if type(value) is int}

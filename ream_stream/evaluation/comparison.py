@@ -80,6 +80,11 @@ class Outcome:
     fields: Mapping[str, Any]
     """Settings of the trial by field name."""
 
+    @property
+    def experts(self) -> int | None:
+        """Experts that each layer keeps; None for the original."""
+        return self.fields.get("experts")
+
     def value(self, domain: str, measure: str) -> float | None:
         """Return one of `MEASURES` in a domain; None if it is not known there."""
         return MEASURES[measure](self.scores[domain])
@@ -160,20 +165,24 @@ def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
 
 
-def grouped(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    """Return the outcomes by mix and name, in order: those that differ in their seed."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
+def grouped(
+    outcomes: Sequence[Outcome],
+) -> dict[tuple[str, str, int | None], list[Outcome]]:
+    """Return outcomes by mix, name and experts, in order: those that differ in their seed."""
+    groups: dict[tuple[str, str, int | None], list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault((outcome.mix, outcome.name), []).append(outcome)
+        groups.setdefault((outcome.mix, outcome.name, outcome.experts), []).append(outcome)
     return groups
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Return, for each mix and name, mean and spread of every measure in every domain."""
+    """Return, for each mix, name and size, mean and spread of every measure in every domain."""
     return [
         {
             "mix": mix,
             "name": name,
+            "experts": experts,
+            "output_bytes": group[0].output_bytes,
             "runs": len(group),
             "scores": {
                 domain: {
@@ -183,7 +192,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 for domain in group[0].scores
             },
         }
-        for (mix, name), group in grouped(outcomes).items()
+        for (mix, name, experts), group in grouped(outcomes).items()
     ]
 
 
@@ -194,6 +203,7 @@ def rows(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
             yield {
                 "mix": outcome.mix,
                 "name": outcome.name,
+                "experts": outcome.experts,
                 "seed": outcome.seed,
                 "domain": domain,
                 **{measure: outcome.value(domain, measure) for measure in MEASURES},

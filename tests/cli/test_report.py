@@ -61,7 +61,15 @@ SCORES = {
     "divergence": None,
     "same top": [1, 0],
 }
-COMPARISON = {"kind": "comparison", "summary": [{"name": "<b>", "scores": {"all": SCORES}}]}
+POINTS = [
+    {"name": "<b>", "mix": "", "experts": n, "output_bytes": n * 10**9, "nats more": [0.5, 0]}
+    for n in (16, 24)
+]
+COMPARISON = {
+    "kind": "comparison",
+    "summary": [{"name": "<b>", "scores": {"all": SCORES}}],
+    "curve": {"points": POINTS, "recommended": 0, "rule": "a rule"},
+}
 SWEEP = {
     "kind": "sweep",
     "axes": ["general", "code"],
@@ -135,7 +143,15 @@ def test_the_page_tells_what_is_known(made, page):
         for group in layer["groups"]:
             if len(group) > 1:
                 assert f"{group[0]} took in {', '.join(map(str, group[1:]))}" in text
-    for words in ("87.5%", "12.500", "17.00", "On code alone", "alignment gain", "code, math"):
+    for words in (
+        "87.5%",
+        "12.500",
+        "17.00",
+        "On code alone",
+        "16 experts by <b>; a rule",
+        "alignment gain",
+        "code, math",
+    ):
         assert words in text
     # names are text, whatever is in them
     assert "<b>" in text

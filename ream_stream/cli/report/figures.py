@@ -32,6 +32,7 @@ COLORS = (
 """Colors of the series in order; further series start again with the first."""
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 360, 56, 44, 16, 16
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1.0, "bytes"))
 _ENTRY = 16  # height of a line of the legend
 
 
@@ -83,13 +84,38 @@ def pareto_picture(known: Mapping[str, Any]) -> str:
     return scatter(series, line, f"{axes[0]}, %", f"mean of {others}, %")
 
 
+def size_picture(curve: Mapping[str, Any]) -> str:
+    """Return loss against size: a line a method and mix, a point of its own for the best."""
+    points = curve["points"]
+    largest = max(each["output_bytes"] for each in points)
+    unit, name = next(each for each in _UNITS if largest >= each[0])
+
+    def place(point: Mapping[str, Any]) -> tuple[float, float]:
+        return point["output_bytes"] / unit, point["nats more"][0]
+
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for each in points:
+        named = ", ".join(filter(None, (each["name"], each["mix"])))
+        told = f"{named}, {each['experts']} experts"
+        series.setdefault(named, []).append((*place(each), told))
+    best = points[curve["recommended"]]
+    x, y = place(best)
+    series["recommended"] = [(x, y, f"recommended: {best['experts']} experts, {best['name']}")]
+    return scatter(series, [], f"weights, {name}", "nats a token more", joined=True)
+
+
 def scatter(
     series: Mapping[str, Sequence[tuple[float, float, str]]],
     through: Sequence[tuple[float, float]],
     x_name: str,
     y_name: str,
+    *,
+    joined: bool = False,
 ) -> str:
-    """Return points by series, each with its title, and a line through some of them."""
+    """Return points by series, each with its title, and a line through some of them.
+
+    If `joined`, a line through the points of each series too.
+    """
     points = [point for each in series.values() for point in each]
     across = _Scale([p[0] for p in points], _LEFT, _WIDTH - _RIGHT)
     up = _Scale([p[1] for p in points], _HEIGHT - _BOTTOM, _TOP)
@@ -98,6 +124,9 @@ def scatter(
     parts.append(f'<polyline class="front" points="{line}"/>')
     for number, (name, own) in enumerate(series.items()):
         color = COLORS[number % len(COLORS)]
+        if joined:
+            path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y, _ in sorted(own))
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}"/>')
         parts += [
             f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="4" fill="{color}">'
             f"<title>{safe(title)}: {x:.2f}, {y:.2f}</title></circle>"

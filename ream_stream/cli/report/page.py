@@ -11,7 +11,7 @@ from ream_stream.units import format_seconds, format_size
 from ream_stream.untrusted import printable
 
 from .experts import details, overview
-from .figures import STYLE, lines, pareto_picture, ranges
+from .figures import STYLE, lines, pareto_picture, ranges, size_picture
 
 _UNKNOWN = "-"
 _MOST_ROWS = 40
@@ -37,6 +37,7 @@ def page(facts: Mapping[str, Any]) -> str:
         headline=_headline(facts),
         quality=_quality(facts["evaluation"]) if facts["evaluation"] else None,
         comparison=_comparison(facts["comparison"]) if facts["comparison"] else None,
+        sizes=_sizes(facts),
         pareto=pareto_picture(facts["sweep"]) if facts["sweep"] else "",
         sweep_volumes=_volumes(facts["sweep"]) if facts["sweep"] else [],
         resources=_resources(facts) if facts["run"] else [],
@@ -194,6 +195,20 @@ def _comparison(known: Mapping[str, Any]) -> dict[str, Any]:
             for each in listed
         ],
     }
+
+
+def _sizes(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return pictures of loss against size, each with what it recommends and why."""
+    found = [facts[kind].get("curve") for kind in ("comparison", "sweep") if facts[kind]]
+    return [
+        (
+            size_picture(curve),
+            f"Recommended: {curve['points'][curve['recommended']]['experts']} experts by "
+            f"{curve['points'][curve['recommended']]['name']}; {curve['rule']}.",
+        )
+        for curve in found
+        if curve
+    ]
 
 
 def _volumes(known: Mapping[str, Any]) -> list[tuple[str, str]]:
