@@ -183,7 +183,7 @@ def compare_seeds(
     """Print a table of methods by name at several sizes, with the spread over seeds."""
     for experts in counts:
         grid = Grid(
-            experts=experts, methods=named(names), seeds=tuple(range(seeds)), group_size=None
+            experts=(experts,), methods=named(names), seeds=tuple(range(seeds)), group_size=None
         )
         trials = trials_of(job, grid, calibration(amount))
         outcomes = _carried_out(job, trials)
@@ -195,14 +195,14 @@ def compare_seeds(
 def sweep(seeds: int, job: ComparisonSetup, amount: Amount) -> None:
     """Print scores, front, hypervolumes and correlations of ten mixes."""
     grid = Grid(
-        experts=24,
+        experts=(24,),
         methods=("ream", "reap"),
         seeds=tuple(range(seeds)),
         group_size=None,
         mixes=tuple(MIXES),
     )
     outcomes = _carried_out(job, trials_of(job, grid, calibration(amount)))
-    known = sweep_facts(job, grid, outcomes)
+    known = sweep_facts(outcomes)
     write_files(
         job.folder, {"sweep.json": known, "sweep.svg": standalone(pareto_picture(known))}
     )

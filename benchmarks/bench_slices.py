@@ -63,7 +63,7 @@ def sequences(
     path: Path, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, *, thin: bool
 ) -> torch.Tensor:
     """Return token ids of so many sequences, (count, LENGTH)."""
-    documents = [json.loads(line)["text"] for line in path.open()]
+    documents = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
     random.Random(seed).shuffle(documents)
     drawn, rows = random.Random(seed + 1), []
     for document in documents:
@@ -83,10 +83,11 @@ def token_set(
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     seed: int,
-    **how: Any,
+    *,
+    absent: str | None = None,
+    thin: bool = False,
 ) -> Tokens:
     """Return the tokens of all domains but the absent one."""
-    absent, thin = how.get("absent"), how.get("thin", False)
     sets = {}
     for path in sorted(folder.glob(f"*.{kind}.jsonl")):
         domain = path.name.split(".")[0]
@@ -155,10 +156,15 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     tokenizer = load_tokenizer(options.checkpoint)
-    how = {"thin": options.thin, "absent": options.absent}
     tokens = {
         seed: token_set(
-            options.texts, "calibration", tokenizer, options.documents, 100 + seed, **how
+            options.texts,
+            "calibration",
+            tokenizer,
+            options.documents,
+            100 + seed,
+            absent=options.absent,
+            thin=options.thin,
         )
         for seed in range(options.seeds)
     }

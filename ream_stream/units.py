@@ -77,6 +77,17 @@ def parse_share(text: str) -> Fraction:
     return share
 
 
+def parse_shares(text: str) -> tuple[Fraction, ...]:
+    """Return shares with commas between them, as `parse_share` reads each.
+
+    Raises
+    ------
+    ValueError
+        One of them is no share.
+    """
+    return tuple(parse_share(each) for each in text.split(","))
+
+
 def parse_numbers(text: str) -> tuple[float, ...]:
     """Return numbers with commas between them.
 

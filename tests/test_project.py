@@ -11,6 +11,7 @@ from hypothesis.internal.conjecture.providers import HypothesisProvider
 from packaging.requirements import Requirement
 
 import ream_stream
+from ream_stream.untrusted import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -28,6 +29,7 @@ TOP_LEVEL = {
     "README.md",
     "SECURITY.md",
     "benchmarks",
+    "compose.yaml",
     "constraints.txt",
     "docs",
     "pyproject.toml",
@@ -146,6 +148,25 @@ def test_the_image_keeps_the_rules_that_need_no_engine_to_check():
     assert {"/model", "/out", "/work"} <= set(re.findall(r'"([^"]+)"', volumes))
     assert "HOME=/work" in text("Dockerfile")
     assert all("--no-cache-dir" in line for line in lines if "pip install" in line)
+
+
+def test_the_services_of_compose_are_built_and_run_as_the_image_is_made():
+    compose = parse_yaml(text("compose.yaml"))
+    dockerfile = text("Dockerfile")
+    arguments = set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
+    volumes = set(re.findall(r'"(/\w+)"', re.search(r"^VOLUME.*$", dockerfile, re.M)[0]))
+    assert set(compose["services"]) == {"ream-stream", "gpu"}
+    for service in compose["services"].values():
+        assert service["build"]["context"] == "."
+        assert set(service["build"]["args"]) == arguments
+        mounted = {volume.rsplit(":", 1)[0] if volume.endswith(":ro") else volume
+                   for volume in service["volumes"]}  # fmt: skip
+        assert volumes <= {each.rpartition(":")[2] for each in mounted}
+        assert service["user"].startswith("${")
+    gpu = compose["services"]["gpu"]
+    assert gpu["build"]["args"]["PIP_EXTRA_INDEX_URL"] == ""
+    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
 def test_the_script_of_ci_can_be_run():

@@ -16,6 +16,22 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 _FRONT = re.compile(r"\A(?:\ufeff)?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
+def hub_name(folder: Path) -> str | None:
+    """Return ``ORG/NAME`` of a folder in the hub's cache, or in ours for headers; else None."""
+    parts = folder.resolve().parts
+    for part in reversed(parts):
+        if part.startswith("models--") and part.count("--") == 2:
+            return part.removeprefix("models--").replace("--", "/")
+    if parts[-4:-3] == ("ream-stream",) and re.fullmatch(r"[0-9a-f]{40}", parts[-2]):
+        return f"{parts[-3]}/{parts[-1]}"
+    return None
+
+
+def source_name(folder: Path) -> str:
+    """Return what people call a source: its name on the hub, or that of its folder."""
+    return hub_name(folder) or folder.resolve().name
+
+
 def source_metadata(folder: Path) -> tuple[dict[str, Any], str | None]:
     """Return the inherited entries, and a note if the card's head cannot be read."""
     path = folder / CARD

@@ -17,7 +17,7 @@ from ream_stream.calibration.packing import read_tokens
 from ream_stream.calibration.token_cache import calibration_of, read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
-from ream_stream.compression.job import num_experts
+from ream_stream.compression.job import expert_layer
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.comparison import (
     ALL,
@@ -31,12 +31,15 @@ from ream_stream.evaluation.comparison import (
 )
 from ream_stream.evaluation.config import ComparisonOptions
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
+from ream_stream.evaluation.size_curve import size_curve
 from ream_stream.evaluation.variants import named, settings_of
 from ream_stream.file_access import resolved
 from ream_stream.model.device import choose_device
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.planning.schedule import Budgets
+from ream_stream.planning.serving_limits import served_count
 from ream_stream.settings import check_values
+from ream_stream.units import format_size
 
 from .console import columns
 from .signals import stopping
@@ -50,8 +53,8 @@ AXIS_MEASURE = "accuracy"
 class Grid:
     """What is compared: each method on each mix, with each seed."""
 
-    experts: int
-    """Number of experts to keep."""
+    experts: tuple[int, ...]
+    """Numbers of experts to keep."""
 
     methods: tuple[str, ...]
     """Methods to compare: keys of `variants.VARIANTS`."""
@@ -66,16 +69,27 @@ class Grid:
     """Calibration mixes: keys of `MIXES`; an empty name for the given calibration."""
 
     @classmethod
-    def of(cls, options: ComparisonOptions, mixes: tuple[str, ...]) -> Self:
-        """Return what the options ask for."""
+    def of(cls, options: ComparisonOptions, mixes: tuple[str, ...], source: Checkpoint) -> Self:
+        """Return what the options ask for of a source."""
         check_values(options)
         return cls(
-            experts=options.experts,
+            experts=_sizes(options, source),
             methods=named(options.methods),
             seeds=tuple(range(options.seed, options.seed + options.seeds)),
             group_size=options.group_size,
             mixes=mixes,
         )
+
+
+def _sizes(options: ComparisonOptions, source: Checkpoint) -> tuple[int, ...]:
+    """Return the numbers of experts to keep, each once."""
+    if (options.experts is None) == (not options.keep):
+        raise UsageError("say how many experts to keep, by one of --experts and --keep")
+    if options.experts is not None:
+        return (options.experts,)
+    layer = expert_layer(source)
+    counts = (served_count(share, layer.count, layer.routing_groups) for share in options.keep)
+    return tuple(dict.fromkeys(counts))
 
 
 def bench_of(
@@ -128,14 +142,14 @@ def trials_of(
     bench: ComparisonSetup, grid: Grid, tokens: Callable[[str, int], Tokens]
 ) -> list[Trial]:
     """Return the trials of a grid."""
-    total = num_experts(bench.source)
+    layer = expert_layer(bench.source)
     return [
         Trial(
             name=name,
             settings=settings_of(
                 name,
-                experts=grid.experts,
-                num_experts=total,
+                experts=experts,
+                layer=layer,
                 seed=seed,
                 compute_dtype=str(bench.dtype).removeprefix("torch."),
                 device_kind=bench.device.type,
@@ -145,6 +159,7 @@ def trials_of(
             mix=mix,
         )
         for mix in grid.mixes
+        for experts in grid.experts
         for name in grid.methods
         for seed in grid.seeds
     ]
@@ -170,6 +185,7 @@ def comparison_facts(bench: ComparisonSetup, outcomes: Sequence[Outcome]) -> dic
         "predicted": outcomes[0].scores[ALL]["predicted"],
         "summary": summary(outcomes),
         "runs": list(rows(outcomes)),
+        "curve": size_curve(summary(outcomes), ALL),
     }
 
 
@@ -178,8 +194,30 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Table:
     listed = summary(outcomes)
     domains = [name for name in listed[0]["scores"] if name != ALL] or [ALL]
     several = len({each["mix"] for each in listed}) > 2
-    heads = [*(["mix"] if several else []), "", *domains, "nats more", "divergence", "same top"]
-    return columns(heads, [_table_row(each, domains, several=several) for each in listed])
+    sizes = _several_sizes(outcomes)
+    heads = [*(["mix"] if several else []), "", *(["kept"] if sizes else []), *domains]
+    heads += ["nats more", "divergence", "same top"]
+    return columns(
+        heads, [_table_row(each, domains, several=several, sizes=sizes) for each in listed]
+    )
+
+
+def _several_sizes(outcomes: Sequence[Outcome]) -> bool:
+    return len({each.experts for each in outcomes if each.experts is not None}) > 1
+
+
+def recommendation(known: Mapping[str, Any]) -> str | None:
+    """Return the size that is recommended, with the rule; None if there is only one."""
+    curve = known["curve"]
+    if curve is None:
+        return None
+    point = curve["points"][curve["recommended"]]
+    named = ", ".join(filter(None, (point["name"], point["mix"])))
+    return (
+        f"recommended: {point['experts']} experts by {named}, "
+        f"{format_size(point['output_bytes'])}, {point['nats more'][0]:.4f} nats a token more "
+        f"({curve['rule']})"
+    )
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
@@ -201,9 +239,7 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
     return text.getvalue()
 
 
-def sweep_facts(
-    bench: ComparisonSetup, grid: Grid, outcomes: Sequence[Outcome]
-) -> dict[str, Any]:
+def sweep_facts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return a sweep: points by method and mix, what they cover and what they follow.
 
     A point is the mean over seeds of `AXIS_MEASURE` in percent, an axis a domain. The
@@ -211,9 +247,10 @@ def sweep_facts(
     """
     listed = [each for each in summary(outcomes) if each["name"] != ORIGINAL]
     axes = [name for name in listed[0]["scores"] if name != ALL] or [ALL]
+    sizes = _several_sizes(outcomes)
     points = [
         {
-            "name": each["name"],
+            "name": f"{each['name']}, {each['experts']} kept" if sizes else each["name"],
             "mix": each["mix"],
             "point": tuple(100 * each["scores"][a][AXIS_MEASURE][0] for a in axes),
             "spread": tuple(100 * each["scores"][a][AXIS_MEASURE][1] for a in axes),
@@ -224,7 +261,9 @@ def sweep_facts(
     best, corner = set(front(places)), reference(places)
     for number, each in enumerate(points):
         each["on front"] = number in best
-    by_name = {name: [each for each in points if each["name"] == name] for name in grid.methods}
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for each in points:
+        by_name.setdefault(each["name"], []).append(each)
     return {
         "kind": "sweep",
         "axes": axes,
@@ -232,6 +271,7 @@ def sweep_facts(
         "original": tuple(100 * outcomes[0].scores[a]["accuracy"]["value"] for a in axes),
         "corner": corner,
         "points": points,
+        "curve": size_curve(listed, ALL),
         "hypervolume": {
             name: hypervolume([each["point"] for each in own], corner)
             for name, own in by_name.items()
@@ -292,7 +332,9 @@ def write_files(folder: Path, files: Mapping[str, str | dict[str, Any]]) -> None
             durable.write_json(folder / name, content)
 
 
-def _table_row(each: Mapping[str, Any], domains: Sequence[str], *, several: bool) -> list[str]:
+def _table_row(
+    each: Mapping[str, Any], domains: Sequence[str], *, several: bool, sizes: bool
+) -> list[str]:
     def cell(domain: str, measure: str, digits: int) -> str:
         found = each["scores"][domain][measure]
         if found is None:
@@ -304,6 +346,7 @@ def _table_row(each: Mapping[str, Any], domains: Sequence[str], *, several: bool
     return [
         *([each["mix"]] if several else []),
         each["name"],
+        *([str(each["experts"] or "all")] if sizes else []),
         *(cell(domain, "perplexity", 2) for domain in domains),
         *(cell(ALL, measure, 4) for measure in ("nats more", "divergence", "same top")),
     ]

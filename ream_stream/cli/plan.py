@@ -6,10 +6,11 @@ from typing import Any
 import click
 
 from ream_stream.compression.config import RunOptions
+from ream_stream.planning.gpus import GPUS
 from ream_stream.settings import Method, Settings, options_of
 
 from .options import options_for
-from .params import Verb, exit_statuses, json_option, verbose_option
+from .params import Verb, exit_statuses, json_option, option, verbose_option
 from .run_file import config_option, save_option
 from .run_file import save as save_run
 from .source import source_argument
@@ -27,6 +28,13 @@ _ONLY_SIZE = {
 @options_for(RunOptions, Method, Settings, changed={"calibration": _ONLY_SIZE})
 @config_option
 @save_option
+@option(
+    "Machine",
+    "--gpu",
+    type=click.Choice(tuple(GPUS)),
+    help="Plan for this GPU, which need not be here: its memory, and times by the rates of its "
+    "data sheet.",
+)
 @verbose_option
 @json_option
 @click.pass_context
@@ -37,6 +45,7 @@ def plan(
     output: Path | None,
     *,
     save: Path | None,
+    gpu: str | None,
     verbose: bool,
     as_json: bool,
     **values: Any,  # noqa: ANN401 - those of RunOptions, Method and Settings
@@ -53,6 +62,7 @@ def plan(
     \b
         ream-stream plan ./Qwen3-30B-A3B --keep 75%
         ream-stream plan ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --ram 16GB --json
+        ream-stream plan Qwen/Qwen3-30B-A3B --keep 75% --gpu rtx-4090 --ram 48GB
         ream-stream plan ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --calibration text.jsonl \
             --save run.yaml
     """
@@ -61,7 +71,7 @@ def plan(
     from .console import console, print_json
     from .plan_view import plan_table
 
-    known = api.plan(source, output, **values).details
+    known = api.plan(source, output, gpu=gpu, **values).details
     if save is not None:
         save_run(ctx, save)
     if as_json:

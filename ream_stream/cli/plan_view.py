@@ -138,6 +138,10 @@ def _device_memory(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     if budget is None:
         return []
     told = f"{format_size(known['device_memory_bytes'])} of {format_size(budget)} allowed"
+    if (gpu := known["gpu"]) is not None:
+        shown = f"{gpu['name']}: {told}; times by {gpu['efficiency']:.0%} of the rates of its "
+        text = f"data sheet ({gpu['source']}), reads and the processor's as here"
+        return [("device memory", shown + text), *_parts(parts)]
     here = "" if known["device_is_here"] else ", which is not here: times are the processor's"
     return [("device memory", told + here), *_parts(parts)]
 

@@ -25,6 +25,7 @@ from ream_stream.model import device as devices
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import TOP_K_KEYS, family_of
 from ream_stream.planning.disk import check_disk
+from ream_stream.planning.gpus import Gpu
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Begun, Budgets
@@ -62,6 +63,11 @@ class Job:
 
     request: Request | None = None
     """Text that the tokens were made from; None for a token file."""
+    gpu: Gpu | None = None
+    """GPU that is planned for by its data sheet."""
+
+    unused_gpu: str | None = None
+    """Note on a GPU of this machine that ``--device auto`` could not choose."""
 
     forecast: Forecast | None = None
     """Remaining work and its estimated duration; None if nothing remains."""
@@ -90,13 +96,14 @@ def prepare(
     restart: bool = False,
     with_data: bool = True,
     report: Report = no_report,
+    gpu: Gpu | None = None,
 ) -> Job:
     """Work out what the options come to.
 
     Parameters
     ----------
-    options
-        As parsed.
+    options, gpu
+        As parsed; the GPU that is planned for, whatever there is here.
     restart
         Whether a run in the output folder is to be discarded.
     with_data
@@ -112,7 +119,7 @@ def prepare(
     check_usage(options)
     report(Preparing(part="reading headers"))
     checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
-    device, vram = _device(options, plans_only=not with_data)
+    device, budgets = _machine(options, gpu, plans_only=not with_data)
     workspace = None
     if options.output is not None:
         workspace = workspace_of(options.output, options.work_dir, options.source)
@@ -122,7 +129,6 @@ def prepare(
     wanted = calibration_of(options)
     tokens = _token_file(wanted, checkpoint)
     begun = journal.begun() if journal else None
-    budgets = Budgets.of(options.ram, disk=options.disk, vram=vram)
 
     def planned(settings: Settings) -> Plan:
         return make_plan(
@@ -149,6 +155,8 @@ def prepare(
         device=device,
         method=asked.method if isinstance(asked.method, str) else "",
         reason=reason,
+        gpu=gpu,
+        unused_gpu=_unused_gpu(options, device),
     )
     return _with_forecast(_with_tokens(job, wanted, report), report)
 
@@ -241,6 +249,18 @@ def expert_layer(checkpoint: Checkpoint, *, decodes: bool = False) -> ExpertLaye
     )
 
 
+def _machine(
+    options: RunOptions, gpu: Gpu | None, *, plans_only: bool
+) -> tuple[torch.device, Budgets]:
+    """Return device and budgets: of this machine, or of one with a named GPU."""
+    if gpu is None:
+        device, vram = _device(options, plans_only=plans_only)
+    else:
+        device, vram = _planned_device(options, gpu)
+    elsewhere = gpu is not None
+    return device, Budgets.of(options.ram, disk=options.disk, vram=vram, elsewhere=elsewhere)
+
+
 def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:
     """Return the device of the layers, and its memory budget; None for the processor.
 
@@ -263,6 +283,25 @@ def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int
             )
         return device, None
     return device, options.vram or devices.free_bytes(device)
+
+
+def _unused_gpu(options: RunOptions, device: torch.device) -> str | None:
+    """Return a note if ``auto`` took the processor though the machine has a GPU."""
+    return devices.unused_gpu() if (options.device, device.type) == ("auto", "cpu") else None
+
+
+def _planned_device(options: RunOptions, gpu: Gpu) -> tuple[torch.device, int]:
+    """Return the device of a plan for a named GPU, and its memory budget.
+
+    Raises
+    ------
+    UsageError
+        Layers would run on the processor.
+    """
+    if options.device == "cpu":
+        raise UsageError(f"--gpu {gpu.name} and --device cpu exclude each other; leave one out")
+    device = "cuda" if options.device == "auto" else options.device
+    return torch.device(device), options.vram or gpu.budget_bytes
 
 
 def _journal(workspace: Workspace, *, restart: bool) -> Journal | None:
@@ -326,5 +365,7 @@ def _with_forecast(job: Job, report: Report) -> Job:
     report(Preparing(part="measuring how fast this machine is"))
     committed = len(job.journal.layers) if job.journal else 0
     # for a device that is only planned for, the processor stands in
-    device = job.device if devices.is_here(job.device) else torch.device("cpu")
-    return replace(job, forecast=forecast(job.plan, device, committed=committed))
+    here = job.gpu is None and devices.is_here(job.device)
+    device = job.device if here else torch.device("cpu")
+    found = forecast(job.plan, device, committed=committed, gpu=job.gpu)
+    return replace(job, forecast=found)

@@ -5,6 +5,7 @@ from typing import Any
 
 from ream_stream.file_access import free_bytes
 from ream_stream.model import device as devices
+from ream_stream.planning.gpus import EFFICIENCY, Gpu
 from ream_stream.planning.model_size import context_length, model_size, stored_as
 from ream_stream.planning.phase_cost import Cost
 from ream_stream.planning.plan import Plan
@@ -34,7 +35,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "experts_per_token_after": plan.output_top_k,
         "width_before": plan.experts[0].inner,
         "width_after": plan.experts[1].inner,
-        "notes": notes_of(plan),
+        "notes": notes_of(plan) + ([job.unused_gpu] if job.unused_gpu else []),
         "settings": plan.settings.fields(),
         "method": job.method,
         "method_reason": job.reason,
@@ -65,12 +66,17 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "disk_free_bytes": free_bytes(output) if output else None,
         "device": str(job.device),
         "device_is_here": devices.is_here(job.device),
+        "gpu": _gpu_facts(job.gpu),
         "threads": plan.schedule.threads,
         "begun": job.workspace is not None and job.workspace.has_journal(),
         "complete": job.workspace is not None and job.workspace.is_complete(),
         "committed_layers": len(job.journal.layers) if job.journal else 0,
         "forecast": None if job.forecast is None else forecast_facts(job.forecast),
     }
+
+
+def _gpu_facts(gpu: Gpu | None) -> dict[str, Any] | None:
+    return None if gpu is None else {**asdict(gpu), "efficiency": EFFICIENCY}
 
 
 def notes_of(plan: Plan) -> list[str]:

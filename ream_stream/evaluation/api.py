@@ -21,6 +21,7 @@ from ream_stream.compression.plan_facts import plan_facts
 from ream_stream.compression.run import CompressionResult, run
 from ream_stream.errors import UsageError
 from ream_stream.events import Fetching, Planned, Report, no_report
+from ream_stream.planning.gpus import gpu_named
 from ream_stream.settings import Method, Settings, given_options
 
 from .config import ScoreOptions
@@ -73,6 +74,7 @@ def plan(
     restart: bool = False,
     with_data: bool = False,
     report: Report = no_report,
+    gpu: str | None = None,
     **options: Any,  # noqa: ANN401
 ) -> PlanResult:
     """Tell what `compress` would do with the same arguments; write nothing.
@@ -85,6 +87,8 @@ def plan(
         Whether shards that end after their headers are refused.
     report
         Called with what is done, as `events.Preparing`.
+    gpu
+        Key of `planning.gpus.GPUS`: the GPU that is planned for, by its data sheet.
 
     Raises
     ------
@@ -92,10 +96,16 @@ def plan(
         As `compress` before it begins.
     """
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
+    card = None if gpu is None else gpu_named(gpu)
     asked, remote = _located(source, output, {**given, **options})
     with _threads_kept():
-        data = with_data and remote is None
-        job = prepare(asked, restart=restart, with_data=data, report=report)
+        job = prepare(
+            asked,
+            restart=restart,
+            with_data=with_data and remote is None,
+            report=report,
+            gpu=card,
+        )
     found = job.plan
     return PlanResult(
         settings=found.settings,

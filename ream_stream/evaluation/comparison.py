@@ -80,6 +80,15 @@ class Outcome:
     fields: Mapping[str, Any]
     """Settings of the trial by field name."""
 
+    @property
+    def experts(self) -> int | None:
+        """Experts that each layer keeps, of slices as many as have their neurons.
+
+        None for the original.
+        """
+        kept: int | None = self.fields.get("whole_experts", self.fields.get("experts"))
+        return kept
+
     def value(self, domain: str, measure: str) -> float | None:
         """Return one of `MEASURES` in a domain; None if it is not known there."""
         return MEASURES[measure](self.scores[domain])
@@ -172,20 +181,24 @@ def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
 
 
-def grouped(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    """Return the outcomes by mix and name, in order: those that differ in their seed."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
+def grouped(
+    outcomes: Sequence[Outcome],
+) -> dict[tuple[str, str, int | None], list[Outcome]]:
+    """Return outcomes by mix, name and experts, in order: those that differ in their seed."""
+    groups: dict[tuple[str, str, int | None], list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault((outcome.mix, outcome.name), []).append(outcome)
+        groups.setdefault((outcome.mix, outcome.name, outcome.experts), []).append(outcome)
     return groups
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Return, for each mix and name, mean and spread of every measure in every domain."""
+    """Return, for each mix, name and size, mean and spread of every measure in every domain."""
     return [
         {
             "mix": mix,
             "name": name,
+            "experts": experts,
+            "output_bytes": group[0].output_bytes,
             "runs": len(group),
             "scores": {
                 domain: {
@@ -195,7 +208,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 for domain in group[0].scores
             },
         }
-        for (mix, name), group in grouped(outcomes).items()
+        for (mix, name, experts), group in grouped(outcomes).items()
     ]
 
 
@@ -206,6 +219,7 @@ def rows(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
             yield {
                 "mix": outcome.mix,
                 "name": outcome.name,
+                "experts": outcome.experts,
                 "seed": outcome.seed,
                 "domain": domain,
                 **{measure: outcome.value(domain, measure) for measure in MEASURES},
@@ -248,6 +262,7 @@ def _carry_out(
     """Make one trial, or measure the original."""
     checkpoint: Checkpoint = bench.source
     finished: Finished | None = None
+    fields: dict[str, Any] = {}
     if trial is not None:
         place = _place(bench, key)
         workspace = Workspace(output=place, work=place / HOME)
@@ -272,6 +287,10 @@ def _carry_out(
                 report=report,
             )
         checkpoint = open_checkpoint(place)
+        fields = trial.settings.fields()
+        if trial.settings.cuts:
+            old, new = plan.experts
+            fields["whole_experts"] = round(new.count * new.inner / old.inner)
     result = evaluate(
         checkpoint,
         bench.tests,
@@ -291,7 +310,7 @@ def _carry_out(
         scores={name: each.facts() for name, each in whole.items()},
         seconds=sum(finished.seconds.values()) if finished else None,
         output_bytes=finished.output_bytes if finished else None,
-        fields=trial.settings.fields() if trial else {},
+        fields=fields,
     )
 
 

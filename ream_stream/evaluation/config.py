@@ -1,11 +1,13 @@
 """What an evaluation and a comparison can be asked for."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.compression.config import MachineOptions, RunOptions
 from ream_stream.settings import Method, option, same_option
+from ream_stream.units import parse_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,14 @@ class ScoreOptions(MachineOptions):
 class ComparisonOptions(CalibrationOptions, MachineOptions):
     """Options of a comparison: its variants and its text."""
 
-    experts: int = same_option(RunOptions, "experts", section="Comparison", required=True)
+    experts: int | None = same_option(RunOptions, "experts", section="Comparison")
+    keep: tuple[Fraction, ...] = option(
+        "Comparison",
+        "The same as a share, or as several (50%,75%,90%): then loss against size is drawn.",
+        default=(),
+        parse=parse_shares,
+        metavar="PERCENTS",
+    )
     methods: str = option(
         "Comparison",
         "Names or sets (methods, ablation, controls, refit), separated by commas.",

@@ -1,10 +1,19 @@
 """What `compare` compares: methods by name, and methods with one part changed."""
 
 from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-from ream_stream.compression.config import PRESETS, default_group_size
+from ream_stream.compression.config import (
+    PRESETS,
+    RunOptions,
+    default_group_size,
+    settings_for,
+)
 from ream_stream.errors import UsageError
+from ream_stream.planning.serving_limits import DIVISOR
+from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.settings import Method, Settings
 
 REAM, REAP = PRESETS["ream"], PRESETS["reap"]
@@ -55,6 +64,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "reap-softmax",
         "reap-squared",
     ),
+    "best": ("reap", "energy", "slices"),
     "refit": (
         "ream",
         "refitted ream",
@@ -88,16 +98,27 @@ def settings_of(
     name: str,
     *,
     experts: int,
-    num_experts: int,
+    layer: ExpertLayer,
     seed: int,
     compute_dtype: str,
     device_kind: str,
     group_size: int | None = None,
 ) -> Settings:
-    """Return the settings of a variant."""
+    """Return the settings of a variant; of slices as many as `experts` experts have neurons."""
     fields = dict(VARIANTS[name])
+    if fields.get("slices"):
+        options = RunOptions(
+            source=Path(),
+            keep=Fraction(experts, layer.count),
+            any_count=bool(experts % DIVISOR),
+            method=name,
+            seed=seed,
+        )
+        return settings_for(
+            options, layer, compute_dtype=compute_dtype, device_kind=device_kind
+        )
     sequential = fields.pop("sequential", True)
-    size = default_group_size(experts, num_experts) if group_size is None else group_size
+    size = default_group_size(experts, layer.count) if group_size is None else group_size
     return Settings(
         experts=experts,
         method=Method(group_size=size, **fields),

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ream_stream.errors import UsageError
 
+_SIGNS_OF_A_GPU = ("proc/driver/nvidia/gpus/*", "dev/nvidia[0-9]*")
+
 
 def choose_device(name: str) -> torch.device:
     """Return the device of ``--device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
@@ -31,6 +33,30 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def unused_gpu(system: Path = Path("/")) -> str | None:
+    """Return a note if the machine has an NVIDIA GPU that torch cannot use, otherwise None.
+
+    Parameters
+    ----------
+    system
+        Root of the file system that drivers and devices are looked for in.
+    """
+    if torch.cuda.is_available():  # noqa: TID251
+        return None
+    signs = [path for sign in _SIGNS_OF_A_GPU for path in sorted(system.glob(sign))]
+    if not signs:
+        return None
+    built = torch.version.cuda
+    reason = (
+        f"torch {torch.__version__} is built without CUDA; install one that is "
+        "(docs/how-to/use-a-gpu.md)"
+        if built is None
+        else f"torch {torch.__version__} for CUDA {built} finds none; nvidia-smi tells whether "
+        "its driver runs, and a container needs --gpus all"
+    )
+    return f"there is a GPU ({signs[0]}) that is not used: {reason}"
 
 
 def is_here(device: torch.device) -> bool:

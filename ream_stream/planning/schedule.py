@@ -29,17 +29,26 @@ class Budgets:
 
     @classmethod
     def of(
-        cls, ram: int | None = None, *, disk: int | None = None, vram: int | None = None
+        cls,
+        ram: int | None = None,
+        *,
+        disk: int | None = None,
+        vram: int | None = None,
+        elsewhere: bool = False,
     ) -> "Budgets":
         """Return the budgets that were given; for host memory, otherwise most of what is free.
 
-        Only a budget that was given is kept so strictly that the heap is trimmed.
+        Only a budget that was given is kept so strictly that the heap is trimmed. One for a
+        machine elsewhere is taken as the usual share of what is free there.
         """
         free = available_bytes()
+        available = free + anonymous_bytes()
+        if elsewhere and ram is not None:
+            available = int(ram / RAM_SHARE)
         return cls(
             ram=int(RAM_SHARE * free) if ram is None else ram,
             trims_heap=ram is not None,
-            available=free + anonymous_bytes(),
+            available=available,
             disk=disk,
             vram=vram,
         )

@@ -21,11 +21,12 @@ from ream_stream.checkpoint.expert_stack import ExpertMatrix, ExpertStack, Send,
 from ream_stream.checkpoint.formats import Plain, Stored
 from ream_stream.checkpoint.header import ITEM_BYTES, torch_dtype
 from ream_stream.checkpoint.reader import Checkpoint
-from ream_stream.host_memory import available_bytes, trim
+from ream_stream.host_memory import trim
 from ream_stream.method.rng import generator
 from ream_stream.model.experts import ExpertWeights, Form, StreamedExperts, slots_by_expert
 
 from .cost import cost_of
+from .gpus import EFFICIENCY, Gpu
 from .phase_cost import Cost, total
 from .plan import Plan
 
@@ -44,6 +45,7 @@ _BLOCK = 4 << 20
 _MATCHED = 256
 _MATCHING_EXPONENT = 2.5
 _CODED_ROWS = 256
+_DECODED_BYTES = 16  # of memory a number: its code, a float32 in and out, the result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,13 +118,51 @@ class Forecast:
         return {phase: self.throughput.seconds(cost) for phase, cost in self.costs.items()}
 
 
-def forecast(plan: Plan, device: torch.device, *, committed: int = 0) -> Forecast:
-    """Cost out what is left of a run, and measure the machine for it."""
-    cache = max(0, available_bytes() - plan.memory_bytes)
+def forecast(
+    plan: Plan, device: torch.device, *, committed: int = 0, gpu: Gpu | None = None
+) -> Forecast:
+    """Cost out what is left of a run, and measure the machine for it.
+
+    What layers do on a device takes the rates of `gpu`, if one is named that is not here.
+    """
+    cache = max(0, plan.budgets.available - plan.memory_bytes)
     costs = cost_of(plan, cache_bytes=cache, committed=committed)
     # a fiftieth of a run at 100 GFLOP/s
     limit = min(0.3, 0.02 + total(costs.values()).flop / 5e12)
-    return Forecast(costs=costs, throughput=measure(plan, device, limit))
+    measured = measure(plan, device, limit)
+    return Forecast(
+        costs=costs, throughput=measured if gpu is None else told(plan, measured, gpu)
+    )
+
+
+def told(plan: Plan, measured: Throughput, gpu: Gpu) -> Throughput:
+    """Return the rates with those of a GPU's data sheet, times `EFFICIENCY`, for its work.
+
+    An expert takes what is longest: being copied to the GPU, unless it stays there, being
+    read from its memory, or its products.
+    """
+    keys = next(layer.keys for layer in plan.layers if layer.keys.stack)
+    stack, schedule = keys.stack, plan.schedule
+    assert stack is not None
+    numbers = 3 * stack.hidden * stack.inner
+    tokens = schedule.batch_sequences * plan.sequence_length
+    flop = 2 * numbers * max(1.0, tokens * plan.top_k / stack.count)
+    stored = sum(plan.source.entries[name].nbytes for name in stack.slots()) / stack.count
+    kept = min(stack.count, schedule.resident_experts * schedule.expert_blocks) / stack.count
+    copied = kept / plan.num_batches + 1 - kept
+    product = gpu.float32 if plan.dtype == torch.float32 else gpu.bf16
+    seconds = max(
+        copied * stored / gpu.link,
+        numbers * plan.dtype.itemsize / gpu.bandwidth,
+        flop / product,
+    )
+    return replace(
+        measured,
+        expert=EFFICIENCY * flop / seconds,
+        product=EFFICIENCY * product,
+        float32=EFFICIENCY * gpu.float32,
+        decode=measured.decode and EFFICIENCY * gpu.bandwidth / _DECODED_BYTES,
+    )
 
 
 def measure(plan: Plan, device: torch.device, limit: float) -> Throughput:

@@ -85,7 +85,7 @@ def given(verb, *words):
 
 def run_options(*words):
     values = given("plan", ".", *words)
-    other = {"as_json", "verbose", "stream", "save"}
+    other = {"as_json", "verbose", "stream", "save", "gpu"}
     return RunOptions.of(**{k: v for k, v in values.items() if k not in other})
 
 
@@ -105,9 +105,7 @@ def test_a_command_line_without_options_asks_for_what_the_library_does():
     asked, here = replace(asked, method="ream"), replace(here, method="ream")
     assert settings_for(asked, layer, **machine) == settings
     assert settings_for(here, layer, **machine) == settings
-    assert (
-        variants.settings_of("ream", experts=65, num_experts=128, seed=0, **machine) == settings
-    )
+    assert variants.settings_of("ream", experts=65, layer=layer, seed=0, **machine) == settings
     assert chosen(ScoreOptions, given("eval", ".")) == ScoreOptions()
     needed = ("--experts", 65, "--text", "t", "--calibration", "c")
     own = {"experts": 65, "text": ("t",), "calibration": ("c",)}

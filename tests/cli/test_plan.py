@@ -54,6 +54,17 @@ def test_a_plan_tells_reads_writes_products_and_time(capsys, source):
     assert "about" in rows["time"]
 
 
+def test_a_plan_for_a_named_gpu_tells_that_its_rates_are_a_data_sheet_s(capsys, source):
+    words = ("plan", source, "--experts", "4", "--gpu", "rtx-4090")
+    status, out, err = call(capsys, *words)
+    told = " ".join(out.split())
+    assert (status, err) == (0, "")
+    assert "rtx-4090: " in told
+    assert "of 21.6 GB allowed; times by 50% of the rates of its data sheet (NVIDIA Ada" in told
+    assert "not here" not in told
+    assert call(capsys, *words[:-1], "voodoo")[0] == 2
+
+
 def test_what_is_left_of_a_run_is_told_and_of_a_finished_one_nothing(
     capsys, words, finished, tmp_path
 ):

@@ -1,5 +1,6 @@
 """The page about an output: its numbers, that it needs nothing else, and how it looks."""
 
+import base64
 import json
 import re
 import shutil
@@ -7,7 +8,9 @@ import struct
 import subprocess
 import zlib
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import tiny_runs
 import torch
@@ -16,7 +19,9 @@ from tiny_runs import settings, some_tokens
 from ream_stream.__main__ import main
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.report.facts import gather
-from ream_stream.cli.report.figures import heat_map
+from ream_stream.cli.report.figures import bars, ranges
+from ream_stream.cli.report.maps import heat_map, layer_map, merges
+from ream_stream.cli.report.page import page as page_of
 from ream_stream.compression.event_log import read_events
 from ream_stream.compression.workspace import Workspace
 
@@ -56,7 +61,15 @@ SCORES = {
     "divergence": None,
     "same top": [1, 0],
 }
-COMPARISON = {"kind": "comparison", "summary": [{"name": "<b>", "scores": {"all": SCORES}}]}
+POINTS = [
+    {"name": "<b>", "mix": "", "experts": n, "output_bytes": n * 10**9, "nats more": [0.5, 0]}
+    for n in (16, 24)
+]
+COMPARISON = {
+    "kind": "comparison",
+    "summary": [{"name": "<b>", "scores": {"all": SCORES}}],
+    "curve": {"points": POINTS, "recommended": 0, "rule": "a rule"},
+}
 SWEEP = {
     "kind": "sweep",
     "axes": ["general", "code"],
@@ -130,7 +143,15 @@ def test_the_page_tells_what_is_known(made, page):
         for group in layer["groups"]:
             if len(group) > 1:
                 assert f"{group[0]} took in {', '.join(map(str, group[1:]))}" in text
-    for words in ("87.5%", "12.500", "17.00", "On code alone", "alignment gain", "code, math"):
+    for words in (
+        "87.5%",
+        "12.500",
+        "17.00",
+        "On code alone",
+        "16 experts by <b>; a rule",
+        "alignment gain",
+        "code, math",
+    ):
         assert words in text
     # names are text, whatever is in them
     assert "<b>" in text
@@ -158,6 +179,7 @@ def test_the_numbers_are_those_of_the_output_and_its_log(made, capsys):
     ]
     first = known["layers"][0]
     assert first["domains"].keys() == {"code", "math"}
+    assert sum(first["routed"]) == 6 * 32 * 4  # tokens times top-k
     assert first["domain_correlation"].keys() == {"code, math"}
     absorbed = {e for group in first["groups"] for e in group[1:]}
     assert {each["expert"] for each in first["aligned"]} == absorbed
@@ -259,16 +281,141 @@ def test_times_of_a_run_that_was_cut_are_added_up(made):
 
 
 def test_a_heat_map_is_an_image_whose_opacity_is_the_value():
-    data = heat_map([[0.0, 1.0], [0.5, 2.0]], "cells").partition("base64,")[2].partition('"')[0]
-    import base64
+    # a filter byte before each row; 31 is the highest level, and what is beyond it
+    assert cells_of(heat_map(np.array([[0.0, 1.0], [0.5, 2.0]]), "cells")) == [
+        0,
+        0,
+        31,
+        0,
+        16,
+        31,
+    ]
+    # of many experts neighbors are one cell
+    many = np.kron(np.array([[0.0, 1.0], [1.0, 0.0]]), np.ones((200, 200)))
+    assert len(cells_of(heat_map(many, "cells"))) == 100 * 101
 
-    png = base64.b64decode(data)
+
+def cells_of(picture):
+    """Return the bytes of the rows of a picture's image."""
+    png = base64.b64decode(picture.partition("base64,")[2].partition('"')[0])
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     start = png.index(b"IDAT")
     size = struct.unpack(">I", png[start - 4 : start])[0]
-    rows = zlib.decompress(png[start + 4 : start + 4 + size])
-    # a filter byte before each row; 31 is the highest level, and what is beyond it
-    assert list(rows) == [0, 0, 31, 0, 16, 31]
+    return list(zlib.decompress(png[start + 4 : start + 4 + size]))
+
+
+def test_a_map_of_layers_has_a_row_a_layer_a_second_color_and_says_what_is_pointed_at():
+    cells, second = (
+        np.array([[0.0, 1.0], [1.0, 1.0]]),
+        np.array([[False, True], [False, False]]),
+    )
+    drawn = layer_map(cells, "t", layers=[3, 9], second=second, said=["one", "<two>"])
+    assert cells_of(drawn) == [0, 0, 31 + 32, 0, 31, 31]
+    assert "<title>one</title>" in drawn
+    assert "<title>&lt;two&gt;</title>" in drawn
+    assert ">9</text>" in drawn
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+
+
+def test_merges_are_an_arc_a_member_a_color_a_group_and_a_cross_for_the_dropped():
+    drawn = merges([[1, 0, 3], [4, 2]], [5], 6)
+    assert [title.partition("</title>")[0] for title in drawn.split("<title>")[1:]] == [
+        "1 took in 0, 3", "4 took in 2", "5 was dropped",
+    ]  # fmt: skip
+    assert drawn.count("Q") == 3
+    assert drawn.count("<circle") == 2
+    ElementTree.fromstring(drawn)
+
+
+def test_bars_and_ranges_say_their_numbers():
+    drawn = bars([2.0, 1.0], "x", "y", marked={1}, said=["first", "a & b"])
+    assert "<title>a &amp; b</title>" in drawn
+    assert drawn.count('class="bar second"') == 1
+    rows = [("code", -0.25, 0.1), ("a name that is much longer than its place", 0.5, None)]
+    drawn = ranges(rows, "nats")
+    assert "<title>code: -0.2500 +- 0.1000</title>" in drawn
+    assert "…</text>" in drawn
+    ElementTree.fromstring(drawn)
+
+
+def large(layers, experts, kept):
+    """Return the facts of an output that nobody has made."""
+    drawn = np.random.default_rng(0)
+
+    def layer(number):
+        saliency = drawn.lognormal(size=experts).tolist()
+        order = sorted(range(experts), key=lambda expert: -saliency[expert])
+        groups = [[expert] for expert in order[:kept]]
+        for place, expert in enumerate(order[kept:]):
+            groups[place % kept].append(expert)
+        return {
+            "index": number, "saliency": saliency, "kept": sorted(order[:kept]),
+            "kept_share": 0.5 + number / 1000, "groups": groups, "dropped": [], "domains": {},
+            "domain_correlation": {}, "aligned": [], "seconds": None,
+            "similarity": drawn.random((experts, experts)).astype("float32"),
+            "routed": saliency,
+            "refit": {"penalty": 1.0, "error_before": 0.02, "remaining_error": 0.1},
+        }  # fmt: skip
+
+    return {
+        "output": "out", "source": "org/Model", "scanned": True, "plan": {}, "run": {},
+        "verification": {
+            "findings": [{"ok": False, "message": "a shard is gone", "is_note": False}]
+        },
+        "made": {
+            "versions": {}, "settings": {"grouping": "ream", "saliency": "reap"},
+            "experts_before": experts, "experts_after": kept, "command": None,
+        },
+        "sizes": {"output_bytes": 3, "source_bytes": 4, "files": 1},
+        "layers": [layer(number) for number in range(layers)],
+        "evaluation": None, "comparison": None, "sweep": None,
+    }  # fmt: skip
+
+
+def test_what_was_measured_goes_into_the_model_card_if_it_is_asked_for(made, tmp_path, capsys):
+    output = shutil.copytree(made / "out", tmp_path / "out")
+    words = ["report", str(output), "--html", str(tmp_path / "a.html"), "--card"]
+    assert main(words) == 2
+    assert "--card: nothing was measured" in capsys.readouterr().err
+    assert main([*words, "--results", str(made / "eval.json")]) == 0
+    text = (output / "README.md").read_text()
+    assert "| all | 90 | 12.500 | 11.000 | +0.1250 | 87.5% |" in text
+    assert main(["verify", str(output)]) == 0
+    (output / "README.md").write_text("mine")
+    assert main([*words, "--results", str(made / "eval.json")]) == 2
+    assert (output / "README.md").read_text() == "mine"
+
+
+def test_hundreds_of_layers_stay_a_page_that_a_browser_opens():
+    page = page_of(large(240, 512, 384))
+    reader = read(page)
+    assert len(page) < 2_000_000
+    assert reader.open == []
+    told = " ".join(" ".join(reader.text).split())
+    assert "org/Model: 512 to 384 experts a layer" in told
+    assert "Not whole: 1 of 1 findings are bad. a shard is gone" in told
+    assert re.search(r"The \d+ of 240 layers that kept the least of their saliency", told)
+    # all of them are in maps and table, the worst have pictures of their own
+    assert "layer 240: 384 of 512 stay" in page
+    assert told.count("Layer 1: 512 to 384") == 1
+    assert "Layer 240: 512" not in told
+
+
+def test_a_verdict_comes_first_of_what_verify_and_eval_found(made, page, tmp_path, capsys):
+    text = " ".join(" ".join(read(page).text).split())
+    assert "tiny-moe: 32 to 24 experts a layer" in text.partition("Quality")[0]
+    assert "Headers and documents only" in text.partition("Quality")[0]
+    assert "Perplexity 11.00 to 12.50 (+13.6%), 0.1250 nats a token more" in text
+    capsys.readouterr()
+    assert main(["verify", str(made / "out"), "--json"]) == 0
+    (tmp_path / "verify.json").write_text(capsys.readouterr().out)
+    html = tmp_path / "a.html"
+    words = ["report", str(made / "out"), "--results", str(tmp_path / "verify.json")]
+    assert main([*words, "--html", str(html)]) == 0
+    told = html.read_text()
+    assert "Whole and consistent, by " in told
+    assert "Headers and documents only" not in told
+    assert "Quality is not measured here" in told
 
 
 @pytest.mark.slow

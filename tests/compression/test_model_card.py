@@ -1,5 +1,7 @@
 """The model card: metadata that the hub reads, and facts of the run."""
 
+import shlex
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -7,8 +9,10 @@ from tiny_checkpoints import write_checkpoint
 from tiny_runs import run, settings, some_tokens
 
 from ream_stream.calibration.tokens import joined
-from ream_stream.checkpoint.source_card import source_metadata
-from ream_stream.compression.model_card import base_model
+from ream_stream.checkpoint.source_card import hub_name, source_metadata, source_name
+from ream_stream.cli import cli
+from ream_stream.compression.config import RunOptions, settings_for
+from ream_stream.compression.model_card import with_quality
 
 SOURCE_CARD = """---
 license: other
@@ -53,7 +57,11 @@ def test_the_card_tells_the_facts_of_the_run(made):
     assert "# some/Model-8x, 8 experts a layer merged to 6" in text
     groups = [group for layer in made.manifest["layers"] for group in layer["groups"]]
     merged = sum(len(group) > 1 for group in groups)
-    assert f"{merged} of {len(groups)} experts were merged of several" in text
+    told = f"{merged} merged of several, {len(groups) - merged} byte copies"
+    assert f"Of {len(groups)} experts that are left: {told}." in text
+    assert "[REAM](https://arxiv.org/abs/2604.04356), [REAP](https" in text
+    assert text.endswith("## License\n\nThat of the source: some-license.\n")
+    assert "Not measured yet" in text
     assert (
         f"4 sequences of 12 tokens, 75% code, 25% math (digest `{made.tokens.digest}`)" in text
     )
@@ -64,6 +72,9 @@ def test_pruned_experts_are_told_as_byte_copies(checkpoints, tmp_path):
     made = run(checkpoints("mixtral"), tmp_path / "out", wanted)
     text = (made.output / "README.md").read_text(encoding="utf-8")
     assert "All 18 experts that are left are byte copies." in text
+    # a folder's name is no name on the hub, and nobody told the license
+    assert "base_model" not in text
+    assert "Not known: the card of the source names none" in text
     assert ModelCard.load(made.output / "README.md").data.tags[1] == "expert-pruning"
 
 
@@ -128,6 +139,101 @@ def test_a_card_with_windows_line_ends_is_read(tmp_path):
     assert source_metadata(tmp_path) == ({"license": "mit"}, None)
 
 
-def test_a_folder_s_name_is_a_base_model_only_if_the_hub_takes_it(tmp_path):
-    assert base_model(tmp_path / "Qwen3-30B-A3B") == "Qwen3-30B-A3B"
-    assert base_model(tmp_path / "my model") is None
+def test_refitted_experts_are_not_told_as_byte_copies(checkpoints, tmp_path):
+    source, tokens = checkpoints("qwen3_moe", torch.float32), some_tokens(20, 24)
+    for refit_experts in ("all", "changed"):
+        wanted = settings(6, refit="down", refit_experts=refit_experts)
+        made = run(source, tmp_path / refit_experts, wanted, tokens)
+        text = (made.output / "README.md").read_text(encoding="utf-8")
+        layers = made.manifest["layers"]
+        groups = [group for layer in layers for group in layer["groups"]]
+        helped = [layer for layer in layers if layer["refitted"]["penalty"] is not None]
+        refitted = [
+            group
+            for layer in helped
+            for group in layer["groups"]
+            if refit_experts == "all" or len(group) > 1
+        ]
+        alone = sum(len(group) == 1 and group not in refitted for group in groups)
+        assert helped
+        assert f"{len(refitted)} with refitted down projections" in text
+        assert (f"{alone} byte copies" in text) == bool(alone)
+        assert f"they helped in {len(helped)} of {len(layers)} layers" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"grouping": "none", "refit": "down", "saliency": "energy"},
+        {"grouping": "hc-smoe", "gate_term": False, "seed": 3, "sequential": False},
+        {
+            "group_size": 3,
+            "refit": "down",
+            "refit_lambda": (0.5, 2.0),
+            "max_shard_bytes": 7 << 20,
+        },
+    ],
+)
+def test_the_command_of_a_card_asks_for_the_settings_it_was_made_with(
+    checkpoints, tmp_path, changes
+):
+    made = run(
+        checkpoints("qwen3_moe"), tmp_path / "out", settings(6, **changes), some_tokens(20)
+    )
+    text = (made.output / "README.md").read_text(encoding="utf-8")
+    command = text.partition("## How it was made\n\n```\n")[2].partition("\n```")[0]
+    program, verb, source, output, *words = shlex.split(command)
+    assert (program, verb, output) == ("ream-stream", "compress", "OUTPUT")
+    assert source == checkpoints("qwen3_moe").name
+    assert str(tmp_path) not in text
+    values = (
+        cli.commands[verb]
+        .make_context(verb, [str(checkpoints("qwen3_moe")), output, *words])
+        .params
+    )
+    own = {"as_json", "verbose", "dry_run", "restart", "keep_work"}
+    asked = RunOptions.of(**{k: v for k, v in values.items() if k not in own})
+    known = made.manifest["fingerprint"]
+    machine = {name: known[name] for name in ("compute_dtype", "device_kind")}
+    found = settings_for(asked, 8, **machine).fields()
+    assert found == {name: known[name] for name in found}
+    assert (asked.sequences, asked.sequence_length, asked.any_count) == (20, 12, True)
+
+
+MEASURED = {
+    "perplexity": 12.5,
+    "predicted": 90,
+    "divergence": {"value": 0.1, "stderr": None},
+    "against": {"perplexity": 11.0},
+    "difference": {"nats": 0.125, "stderr": 0.01},
+    "agreement": {"value": 0.875, "stderr": 0.01},
+}
+
+
+def test_what_was_measured_takes_the_place_of_what_was_measured_before(made):
+    text = (made.output / "README.md").read_text(encoding="utf-8")
+    named = {**MEASURED, "domains": {"a|b\x1b[2J": {**MEASURED, "perplexity": None}}}
+    once = with_quality(text, named)
+    assert "| all | 90 | 12.500 | 11.000 | +0.1250 | 87.5% |" in once
+    assert "| a\\|b\\x1b[2J | 90 | - | 11.000 |" in once
+    assert "Not measured yet" not in once
+    alone = {"perplexity": 2.0, "predicted": 3}
+    twice = with_quality(once, alone)
+    assert "| all | 3 | 2.000 |\n\n## Use" in twice
+    assert "87.5%" not in twice
+    assert twice.replace(twice.partition("## Quality")[2].partition("## Use")[0], "") == (
+        text.replace(text.partition("## Quality")[2].partition("## Use")[0], "")
+    )
+    with pytest.raises(ValueError, match="no section"):
+        with_quality("# mine", alone)
+
+
+def test_a_base_model_is_a_name_of_the_hub_and_of_a_folder_only_in_its_caches(tmp_path):
+    commit = "f" * 40
+    cached = tmp_path / "models--some--Model-8x" / "snapshots" / commit
+    headers = tmp_path / "ream-stream" / "some" / commit / "Model-8x"
+    assert hub_name(cached) == hub_name(headers) == "some/Model-8x"
+    for name in ("Qwen3-30B-A3B", "my model", "models--broken"):
+        assert hub_name(tmp_path / name) is None
+        assert source_name(tmp_path / name) == name

@@ -22,11 +22,18 @@ from ream_stream.cli.comparison_view import (
     as_csv,
     comparison_facts,
     markdown,
+    recommendation,
     sweep_facts,
     trials_of,
 )
 from ream_stream.cli.demo import CHECKPOINT
-from ream_stream.cli.report.figures import bars, heat_map, lines, pareto_picture, standalone
+from ream_stream.cli.report.figures import (
+    bars,
+    lines,
+    pareto_picture,
+    size_picture,
+    standalone,
+)
 from ream_stream.compression import pipeline
 from ream_stream.compression.file_lock import MARK
 from ream_stream.errors import InterruptedRunError, UsageError
@@ -43,6 +50,7 @@ from ream_stream.evaluation.comparison import (
 )
 from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
+from ream_stream.evaluation.size_curve import MOST_NATS, size_curve
 from ream_stream.evaluation.variants import SETS, VARIANTS, named, settings_of
 from ream_stream.events import Finished, LayerDone, Step
 from ream_stream.planning import allocation
@@ -224,10 +232,8 @@ def test_a_correlation_of_what_never_varies_is_none():
     assert correlation([1.0], [3.0]) is None
 
 
-def swept(made):
-    job, _, _ = made
+def swept():
     mixes = ("general-50-math-50-code-00", "general-00-math-30-code-70")
-    grid = Grid(experts=24, methods=("a", "b"), seeds=(0,), group_size=None, mixes=mixes)
     outcomes = [
         outcome(ORIGINAL, 0, 1.0, general=0.9, code=0.9),
         outcome("a", 0, 1.0, mix=mixes[0], general=0.6, code=0.2),
@@ -235,11 +241,11 @@ def swept(made):
         outcome("a", 0, 1.0, mix=mixes[1], general=0.2, code=0.6),
         outcome("b", 0, 1.0, mix=mixes[1], general=0.1, code=0.7),
     ]
-    return sweep_facts(job, grid, outcomes)
+    return sweep_facts(outcomes)
 
 
-def test_a_sweep_by_hand(made):
-    known = swept(made)
+def test_a_sweep_by_hand():
+    known = swept()
     assert known["axes"] == ["general", "code"]
     assert known["corner"] == pytest.approx((9, 19))
     assert [each["on front"] for each in known["points"]] == [True, False, True, True]
@@ -251,11 +257,10 @@ def test_a_sweep_by_hand(made):
     json.dumps(known)
 
 
-def test_pictures_are_svg_that_brings_its_colors_along(made):
+def test_pictures_are_svg_that_brings_its_colors_along():
     figures = [
-        pareto_picture(swept(made)),
-        heat_map([[1.0, 0.0], [0.0, 1.0]], "cells").replace('">', '"/>'),
-        bars([0.0, 2.0], "bars & more", marked=[1]),
+        pareto_picture(swept()),
+        bars([0.0, 2.0], "bars & more", "height", marked=[1]),
         lines({"own": [0.1, 0.2], "total": [0.2, 0.3]}, "layer", "error"),
     ]
     for figure in figures:
@@ -264,6 +269,55 @@ def test_pictures_are_svg_that_brings_its_colors_along(made):
     assert root[0].tag.endswith("style")
     dots = [each for each in root.iter() if each.tag.endswith("title")]
     assert len(dots) == 5
+
+
+def at_size(name, experts, nats, *, mix="", seed=0):
+    measured = outcome(name, seed, nats, mix=mix)
+    facts = {**measured.scores[ALL], "difference": {"nats": nats}}
+    facts |= {"divergence": {"value": nats}, "agreement": {"value": 0.9}}
+    return replace(
+        measured, scores={ALL: facts}, output_bytes=experts * 1000, fields={"experts": experts}
+    )
+
+
+def recommended(*outcomes):
+    curve = size_curve(summary([outcome(ORIGINAL, 0, 1.0), *outcomes]), ALL)
+    if curve is None:
+        return None
+    point = curve["points"][curve["recommended"]]
+    return point["name"], point["experts"]
+
+
+def test_the_smallest_size_within_the_bound_is_recommended_or_the_one_that_loses_least():
+    large, middle = at_size("a", 28, 0.01), at_size("a", 24, MOST_NATS)
+    small = at_size("a", 16, MOST_NATS + 0.001)
+    assert recommended(large, middle, small) == ("a", 24)
+    assert recommended(large, small) == ("a", 28)
+    # of one size the method that loses less; a mean over seeds counts
+    assert recommended(large, middle, at_size("b", 24, 0.02)) == ("b", 24)
+    assert recommended(large, middle, at_size("a", 24, 0.06, seed=1)) == ("a", 28)
+    assert recommended(small, at_size("a", 20, 0.7), at_size("b", 20, 0.06)) == ("a", 16)
+    assert recommended(middle, at_size("b", 24, 0.02)) is None
+
+
+def test_loss_against_size_is_a_line_a_method_and_a_point_for_what_is_recommended():
+    first, second = "general-50-math-50-code-00", "general-00-math-30-code-70"
+    outcomes = [
+        outcome(ORIGINAL, 0, 1.0),
+        at_size("a", 28, 0.01, mix=first),
+        at_size("a", 16, 0.4, mix=second),
+    ]
+    known = sweep_facts(outcomes)
+    drawn = size_picture(known["curve"])
+    ElementTree.fromstring(drawn)
+    assert drawn.count("<polyline") == 4  # two lines, a point, and no front
+    assert f"<title>a, {second}, 16 experts: 16000.00, 0.40</title>" in drawn
+    assert "recommended: 28 experts, a" in drawn
+    assert [each["name"] for each in known["points"]] == ["a, 28 kept", "a, 16 kept"]
+    assert recommendation(known).startswith(
+        f"recommended: 28 experts by a, {first}, 28.0 kB, 0.0100 nats a token more ("
+    )
+    assert "28" in markdown(outcomes)
 
 
 def test_sets_of_variants_are_variants_that_can_be_planned():
@@ -292,7 +346,7 @@ def test_sets_of_variants_are_variants_that_can_be_planned():
 
 def test_a_grid_has_each_method_on_each_mix_with_each_seed(tmp_path):
     grid = Grid(
-        experts=24, methods=("ream", "reap"), seeds=(0, 1), group_size=4, mixes=("", "x")
+        experts=(24,), methods=("ream", "reap"), seeds=(0, 1), group_size=4, mixes=("", "x")
     )
     trials = trials_of(bench(tmp_path), grid, lambda mix, seed: (mix, seed))
     assert [(t.mix, t.name, t.settings.seed) for t in trials] == [

@@ -11,6 +11,7 @@ from ream_stream.model.device import (
     choose_device,
     compute_dtype,
     has_bf16_products,
+    unused_gpu,
 )
 
 CPU = torch.device("cpu")
@@ -30,6 +31,21 @@ def test_a_word_that_is_no_device_is_told_in_one_sentence():
 def test_a_device_that_is_not_here_is_refused():
     with pytest.raises(UsageError, match="--device cuda: "):
         choose_device("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
+@pytest.mark.parametrize("sign", ["proc/driver/nvidia/gpus/0000:01:00.0", "dev/nvidia0"])
+def test_a_gpu_that_torch_cannot_use_is_told_with_the_reason(tmp_path, sign):
+    assert unused_gpu(tmp_path) is None
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()  # there without a GPU too
+    assert unused_gpu(tmp_path) is None
+    (tmp_path / sign).mkdir(parents=True)
+    told = unused_gpu(tmp_path)
+    assert told.startswith(f"there is a GPU ({tmp_path / sign}) that is not used: torch ")
+    built = torch.version.cuda
+    assert ("built without CUDA" in told) == (built is None)
+    assert ("nvidia-smi tells" in told) == (built is not None)
 
 
 def test_auto_computes_in_the_checkpoint_s_dtype_only_where_that_is_fast():

@@ -24,7 +24,14 @@ from ream_stream.cli.params import (
     multiple=True,
     type=FILE,
     metavar="FILE",
-    help="What eval --json printed, or comparison.json or sweep.json; may be given for each.",
+    help="What eval --json or verify --json printed, or comparison.json or sweep.json; may be "
+    "given for each.",
+)
+@option(
+    "Content",
+    "--card",
+    is_flag=True,
+    help="Write what eval measured into the model card of OUTPUT too.",
 )
 @work_dir_option
 @option(
@@ -40,22 +47,25 @@ from ream_stream.cli.params import (
 def report(
     output: Path,
     results: tuple[Path, ...],
+    *,
+    card: bool,
     work_dir: Path | None,
     html: Path,
-    *,
     as_json: bool,
 ) -> None:
     """Write one page about the compressed checkpoint in OUTPUT.
 
-    What was done, sizes, time and memory as planned and as measured, what each expert is
-    worth and which absorbed which, and the quality that was measured. The page needs no
-    network; --json prints the same numbers.
+    Is it whole, how good was it measured to be, what each expert is worth and which was
+    merged into which, time and memory as planned and as measured. Without what verify
+    printed, headers and documents are checked. The page needs no network; --json prints the
+    same numbers.
 
     Example:
 
     \b
         ream-stream report ./Qwen3-23B
         ream-stream report ./Qwen3-23B --results eval.json --results sweep.json --html a.html
+        ream-stream report ./Qwen3-23B --results eval.json --card
     """
     from ream_stream import files
     from ream_stream.cli.console import console, print_json
@@ -63,6 +73,7 @@ def report(
     from ream_stream.errors import DamagedError
     from ream_stream.file_access import resolved
 
+    from .card import write_quality
     from .facts import gather, without_matrices
     from .page import page
 
@@ -73,6 +84,8 @@ def report(
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         told = " or ".join(map(str, (*results, workspace.log)))
         raise DamagedError(f"{told} is not as it was written: {error!r}") from error
+    if card:
+        write_quality(workspace.output, facts["evaluation"])
     page_file = resolved(html.parent) / html.name
     files.make_directory(page_file.parent)
     files.write_bytes(page_file, text.encode(errors="backslashreplace"))

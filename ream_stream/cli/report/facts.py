@@ -10,14 +10,18 @@ from safetensors import SafetensorError, safe_open
 
 from ream_stream import __version__
 from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.checkpoint.source_card import source_name
 from ream_stream.compression.event_log import read_events
 from ream_stream.compression.manifest import MANIFEST, LayerGroups, Manifest, read_manifest
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.pareto import correlation
+from ream_stream.evaluation.verify import verify
 from ream_stream.file_access import read_object, regular_size
 
 _KINDS = ("comparison", "sweep")
+_FINDINGS, _EVALUATION = "findings", "perplexity"
+"""What only the JSON of `verify`, and that of `eval`, has."""
 
 
 def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
@@ -29,7 +33,8 @@ def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
         Output and work folder. Times, memory, distances and gains are known only while
         the work folder has its log and statistics.
     results
-        What ``eval --json``, `compare` or `sweep` wrote.
+        What `eval` and `verify` print with ``--json``, or `compare` or `sweep` wrote. Without
+        one of `verify` headers and documents are checked now.
 
     Raises
     ------
@@ -47,9 +52,14 @@ def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
     whole = [plan for plan in plans if not plan.get("committed_layers")]
     plan = (whole or plans or [{}])[-1]
     quality = [_result(path) for path in results]
+    checked = next((each for each in quality if _FINDINGS in each), None)
+    done = _done(events)
     return {
         "ream_stream": __version__,
         "output": workspace.output.resolve().name,
+        "source": _source_name(plan),
+        "verification": checked or verify(workspace.output, scan=False).facts(),
+        "scanned": checked is not None,
         "made": {
             "versions": dict(manifest.versions),
             "settings": dict(manifest.fingerprint),
@@ -61,21 +71,28 @@ def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
         "plan": plan,
         "run": _run(events),
         "layers": [
-            _layer(workspace, manifest, layer, _done(events).get(layer.index, {}))
+            _layer(workspace, manifest, layer, done.get(layer.index, {}))
             for layer in manifest.layers
         ],
-        "evaluation": next((each for each in quality if "kind" not in each), None),
+        "evaluation": next((each for each in quality if _EVALUATION in each), None),
         **{kind: next((q for q in quality if q.get("kind") == kind), None) for kind in _KINDS},
     }
 
 
 def _result(path: Path) -> dict[str, Any]:
     value = read_object(path, finite=False)
-    if value.get("kind") not in _KINDS and "perplexity" not in value:
+    if value.get("kind") not in _KINDS and not {_FINDINGS, _EVALUATION} & set(value):
         raise UsageError(
-            f"{path}: not what eval --json prints, nor comparison.json or sweep.json"
+            f"{path}: not what eval --json or verify --json prints, nor comparison.json or "
+            "sweep.json"
         )
     return value
+
+
+def _source_name(plan: Mapping[str, Any]) -> str | None:
+    """Return what the source is called, from the plan in the log; None if that is gone."""
+    folder = plan.get("source")
+    return source_name(Path(folder)) if isinstance(folder, str) else None
 
 
 def _sizes(workspace: Workspace, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,15 +169,16 @@ def _domain_correlations(layer: LayerGroups) -> dict[str, float | None]:
 
 
 def _statistics(path: Path) -> dict[str, Any]:
-    """Return similarities and what alignment gained, if the work folder still knows them."""
-    known: dict[str, Any] = {"similarity": None, "aligned": []}
+    """Return routed tokens, similarities and gains of alignment, if they are still known."""
+    known: dict[str, Any] = {"similarity": None, "aligned": [], "routed": None}
     if regular_size(path) is None:
         return known
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
+            known["routed"] = file.get_tensor("count_E").tolist()
             if "distance_EE" in names:
-                known["similarity"] = (1 - file.get_tensor("distance_EE")).tolist()
+                known["similarity"] = 1 - file.get_tensor("distance_EE")
             if "aligned" in names:
                 rows = file.get_tensor("aligned").tolist()
                 known["aligned"] = [
@@ -180,7 +198,7 @@ def without_matrices(facts: Mapping[str, Any]) -> dict[str, Any]:
             **layer,
             "similarity": None
             if layer["similarity"] is None
-            else [[round(value, 4) for value in row] for row in layer["similarity"]],
+            else [[round(value, 4) for value in row] for row in layer["similarity"].tolist()],
         }
         for layer in facts["layers"]
     ]

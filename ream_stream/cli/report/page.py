@@ -10,9 +10,11 @@ from markupsafe import Markup, escape
 from ream_stream.units import format_seconds, format_size
 from ream_stream.untrusted import printable
 
-from .figures import STYLE, bars, heat_map, lines, pareto_picture
+from .experts import details, overview
+from .figures import STYLE, lines, pareto_picture, ranges, size_picture
 
 _UNKNOWN = "-"
+_MOST_ROWS = 40
 
 
 def page(facts: Mapping[str, Any]) -> str:
@@ -29,16 +31,20 @@ def page(facts: Mapping[str, Any]) -> str:
     return template.render(
         facts=facts,
         style=Markup(STYLE),
+        title=_title(facts),
         sentence=_sentence(facts),
+        verdict=_verdict(facts),
         headline=_headline(facts),
         quality=_quality(facts["evaluation"]) if facts["evaluation"] else None,
         comparison=_comparison(facts["comparison"]) if facts["comparison"] else None,
+        sizes=_sizes(facts),
         pareto=pareto_picture(facts["sweep"]) if facts["sweep"] else "",
         sweep_volumes=_volumes(facts["sweep"]) if facts["sweep"] else [],
         resources=_resources(facts) if facts["run"] else [],
         phases=_phases(facts) if facts["run"] else None,
         layers=_layers(facts),
-        details=[_detail(layer) for layer in facts["layers"]],
+        overview=overview(facts["layers"]),
+        details=details(facts["layers"]),
         settings=[(name, str(value)) for name, value in facts["made"]["settings"].items()],
     )
 
@@ -48,16 +54,59 @@ def _shown(value: object) -> object:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Markup:
-    """Return a table that scrolls by itself where the page is narrow."""
+    """Return a table that scrolls by itself where the page is narrow, or the table long."""
     head = "".join(f"<th>{escape(printable(each))}</th>" for each in heads)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(printable(cell))}</td>' for cell in row)}</tr>"
         for row in rows
     )
     told = f'<p class="soft">{escape(caption)}</p>' if caption else ""
+    box = "scroll tall" if len(rows) > _MOST_ROWS else "scroll"
     return Markup(
-        f'{told}<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'{told}<div class="{box}"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _title(facts: Mapping[str, Any]) -> str:
+    made = facts["made"]
+    return (
+        f"{facts['source'] or facts['output']}: {made['experts_before']} to "
+        f"{made['experts_after']} experts a layer"
+    )
+
+
+def _verdict(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return whether it is whole and how good it is, each sentence with its class."""
+    return [_whole(facts), _worth(facts["evaluation"])]
+
+
+def _whole(facts: Mapping[str, Any]) -> tuple[str, str]:
+    findings = facts["verification"]["findings"]
+    bad = [each["message"] for each in findings if not each["ok"]]
+    told = "" if facts["scanned"] else " Headers and documents only: verify reads all tensors."
+    if bad:
+        return "bad", f"Not whole: {len(bad)} of {len(findings)} findings are bad. {bad[0]}"
+    passed = sum(not each["is_note"] for each in findings)
+    return "good", f"Whole and consistent, by {passed} checks.{told}"
+
+
+def _worth(known: Mapping[str, Any] | None) -> tuple[str, str]:
+    if known is None:
+        return (
+            "soft",
+            "Quality is not measured here: give what eval --json prints to --results.",
+        )
+    own = known["perplexity"]
+    if not known.get("against") or known.get("divergence") is None:
+        return "soft", f"Perplexity {_number(own, 2)}; not compared with the original."
+    before, gap = known["against"]["perplexity"], known["difference"]["nats"]
+    change = f" ({own / before - 1:+.1%})" if own and before else ""
+    return (
+        "soft",
+        f"Perplexity {_number(before, 2)} to {_number(own, 2)}{change}, "
+        f"{_number(gap, 4)} nats a token more; the same token comes first in "
+        f"{known['agreement']['value']:.1%} of places.",
     )
 
 
@@ -115,8 +164,18 @@ def _quality(known: Mapping[str, Any]) -> dict[str, Any]:
     if errors:
         series = {name: [each[name] for each in errors] for name in ("own", "inside", "total")}
         drawn = lines(series, "layer", "relative error")
-    caption = "+- is the standard error over sequences; nats more is a paired difference."
-    return {"heads": heads, "rows": rows, "caption": caption, "layers": drawn}
+    losses = [
+        (name, each["difference"]["nats"], each["difference"]["stderr"])
+        for name, each in several.items()
+        if compared and each["difference"]["nats"] is not None
+    ]
+    return {
+        "heads": heads,
+        "rows": rows,
+        "caption": "+- is the standard error over sequences; nats more is a paired difference.",
+        "losses": ranges(losses, "nats a token more than the original") if losses else "",
+        "layers": drawn,
+    }
 
 
 def _comparison(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +195,20 @@ def _comparison(known: Mapping[str, Any]) -> dict[str, Any]:
             for each in listed
         ],
     }
+
+
+def _sizes(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return pictures of loss against size, each with what it recommends and why."""
+    found = [facts[kind].get("curve") for kind in ("comparison", "sweep") if facts[kind]]
+    return [
+        (
+            size_picture(curve),
+            f"Recommended: {curve['points'][curve['recommended']]['experts']} experts by "
+            f"{curve['points'][curve['recommended']]['name']}; {curve['rule']}.",
+        )
+        for curve in found
+        if curve
+    ]
 
 
 def _volumes(known: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -180,7 +253,7 @@ def _layers(facts: Mapping[str, Any]) -> dict[str, Any]:
     refits = any(layer["refit"] for layer in facts["layers"])
     heads = ["layer", "merged", "largest group", "saliency kept", "alignment gain"]
     heads += [*(["error before refit", "left by refit"] if refits else []), *pairs]
-    rows = []
+    rows, refitted = [], [layer["refit"] for layer in facts["layers"] if layer["refit"]]
     for layer in facts["layers"]:
         groups = layer["groups"]
         rows.append(
@@ -201,38 +274,19 @@ def _layers(facts: Mapping[str, Any]) -> dict[str, Any]:
         "Merged: new experts made of several. Alignment gain: how much smaller the mean cost "
         "of a pair of neurons is once they are lined up."
         + (
-            " Lacking: squared error of the experts' sum before the refit, as a share of its "
+            " Error before refit: squared error of the experts' sum, as a share of its "
             "own squares, on sequences that were held back; then what the refit left of it."
             if refits
             else ""
         )
         + (" Last: rank correlation of the saliencies of two domains." if pairs else "")
     )
-    return {"heads": heads, "rows": rows, "caption": caption}
-
-
-def _detail(layer: Mapping[str, Any]) -> dict[str, Any]:
-    saliency, kept = layer["saliency"], set(layer["kept"])
-    gone = [expert for expert in range(len(saliency)) if expert not in kept]
-    order = sorted(range(len(saliency)), key=lambda expert: -saliency[expert])
-    last = [place for place, expert in enumerate(order) if expert not in kept]
-    merged = [group for group in layer["groups"] if len(group) > 1]
-    return {
-        "number": layer["index"] + 1,
-        "title": f"{len(saliency)} to {len(kept)} experts, {len(merged)} merged",
-        "saliency": bars(saliency, "saliency of each expert", marked=gone),
-        "sorted": bars([saliency[e] for e in order], "saliency, sorted", marked=last),
-        "legend": "In the second color: experts that are not kept.",
-        "domains": [
-            (name, bars(values, f"saliency on {name}", marked=gone))
-            for name, values in layer["domains"].items()
-        ],
-        "similarity": heat_map(layer["similarity"], "similarity of experts")
-        if layer["similarity"]
-        else "",
-        "groups": [f"{group[0]} took in {', '.join(map(str, group[1:]))}" for group in merged],
-        "dropped": ", ".join(map(str, layer["dropped"])),
+    series = {
+        "before the refit": [each["error_before"] for each in refitted],
+        "after it": [each["error_before"] * each["remaining_error"] for each in refitted],
     }
+    drawn = lines(series, "layer with experts", "squared error, share") if refitted else ""
+    return {"heads": heads, "rows": rows, "caption": caption, "errors": drawn}
 
 
 def _refit(outcome: Mapping[str, Any] | None) -> list[str]:
