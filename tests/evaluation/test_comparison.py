@@ -36,6 +36,7 @@ from ream_stream.cli.report.figures import (
 )
 from ream_stream.compression import pipeline
 from ream_stream.compression.file_lock import MARK
+from ream_stream.compression.job import expert_layer
 from ream_stream.errors import InterruptedRunError, UsageError
 from ream_stream.evaluation import comparison
 from ream_stream.evaluation.comparison import (
@@ -332,13 +333,15 @@ def test_sets_of_variants_are_variants_that_can_be_planned():
         wanted = settings_of(
             name,
             experts=16,
-            num_experts=32,
+            layer=expert_layer(source),
             seed=3,
             compute_dtype="float32",
             device_kind="cpu",
         )
-        make_plan(source, wanted, 4, 16)
+        plan = make_plan(source, wanted, 4, 16)
         assert wanted.method.group_size == 32
+        old, new = plan.experts
+        assert new.count * new.inner == pytest.approx(16 * old.inner, rel=0.02)
         seen.add(json.dumps(wanted.fields()))
     assert len(seen) == len(VARIANTS)
     assert VARIANTS["ream without gate term"]["gate_term"] is not Method().gate_term
