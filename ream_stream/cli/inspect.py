@@ -81,10 +81,17 @@ def _made_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         made["source_bytes"],
     )
     verb = "dropped" if settings.get("grouping") == "none" else "merged"
+    slices, cut = settings.get("slices", 0), ""
+    if slices:
+        width = f" of width {made['width_before']}" if made["width_before"] else ""
+        cut = f"{width} cut into {slices} slices of {settings['width'] or 'equal width'}"
     groups = ", ".join(f"{count} of {size}" for size, count in made["groups_by_size"].items())
     rows = [
         ("made by", f"ream-stream {made['versions'].get('ream-stream')}"),
-        ("  experts", f"{made['experts_before']} -> {made['experts_after']}, the rest {verb}"),
+        (
+            "  experts",
+            f"{made['experts_before']}{cut} -> {made['experts_after']}, the rest {verb}",
+        ),
     ]
     if before:
         rows += [

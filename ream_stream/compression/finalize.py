@@ -72,6 +72,7 @@ def write_rest(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journa
             plan.settings.experts,
             written,
             source_bytes=plan.source_bytes,
+            width=plan.experts[0].inner,
         ),
     )
 

@@ -75,6 +75,9 @@ class Manifest:
     files: Mapping[str, Written] = field(repr=False)
     """Shards of the output by name."""
 
+    width: int | None
+    """Inner width of an expert in the source; None if an older version did not record it."""
+
     source_bytes: int | None
     """Bytes of the source's tensors; None if an older version did not record them."""
 
@@ -102,6 +105,7 @@ def manifest_of(
     documents: Mapping[str, Written],
     *,
     source_bytes: int,
+    width: int,
 ) -> dict[str, Any]:
     """Return the JSON of a manifest; `read_manifest` reads it back.
 
@@ -115,6 +119,8 @@ def manifest_of(
         Files beside the shards, by name.
     source_bytes
         Bytes of the source's tensors.
+    width
+        Inner width of an expert in the source.
     """
     return {
         "format": FORMAT,
@@ -123,7 +129,7 @@ def manifest_of(
             "ream-stream": __version__,
             **{name: version(name) for name in ("torch", "transformers", "safetensors")},
         },
-        "experts": {"before": num_experts, "after": kept},
+        "experts": {"before": num_experts, "after": kept, "width_before": width},
         "source_bytes": source_bytes,
         "files": {shard.name: _told(shard) for shard in journal.shards()},
         "documents": {
@@ -172,12 +178,13 @@ def _manifest(value: Mapping[str, Any]) -> Manifest:
     fingerprint = dict(value["fingerprint"])
     if "grouping" not in fingerprint:
         raise KeyError("grouping")
-    source_bytes = value.get("source_bytes")
+    source_bytes, width = value.get("source_bytes"), value["experts"].get("width_before")
     return Manifest(
         fingerprint=fingerprint,
         versions={str(key): str(text) for key, text in value["versions"].items()},
         before=_count(value["experts"]["before"]),
         after=_count(value["experts"]["after"]),
+        width=None if width is None else _count(width),
         source_bytes=None if source_bytes is None else _count(source_bytes),
         files={name: _file(name, file) for name, file in value["files"].items()},
         documents=_documents(value.get("documents")),

@@ -55,7 +55,7 @@ def card(plan: Plan, tokens: Tokens, journal: Journal) -> str:
     return f"""---
 {front}---
 
-# {shown}, {plan.num_experts} experts a layer {verb} to {settings.experts}
+# {shown}, {plan.num_experts} experts a layer {_kept(plan, verb)}
 
 Made by ream-stream {__version__} from {shown}: {len(plan.moe_layers)} layers with experts,
 {format_size(plan.source_bytes)} of weights to {format_size(plan.output_bytes)}. \
@@ -86,6 +86,13 @@ Not measured yet. What is lost depends on the text: measure it on what the model
 
 {_license(plan)}
 """
+
+
+def _kept(plan: Plan, verb: str) -> str:
+    settings, (old, new) = plan.settings, plan.experts
+    if not settings.cuts:
+        return f"{verb} to {settings.experts}"
+    return f"of width {old.inner} cut and pruned to {settings.experts} of width {new.inner}"
 
 
 def with_quality(text: str, known: Mapping[str, Any]) -> str:
@@ -200,6 +207,8 @@ def _command(plan: Plan, tokens: Tokens, shown: str) -> str:
 
     preset = min(PRESETS, key=lambda name: len(differing(name)))
     words = ["--experts", str(settings.experts), "--method", preset]
+    if settings.cuts and method.width is None:
+        words += ["--width", str(plan.experts[1].inner)]
     for name in differing(preset):
         words += _option(options_of(Method)[name], getattr(method, name))
     usual = Settings(experts=settings.experts, method=method)
@@ -214,7 +223,9 @@ def _command(plan: Plan, tokens: Tokens, shown: str) -> str:
 
 def _is_served(plan: Plan) -> bool:
     try:
-        check_served(plan.settings.experts, plan.num_experts, plan.routing_groups)
+        check_served(
+            plan.settings.experts, plan.num_experts, plan.routing_groups, plan.output_top_k
+        )
     except UsageError:
         return False
     return True

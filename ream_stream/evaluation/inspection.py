@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from ream_stream.checkpoint.config_json import find_mtp, text_config
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.compression.manifest import MANIFEST, read_manifest
+from ream_stream.compression.manifest import MANIFEST, Manifest, read_manifest
 from ream_stream.errors import UnsupportedModelError
 from ream_stream.model.families import family_of
 from ream_stream.planning.model_size import ModelSize, context_length, model_size, stored_as
@@ -120,6 +121,7 @@ def inspect(path: str | Path) -> Inspection:
     for name, entry in checkpoint.entries.items():
         kinds[_kind(name, in_stack)] += entry.nbytes
         dtypes[entry.dtype] += entry.nbytes
+    width = next((stack.inner for stack in stacks.values()), None)
     counts = sorted({stack.count for stack in stacks.values()})
     mtp = find_mtp(stacks, checkpoint.config)
     return Inspection(
@@ -141,7 +143,7 @@ def inspect(path: str | Path) -> Inspection:
         context_length=context_length(checkpoint.config),
         stored_as=stored_as(checkpoint) if size else None,
         headers_only_files=len(checkpoint.cut_files()),
-        made=_made(checkpoint.folder, size),
+        made=_made(checkpoint.folder, size, width),
     )
 
 
@@ -154,7 +156,7 @@ def _folder_of(path: str | Path) -> Path:
     return hub.fetch_headers(hub.find(str(path)))
 
 
-def _made(folder: Path, size: ModelSize | None) -> dict[str, Any] | None:
+def _made(folder: Path, size: ModelSize | None, width: int | None) -> dict[str, Any] | None:
     """Return how an output was made; None for other checkpoints."""
     if not (folder / MANIFEST).is_file():
         return None
@@ -164,11 +166,23 @@ def _made(folder: Path, size: ModelSize | None) -> dict[str, Any] | None:
         "experts_before": manifest.before,
         "experts_after": manifest.after,
         "source_bytes": manifest.source_bytes,
-        "parameters_before": size.with_experts(manifest.before).facts() if size else None,
+        "width_before": manifest.width,
+        "parameters_before": _size_before(manifest, size, width),
         "settings": dict(manifest.fingerprint),
         "versions": dict(manifest.versions),
         "groups_by_size": {str(size): sizes[size] for size in sorted(sizes)},
     }
+
+
+def _size_before(
+    manifest: Manifest, size: ModelSize | None, width: int | None
+) -> dict[str, Any] | None:
+    """Return the size of the source of an output; None if it is not known."""
+    if size is None:
+        return None
+    wider = Fraction(manifest.width or 1, width or 1) if manifest.slices else Fraction(1)
+    before = size.with_experts(manifest.before, wider=wider, slices=max(1, manifest.slices))
+    return before.facts()
 
 
 def _kind(name: str, in_stack: set[str]) -> str:

@@ -50,7 +50,7 @@ COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_e
 
 TOP_K_KEYS = (
     *("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
-    "experts_per_token",
+    *("experts_per_token", "moe_top_k"),
 )
 """Keys of config.json for the number of experts that a token is routed to."""
 

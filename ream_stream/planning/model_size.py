@@ -3,19 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from ream_stream.checkpoint.config_json import find_mtp, text_config
 from ream_stream.checkpoint.expert_stack import ExpertStack
 from ream_stream.checkpoint.quantized import find_quantized, tensors_of
 from ream_stream.checkpoint.reader import Checkpoint
-from ream_stream.model.families import FAMILIES
-
-TOP_K_KEYS = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts",
-    "moe_topk", "moe_top_k", "moe_k",
-)  # fmt: skip
-"""Keys of config.json for the number of experts that the router selects for a token."""
+from ream_stream.model.families import FAMILIES, TOP_K_KEYS
 
 CONTEXT_KEYS = ("max_position_embeddings", "model_max_length", "max_sequence_length")
 """Keys of config.json for the longest context in tokens."""
@@ -52,13 +47,18 @@ class ModelSize:
             return None
         return self.beside + sum(min(self.top_k, count) * size for count, size in self.experts)
 
-    def with_experts(self, number: int) -> "ModelSize":
-        """Return the size of the same model with another number of experts in each layer."""
+    def with_experts(
+        self, number: int, *, wider: Fraction = Fraction(1), slices: int = 1
+    ) -> "ModelSize":
+        """Return the size of the same model with another number of experts in each layer.
+
+        They are so many times as wide, and a token is sent to a `slices`-th of them.
+        """
         more = number - self.experts[0][0] if self.experts else 0
         return ModelSize(
             beside=self.beside + more * self.routers,
-            experts=tuple((number, size) for _, size in self.experts),
-            top_k=self.top_k,
+            experts=tuple((number, int(size * wider)) for _, size in self.experts),
+            top_k=None if self.top_k is None else self.top_k // slices,
             routers=self.routers,
         )
 
