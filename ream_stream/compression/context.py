@@ -58,11 +58,11 @@ class Context:
 
     def hidden_reader(self, boundary: int) -> HiddenStates | None:
         """Open the states that enter a layer; None for the first, which takes embeddings."""
-        return self._reader(self.workspace.hidden(boundary)) if boundary else None
+        return self._reader(self.workspace.hidden(boundary), boundary) if boundary else None
 
     def original_reader(self, boundary: int) -> HiddenStates | None:
         """Open the same of the original model."""
-        return self._reader(self.workspace.original(boundary)) if boundary else None
+        return self._reader(self.workspace.original(boundary), boundary) if boundary else None
 
     def hidden_writer(self, boundary: int) -> CheckedWriter:
         """Begin the states that enter a layer."""
@@ -72,16 +72,25 @@ class Context:
         """Begin the same of the original model."""
         return self._writer(self.workspace.original(boundary), boundary)
 
-    def _reader(self, path: Path) -> HiddenStates:
+    def _reader(self, path: Path, boundary: int) -> HiddenStates:
         plan, batch = self.plan, self.plan.schedule.batch_sequences
-        return HiddenStates(path, plan.hidden_shape, plan.dtype, batch)
+        return HiddenStates(
+            path,
+            plan.hidden_shape,
+            plan.dtype,
+            batch,
+            device=self.source.device,
+            drop=plan.drops_states(plan.layers[boundary]),
+        )
 
     def _writer(self, path: Path, boundary: int) -> CheckedWriter:
         plan, batch = self.plan, self.plan.schedule.batch_sequences
-        writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch)
+        drop = plan.drops_states(plan.layers[boundary])
+        writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch, drop=drop)
         return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 
     def open_batch_store(self, part: str, name: str) -> AbstractContextManager[BatchStore]:
         """Keep tensors of batches for the length of a block, where the plan has the part."""
         path = self.workspace.scratch(name) if self.plan.scratch.get(part) else None
-        return open_batch_store(path, len(self.batches))
+        device = self.source.device
+        return open_batch_store(path, len(self.batches), device=device, beside=True)

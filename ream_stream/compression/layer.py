@@ -4,7 +4,7 @@ This module does all work on a layer except its commit, which the pipeline does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -237,8 +237,12 @@ class _LayerRun:
         context, index = self.context, self.index
         batches, entering = context.batches, context.original_reader(index)
         writer = context.original_writer(index + 1) if self.leads_on else None
-        with context.timed("follow"):
-            for number, batch, hidden_BLH in with_states(batches, entering):
+        with (
+            context.timed("follow"),
+            writer or nullcontext(),
+            with_states(batches, entering) as states,
+        ):
+            for number, batch, hidden_BLH in states:
                 leaving_BLH = context.source.run_layer(index, batch, hidden_BLH)
                 if refit is not None:
                     refit.targets.put(number, leaving_BLH)
@@ -334,6 +338,7 @@ class _LayerRun:
         if experts is not None:
             experts.weights.resident = schedule.resident_experts
         with ExitStack() as stack:
+            stack.enter_context(writer or nullcontext())
             sums = None
             if writer is not None and schedule.expert_blocks > 1:
                 sums = stack.enter_context(context.open_batch_store(SUMS, "sums"))
@@ -350,12 +355,13 @@ class _LayerRun:
             run = passes.run(
                 batches, self._entering, listeners=listeners, captures_only=not writer
             )
+            stack.enter_context(closing(run))
             for done, (number, leaving_BLH) in enumerate(run, start=1):
                 if writer is not None and leaving_BLH is not None:
                     writer.write(number, leaving_BLH)
                 self._step(phase, done, total)
-        if writer is not None:
-            writer.publish()
+            if writer is not None:
+                writer.publish()
 
     def _write(self, content: Callable[[str], Content], folder: Path) -> tuple[Written, ...]:
         """Write the layer's shards; a refitted layer is also written before its refit."""

@@ -9,6 +9,8 @@ Letters in shapes: B sequences of a batch, L tokens of a sequence, T tokens of a
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -120,8 +122,21 @@ class CheckedWriter:
         self._writer, self._excluded = writer, excluded
         self._layer, self._batch = layer, batch
 
+    def __enter__(self) -> Self:
+        """Enter the block at whose end the thread that writes ends."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the thread."""
+        self._writer.__exit__(kind, error, traceback)
+
     def write(self, index: int, hidden_BLH: Tensor) -> None:
-        """Store the states of batch `index`."""
+        """Store the states of batch `index`, as `HiddenWriter.write` does."""
         first = index * self._batch
         bad_B = self._excluded.bad_rows(first, hidden_BLH)
         if bad_B is not None:

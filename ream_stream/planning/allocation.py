@@ -199,7 +199,7 @@ class _Places:
         room = self.budgets.ram - sum(self.memory.values())
         fits = nbytes <= room
         self.memory[part] = nbytes if fits else 0
-        # a tensor, its bytes to write, and these bytes with their checksum
+        # a tensor in use, the next, and the last
         chunk = 3 * math.ceil(nbytes * self.share)
         if fits or not or_disk or chunk > room:
             return fits
