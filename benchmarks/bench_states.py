@@ -9,7 +9,6 @@ time, the median of the pairs, and the median ratio of a pair. Both stores hold 
 """
 
 import argparse
-import os
 import shutil
 import statistics
 import sys
@@ -17,9 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-# as the command does; torch reads it with its first tensor
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import zarr

@@ -7,8 +7,10 @@ zarr's own store does each chunk on an event loop, with four copies; here there 
 """
 
 import json
+import math
 import os
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +105,14 @@ class ChunkedArray:
         rest = missing + checksum.to_bytes(_CHECKSUM_BYTES, sys.byteorder)
         files.write_chunk(self.chunk_path(index), [data.data, memoryview(rest)], flush=flush)
 
-    def read(self, index: int, *, locked: bool = False, drop: bool = False) -> Tensor:
+    def read(
+        self,
+        index: int,
+        *,
+        locked: bool = False,
+        drop: bool = False,
+        pool: list[Tensor] | None = None,
+    ) -> Tensor:
         """Return a chunk, in host memory of its own.
 
         Parameters
@@ -114,6 +123,9 @@ class ChunkedArray:
             Whether it goes to a device: then the memory is page-locked.
         drop
             Whether the chunk is not to stay in the page cache.
+        pool
+            Memory of earlier chunks that no tensor refers to any more, which is used again;
+            None for new memory, which the kernel takes longer to clear than to fill.
 
         Raises
         ------
@@ -122,7 +134,9 @@ class ChunkedArray:
         FileNotFoundError
             The chunk is missing.
         """
-        chunk = host_empty((self.rows, *self.shape[1:]), self.dtype, locked=locked)
+        # page-locked memory is used again by torch, once copies from it are done
+        own = pool if not locked else None
+        chunk = own.pop() if own else host_empty(self._chunk_shape, self.dtype, locked=locked)
         data = chunk.view(-1).view(torch.uint8).numpy()
         with open_regular(self.chunk_path(index)) as file:
             size = os.fstat(file.fileno()).st_size
@@ -139,14 +153,15 @@ class ChunkedArray:
             or google_crc32c.value(data).to_bytes(_CHECKSUM_BYTES, sys.byteorder) != checksum
         ):
             raise ValueError("its checksum is wrong")
-        return chunk
+        return chunk if own is None else _returning(chunk, data, own)
+
+    @property
+    def _chunk_shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.shape[1:])
 
     @property
     def _chunk_bytes(self) -> int:
-        numbers = self.rows
-        for size in self.shape[1:]:
-            numbers *= size
-        return numbers * self.dtype.itemsize
+        return math.prod(self._chunk_shape) * self.dtype.itemsize
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -167,3 +182,11 @@ class ChunkedArray:
             "node_type": "array",
             "storage_transformers": [],
         }
+
+
+def _returning(chunk: Tensor, data: Any, pool: list[Tensor]) -> Tensor:  # noqa: ANN401
+    """Return a tensor of a chunk's memory, which goes to the pool when nothing refers to it."""
+    view = data[:]
+    # torch holds this view until the last tensor on it is gone, whoever has it
+    weakref.finalize(view, pool.append, chunk).atexit = False
+    return torch.from_numpy(view).view(chunk.dtype).view(chunk.shape)

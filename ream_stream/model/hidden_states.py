@@ -5,6 +5,7 @@ their use and written behind it, each on a thread.
 """
 
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -146,10 +147,10 @@ class HiddenStates:
 
     def ahead(self, batches: int) -> Generator[Tensor, None, None]:
         """Yield the states of batch 0 to `batches` - 1; each is read ahead of its use."""
-        return read_ahead(self.read, batches)
+        return read_ahead(partial(self.read, pool=[]), batches)
 
-    def read(self, index: int) -> Tensor:
-        """Return the states of batch `index`, (B, L, H).
+    def read(self, index: int, *, pool: list[Tensor] | None = None) -> Tensor:
+        """Return the states of batch `index`, (B, L, H); `pool` is that of `ChunkedArray.read`.
 
         Raises
         ------
@@ -160,15 +161,15 @@ class HiddenStates:
         start, stop = index * self._batch, min((index + 1) * self._batch, total)
         # a store may be of larger batches than ours
         parts = [
-            self._chunk(chunk)[max(0, start - chunk * rows) : stop - chunk * rows]
+            self._chunk(chunk, pool)[max(0, start - chunk * rows) : stop - chunk * rows]
             for chunk in range(start // rows, -(-stop // rows))
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _chunk(self, index: int) -> Tensor:
+    def _chunk(self, index: int, pool: list[Tensor] | None) -> Tensor:
         try:
             with reading(self._path):
-                return self._array.read(index, locked=self._locked, drop=self._drop)
+                return self._array.read(index, locked=self._locked, drop=self._drop, pool=pool)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._lacks(index) from error
         except ValueError as error:

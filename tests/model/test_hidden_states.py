@@ -16,6 +16,7 @@ from zarr.storage import LocalStore
 
 from ream_stream import files
 from ream_stream.errors import DamagedError, OverBudgetError
+from ream_stream.model.chunked_array import ChunkedArray
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -227,6 +228,26 @@ def test_what_is_dropped_from_the_page_cache_is_read_as_before(tmp_path, monkeyp
     store = HiddenStates(tmp_path / "store", SHAPE, torch.bfloat16, BATCH, drop=True)
     assert same_bits(torch.cat(list(store.ahead(3))), written)
     assert sorted(dropped) == chunks
+
+
+def test_memory_of_a_batch_is_used_again_only_when_no_tensor_refers_to_it(store):
+    whole = states(SHAPE, torch.bfloat16)
+    batches = HiddenStates(store, SHAPE, torch.bfloat16, BATCH).ahead(3)
+    kept = [batch[0, 1:].view(-1) for batch in batches]
+    for number, part in enumerate(kept):
+        assert same_bits(part, whole[BATCH * number, 1:].reshape(-1))
+    pool = []
+    opened = ChunkedArray.open(store, SHAPE, torch.bfloat16)
+    first = opened.read(0, pool=pool)
+    row = first[1]
+    place = first.data_ptr()
+    del first
+    assert not pool
+    del row
+    assert len(pool) == 1
+    second = opened.read(1, pool=pool)
+    assert second.data_ptr() == place
+    assert same_bits(second, whole[2:4])
 
 
 def test_a_full_disk_is_over_budget(tmp_path, monkeypatch):
