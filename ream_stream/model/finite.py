@@ -28,6 +28,16 @@ MOST_EXCLUDED = 0.1
 """Largest share of excluded calibration sequences; a larger one is no accident of a text."""
 
 _NATIVE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_FIRST_NOT_FINITE = {
+    torch.float8_e4m3fn: (0x7F, 0xFF),
+    torch.float8_e5m2: (0x7C, 0xFC),
+    torch.float8_e8m0fnu: (0x80, 0xFF),
+}
+"""Smallest byte that is not finite among those of positive and of negative numbers.
+
+All that are larger, up to the sign, are not finite either; 0x80 is above all positive ones.
+"""
+
 _ALWAYS_FINITE = frozenset({torch.float4_e2m1fn_x2})
 
 
@@ -152,6 +162,11 @@ class CheckedWriter:
 def _is_finite(block: Tensor) -> bool:
     if not len(block):
         return True
+    if block.dtype in _FIRST_NOT_FINITE:
+        # as signed bytes the largest are the positive numbers, without a sign the negative ones
+        positive, negative = _FIRST_NOT_FINITE[block.dtype]
+        signed, unsigned = block.view(torch.int8).max(), block.view(torch.uint8).max()
+        return int(signed) < positive and int(unsigned) < negative
     # a NaN is both the smallest and the largest number; thirty times as fast as isfinite
     lowest, highest = torch.aminmax(block if block.dtype in _NATIVE else block.float())
     return bool(lowest.isfinite() & highest.isfinite())
