@@ -153,7 +153,8 @@ class _Chooser:
         blocks = -(-parts.stored_bytes // int(CACHE_SHARE * cache + 1))
         if budgets.vram is not None:
             room = (budgets.vram - sum(device.values())) // parts.expert_bytes
-            blocks = max(blocks, -(-parts.experts // max(1, room)))
+            # what a device keeps is read once a phase, whatever the page cache holds
+            blocks = -(-parts.experts // room) if room > 0 else blocks
         if blocks > parts.experts:
             return 1
         # a pass reads states and attention's outputs, and reads and writes sums
