@@ -5,6 +5,9 @@ wrong, where, and what to do. A status that is not listed here means failure.
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers for a full disk, an exceeded quota or a file at its size limit."""
@@ -106,3 +109,24 @@ def of_system(error: BaseException) -> ReamStreamError | None:
             "or raise the limit of the process (ulimit -v)"
         )
     return ReamStreamError(told) if number is not None else None
+
+
+@contextmanager
+def space_for(path: Path) -> Iterator[None]:
+    """Turn a full disk met in the block into an error that says what to do.
+
+    Raises
+    ------
+    OverBudgetError
+        There is no space left for `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            error.filename = error.filename or str(path)
+            raise
+        raise OverBudgetError(
+            f"no space left for {path} ({error.strerror}): free some and run the same command "
+            "again to resume"
+        ) from error

@@ -129,6 +129,15 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> io.FileIO:
     return file
 
 
+def drop_cached(file: io.FileIO) -> None:
+    """Ask the kernel to drop an open file from the page cache, where it can be asked.
+
+    Pages that are not on the disk yet stay; the kernel begins to write them.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read_regular(path: Path, most: int = MAX_BYTES) -> bytes:
     """Read a regular file whole.
 

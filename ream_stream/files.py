@@ -7,9 +7,8 @@ Every file appears under its final name whole and durable, or not at all:
 3. it is renamed,
 4. the folder is synced, so that the rename itself survives a power cut.
 
-Folders (the chunks of a hidden-state store) are published the same way, after
-each file in them was synced. A ``.partial`` name therefore never holds
-anything of worth and may be deleted at any time.
+Folders (stores of hidden states) are published the same way, each file in them synced.
+So what has a ``.partial`` name may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,8 +27,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Self
 
-from .errors import FULL, DamagedError, OverBudgetError
-from .file_access import FileRange, Origin, check_folder, open_regular, pieces, regular_size
+from .errors import DamagedError, space_for
+from .file_access import (
+    FileRange,
+    Origin,
+    check_folder,
+    drop_cached,
+    open_regular,
+    pieces,
+    regular_size,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,20 +69,14 @@ class Written:
 
 
 class BackgroundHasher:
-    """Hashes and flushes a file on threads while it is written; one block for each file.
+    """Hashes and flushes an open file on threads while it is written; one block for each file.
 
     Hashing takes as long as copying, and the disk longer than either: without threads a copy
     reaches half of the disk's rate.
-
-    Parameters
-    ----------
-    file
-        Open file; it stays open during the block.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest = file, hashlib.sha256()
-        # the executor starts its threads with the first work
         self._threads = ThreadPoolExecutor(2, "write")
         self._hashing: Future[None] | None = None
         self._flushing: Future[None] | None = None
@@ -107,8 +108,7 @@ class BackgroundHasher:
     def flush(self, size: int) -> None:
         """Count `size` copied bytes, and start writing to disk after `FLUSH_BYTES` of them.
 
-        An optimisation only: the file is synced at its end. The kernel reports a write error
-        to a single fsync, so the result of this one is checked too.
+        The file is synced at its end too. The kernel tells an error of the disk once only.
 
         Raises
         ------
@@ -177,6 +177,18 @@ def write_stream(
     return Written(name=path.name, size=size, sha256=beside.hexdigest())
 
 
+def write_chunk(path: Path, pieces: Sequence[memoryview], *, flush: bool) -> None:
+    """Write a file of a folder that `publish_directory` will sync, or that is scratch.
+
+    Missing folders are made; a file that is there, of the same size, is written over.
+    `flush` lets the kernel begin to write to the disk; nothing waits for it.
+    """
+    _put(path, pieces)
+    if flush:
+        with open_regular(path) as file:
+            drop_cached(file)  # of what is not on the disk yet this begins the writing
+
+
 def write_bytes(path: Path, data: bytes) -> Written:
     """Write a small file."""
     return write_stream(path, [data])
@@ -193,8 +205,7 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Written:
     """Write a small safetensors file."""
-    # not save_file: safetensors 0.8 neither syncs nor honors the umask, it leaves mode 0600
-    from safetensors.torch import save
+    from safetensors.torch import save  # not save_file: it neither syncs nor honors the umask
 
     told = {"format": "pt", **(metadata or {})}
     told = {key: t.encode(errors="backslashreplace").decode() for key, t in told.items()}
@@ -232,12 +243,14 @@ def adopt(partial: Path, path: Path) -> None:
         _publish(partial, path)
 
 
-def publish_directory(partial: Path, path: Path) -> None:
-    """Sync all files of a folder, then give the folder its final name."""
+def publish_directory(partial: Path, path: Path, *, drop: bool = False) -> None:
+    """Sync all files of a folder, `drop` them from the page cache, and give it its name."""
     for folder, _, names in os.walk(partial):
         for name in names:
             with open_regular(Path(folder, name)) as file:
                 _sync(file.fileno())
+                if drop:
+                    drop_cached(file)
         _sync_directory(Path(folder))
     _publish(partial, path)
 
@@ -297,27 +310,6 @@ def scratch_file() -> BinaryIO:
 
 
 @contextmanager
-def space_for(path: Path) -> Iterator[None]:
-    """Turn a full disk met in the block into an error that says what to do.
-
-    Raises
-    ------
-    OverBudgetError
-        There is no space left for `path`.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            error.filename = error.filename or str(path)
-            raise
-        raise OverBudgetError(
-            f"no space left for {path} ({error.strerror}): free some and run the same command "
-            "again to resume"
-        ) from error
-
-
-@contextmanager
 def _partial(path: Path, partial: Path | None) -> Iterator[FileIO]:
     """Open ``NAME.partial`` for the block, then sync and publish it under its name."""
     partial = partial or path.with_name(path.name + PARTIAL)
@@ -369,6 +361,15 @@ def _fill(file: FileIO, piece: bytes | memoryview, origin: Origin | None = None)
     done = _copy(file, len(piece), origin) if origin is not None else 0
     while done < len(piece):
         done += file.write(memoryview(piece)[done:])
+
+
+def _put(path: Path, pieces: Sequence[memoryview]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
+        for piece in pieces:
+            left = piece
+            while left:
+                left = left[file.write(left) :]
 
 
 def _sync(descriptor: int) -> None:

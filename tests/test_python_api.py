@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,15 @@ import torch
 import ream_stream
 from ream_stream.__main__ import main
 from ream_stream.cli.demo import CHECKPOINT
-from ream_stream.events import Evaluating, Finished, LayerDone, Planned, Preparing, Started
+from ream_stream.events import (
+    Evaluating,
+    Finished,
+    LayerDone,
+    Planned,
+    Preparing,
+    Started,
+    Step,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "python-api.md"
 WANTED = {"experts": 6, "any_count": True, "compute_dtype": "float32"}
@@ -83,6 +92,16 @@ def test_a_report_may_end_a_run_and_the_same_call_goes_on(source, tokens, tmp_pa
 
     given = {"calibration": tokens, "seed": 3, **WANTED}
     output = tmp_path / "output"
+    threads = set(threading.enumerate())
+    for phase in ("observe", "propagate"):
+
+        def stop_within(event, phase=phase):
+            if isinstance(event, Step) and event.layer and event.phase == phase:
+                raise ream_stream.InterruptedRunError("enough")
+
+        with pytest.raises(ream_stream.InterruptedRunError, match="enough"):
+            ream_stream.compress(source, tmp_path / phase, report=stop_within, **given)
+        assert set(threading.enumerate()) <= threads, "those that read ahead or write behind"
     with pytest.raises(ream_stream.InterruptedRunError, match="enough") as stopped:
         ream_stream.compress(source, output, report=stop, **given)
     assert stopped.value.then == "resume with: the same call"

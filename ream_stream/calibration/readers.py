@@ -19,7 +19,7 @@ from tempfile import gettempdir
 from typing import Any, BinaryIO
 
 from ream_stream import files
-from ream_stream.errors import UsageError
+from ream_stream.errors import UsageError, space_for
 
 from .json_list import elements
 
@@ -81,7 +81,7 @@ def _unpacked(pieces: Iterable[bytes]) -> BinaryIO:
     with ExitStack() as stack:
         content = stack.enter_context(files.scratch_file())
         for piece in pieces:
-            with files.space_for(Path(gettempdir())):
+            with space_for(Path(gettempdir())):
                 content.write(piece)
         content.seek(0)
         stack.pop_all()

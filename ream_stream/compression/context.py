@@ -58,11 +58,11 @@ class Context:
 
     def hidden_reader(self, boundary: int) -> HiddenStates | None:
         """Open the states that enter a layer; None for the first, which takes embeddings."""
-        return self._reader(self.workspace.hidden(boundary)) if boundary else None
+        return self._reader(self.workspace.hidden(boundary), boundary) if boundary else None
 
     def original_reader(self, boundary: int) -> HiddenStates | None:
         """Open the same of the original model."""
-        return self._reader(self.workspace.original(boundary)) if boundary else None
+        return self._reader(self.workspace.original(boundary), boundary) if boundary else None
 
     def hidden_writer(self, boundary: int) -> CheckedWriter:
         """Begin the states that enter a layer."""
@@ -72,13 +72,21 @@ class Context:
         """Begin the same of the original model."""
         return self._writer(self.workspace.original(boundary), boundary)
 
-    def _reader(self, path: Path) -> HiddenStates:
+    def _reader(self, path: Path, boundary: int) -> HiddenStates:
         plan, batch = self.plan, self.plan.schedule.batch_sequences
-        return HiddenStates(path, plan.hidden_shape, plan.dtype, batch)
+        return HiddenStates(
+            path,
+            plan.hidden_shape,
+            plan.dtype,
+            batch,
+            device=self.source.device,
+            drop=plan.drops_states(plan.layers[boundary]),
+        )
 
     def _writer(self, path: Path, boundary: int) -> CheckedWriter:
         plan, batch = self.plan, self.plan.schedule.batch_sequences
-        writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch)
+        drop = plan.drops_states(plan.layers[boundary])
+        writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch, drop=drop)
         return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 
     def open_batch_store(
@@ -89,4 +97,5 @@ class Context:
         They are one a batch, or `count`.
         """
         path = self.workspace.scratch(name) if self.plan.scratch.get(part) else None
-        return open_batch_store(path, len(self.batches) if count is None else count)
+        device, count = self.source.device, len(self.batches) if count is None else count
+        return open_batch_store(path, count, device=device, beside=True)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ream_stream.errors import OtherRunError, UsageError
+from ream_stream.errors import OtherRunError, UsageError, space_for
 from ream_stream.file_access import open_regular, regular_size
-from ream_stream.files import make_directory, space_for, write_bytes
+from ream_stream.files import make_directory, write_bytes
 
 _HOLDER = re.compile(rb"process \d{1,20} on [\w.-]{1,255}")
 _TAKEN = {errno.EWOULDBLOCK, errno.EACCES}

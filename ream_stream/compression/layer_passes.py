@@ -1,7 +1,7 @@
 """Passes of all calibration batches through one layer, of the source or of the output."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 
 from ream_stream.events import Phase, Report, Step
 from ream_stream.model.attention_cache import AttentionCache
@@ -101,8 +101,9 @@ class LayerPasses:
             self._context.timed("observe"),
             grams.summing(block) as sums,
             nullcontext() if playback is None else playback.through(mixers),
+            with_states(batches, self.entering) as states,
         ):
-            for number, batch, hidden_BLH in with_states(batches, self.entering):
+            for number, batch, hidden_BLH in states:
                 sums(number, batch)
                 with grams.only(block):
                     source.observe_layer(self._index, batch, hidden_BLH)
@@ -113,8 +114,12 @@ class LayerPasses:
         context, index = self._context, self._index
         batches, entering = context.batches, context.original_reader(index)
         writer = context.original_writer(index + 1) if self._leads_on else None
-        with context.timed("follow"):
-            for number, batch, hidden_BLH in with_states(batches, entering):
+        with (
+            context.timed("follow"),
+            writer or nullcontext(),
+            with_states(batches, entering) as states,
+        ):
+            for number, batch, hidden_BLH in states:
                 leaving_BLH = context.source.run_layer(index, batch, hidden_BLH)
                 if refit is not None:
                     refit.targets.put(number, leaving_BLH)
@@ -152,6 +157,7 @@ class LayerPasses:
         if experts is not None:
             experts.weights.resident = schedule.resident_experts
         with ExitStack() as stack:
+            stack.enter_context(writer or nullcontext())
             sums = None
             if writer is not None and schedule.expert_blocks > 1:
                 sums = stack.enter_context(context.open_batch_store(SUMS, "sums"))
@@ -168,12 +174,13 @@ class LayerPasses:
             run = passes.run(
                 batches, self.entering, listeners=listeners, captures_only=not writer
             )
+            stack.enter_context(closing(run))
             for done, (number, leaving_BLH) in enumerate(run, start=1):
                 if writer is not None and leaving_BLH is not None:
                     writer.write(number, leaving_BLH)
                 self.step(phase, done, total)
-        if writer is not None:
-            writer.publish()
+            if writer is not None:
+                writer.publish()
 
     def step(self, phase: Phase, done: int, total: int) -> None:
         """Report the progress of a phase."""

@@ -196,8 +196,11 @@ class RefitJob:
         batch_done: Callable[[], None],
     ) -> None:
         """Run the compressed layer up to its target, and add the residual to the refit."""
-        with _replaced(tokens.experts, tokens.outputs):
-            for number, batch, hidden_BLH in with_states(batches, entering):
+        with (
+            _replaced(tokens.experts, tokens.outputs),
+            with_states(batches, entering) as states,
+        ):
+            for number, batch, hidden_BLH in states:
                 tokens.expect(batch)
                 if self.plan.tracks_original:
                     leaving_BLH = self.model.run_layer(self.index, batch, hidden_BLH)

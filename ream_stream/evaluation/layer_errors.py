@@ -133,6 +133,8 @@ def _layer(
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(model.open_layer(index))
+        for writer in writers:
+            stack.enter_context(writer)
         for number, batch in enumerate(batches):
             x, y = (None if reader is None else reader.read(number) for reader in readers)
             first, second = (model.run_layer(index, batch, x) for model in models)

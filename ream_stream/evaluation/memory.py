@@ -87,8 +87,8 @@ def _parts(footprints: Sequence[Footprints], tokens: Tokens, batch: int) -> dict
     for each in footprints:
         model = each.model
         row = length * model.hidden_size * model.dtype.itemsize
-        # the states that enter, and what they are read into
-        runs.append(max(each.of(i, batch, length).run for i in each.kinds()) + 2 * batch * row)
+        # the states that enter, those of the next batch, and the last output
+        runs.append(max(each.of(i, batch, length).run for i in each.kinds()) + 3 * batch * row)
         scores.append(2 * batch * row)
         dense.append(_layer_bytes(each))
     rank = min(RANK_TOKENS, ids) * _width(footprints[0]) * (4 + 3 * 8)

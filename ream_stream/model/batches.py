@@ -1,6 +1,7 @@
 """Batches of tokens and their hidden states, through one layer after the other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 
 from torch import Tensor
 
@@ -55,15 +56,33 @@ def advance(
     batch_done
         Told how many batches are done.
     """
-    for number, batch, hidden_BLH in with_states(batches, entering):
-        leaving.write(number, model.run_layer(index, batch, hidden_BLH))
-        batch_done(number + 1)
+    with leaving, with_states(batches, entering) as states:
+        for number, batch, hidden_BLH in states:
+            leaving.write(number, model.run_layer(index, batch, hidden_BLH))
+            batch_done(number + 1)
     leaving.publish()
 
 
+@contextmanager
 def with_states(
     batches: Batches, entering: HiddenStates | None
-) -> Iterator[tuple[int, Batch, Tensor | None]]:
-    """Yield each batch with its number and the states (B, L, H) that enter a layer."""
-    for number, batch in enumerate(batches):
-        yield number, batch, None if entering is None else entering.read(number)
+) -> Iterator[Iterator[tuple[int, Batch, Tensor | None]]]:
+    """Iterate over all batches, each with its number and the states (B, L, H) that enter.
+
+    States are read ahead of their use, on a thread that ends with the block.
+    """
+    # closed here: an error in the block may be kept, and would keep the thread
+    with closing(_with_states(batches, entering)) as found:
+        yield found
+
+
+def _with_states(
+    batches: Batches, entering: HiddenStates | None
+) -> Generator[tuple[int, Batch, Tensor | None], None, None]:
+    if entering is None:
+        for number, batch in enumerate(batches):
+            yield number, batch, None
+        return
+    with closing(entering.ahead(len(batches))) as states:
+        for number, (batch, hidden_BLH) in enumerate(zip(batches, states, strict=True)):
+            yield number, batch, hidden_BLH

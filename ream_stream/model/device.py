@@ -1,7 +1,7 @@
 """The machine's processors: the only module that uses CUDA."""
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,31 @@ def peak_bytes(device: torch.device) -> int:
     return int(torch.cuda.max_memory_reserved(device))  # noqa: TID251
 
 
+def host_empty(shape: Sequence[int], dtype: torch.dtype, *, locked: bool) -> Tensor:
+    """Return uninitialized host memory; page-locked for copies to and from a device."""
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=locked)
+
+
+def locked_bytes(nbytes: int) -> int:
+    """Return the bytes that torch locks for page-locked memory: a power of two."""
+    return 1 << (nbytes - 1).bit_length()
+
+
+def to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Start to copy a tensor to the host; return the copy and what waits until it is there.
+
+    A tensor on the host is its own copy.
+    """
+    if tensor.device.type == "cpu":
+        return tensor, lambda: None
+    host = host_empty(tensor.shape, tensor.dtype, locked=True)
+    host.copy_(tensor, non_blocking=True)
+    module: Any = torch.get_device_module(tensor.device)
+    copied = module.Event()
+    copied.record(module.current_stream(tensor.device))
+    return host, copied.synchronize
+
+
 class TransferLanes:
     """Copies tensors to a device while it computes, in two alternating lanes.
 
@@ -165,8 +190,8 @@ class TransferLanes:
 
     @classmethod
     def host_bytes(cls, nbytes: int) -> int:
-        """Return the host bytes of all lanes, given a load's: torch locks powers of two."""
-        return cls.COUNT * (1 << (nbytes - 1).bit_length())
+        """Return the host bytes of all lanes, given a load's."""
+        return cls.COUNT * locked_bytes(nbytes)
 
 
 def _round_up(nbytes: int, multiple: int) -> int:

@@ -7,7 +7,7 @@ of its experts' outputs, while statistics are taken, and the sum of these output
 they are needed. With one block there is one pass, and nothing is taken along.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -66,7 +66,7 @@ class ExpertBlockPasses:
         *,
         listeners: Listeners | None = None,
         captures_only: bool = False,
-    ) -> Iterator[tuple[int, Tensor | None]]:
+    ) -> Generator[tuple[int, Tensor | None], None, None]:
         """Run all batches through all blocks.
 
         Parameters
@@ -90,8 +90,11 @@ class ExpertBlockPasses:
         norms: dict[int, Tensor] = {}
         for experts in parts:
             mixers = self.model.mixers(self.index) if self.playback else []
-            with self.playback.through(mixers) if self.playback else nullcontext():
-                for number, batch, hidden_BLH in with_states(batches, entering):
+            with (
+                self.playback.through(mixers) if self.playback else nullcontext(),
+                with_states(batches, entering) as states,
+            ):
+                for number, batch, hidden_BLH in states:
                     with self._capturing(number, batch, listeners):
                         leaving_BLH = (
                             self._whole(batch, hidden_BLH, captures_only=captures_only)
@@ -140,7 +143,7 @@ class ExpertBlockPasses:
         if number in norms:
             part.norm_S = norms[number].to(device)
         if sums is not None and experts.start:
-            part.sum_TH = sums.get(number).to(device)
+            part.sum_TH = sums.get(number).to(device, non_blocking=True)
         streamed.part = part
         try:
             if sums is None:

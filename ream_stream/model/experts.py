@@ -30,7 +30,6 @@ oneDNN compiles and keeps a kernel for every number of rows: 6 ms and 0.9 MB
 each, a gigabyte after a few layers. Rows do not change each other's bits.
 """
 
-
 MAX_ROWS = 1024
 """Most tokens that an expert processes at once.
 
@@ -304,10 +303,8 @@ class StreamedExperts(nn.Module):
         change the last bits.
         """
         tokens, top_k = index_TK.shape
-        part, weight_S = (
-            self.part or BlockState(experts=range(self.count)),
-            weight_TK.reshape(-1),
-        )
+        part = self.part or BlockState(experts=range(self.count))
+        weight_S = weight_TK.reshape(-1)
         if part.norm_S is None:
             part.norm_S = hidden_TH.new_zeros(tokens * top_k, dtype=torch.float32)
         self.weights.turn_to(part.experts)

@@ -9,6 +9,8 @@ Letters in shapes: B sequences of a batch, L tokens of a sequence, T tokens of a
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,6 +28,16 @@ MOST_EXCLUDED = 0.1
 """Largest share of excluded calibration sequences; a larger one is no accident of a text."""
 
 _NATIVE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_FIRST_NOT_FINITE = {
+    torch.float8_e4m3fn: (0x7F, 0xFF),
+    torch.float8_e5m2: (0x7C, 0xFC),
+    torch.float8_e8m0fnu: (0x80, 0xFF),
+}
+"""Smallest byte that is not finite among those of positive and of negative numbers.
+
+All that are larger, up to the sign, are not finite either; 0x80 is above all positive ones.
+"""
+
 _ALWAYS_FINITE = frozenset({torch.float4_e2m1fn_x2})
 
 
@@ -120,8 +132,21 @@ class CheckedWriter:
         self._writer, self._excluded = writer, excluded
         self._layer, self._batch = layer, batch
 
+    def __enter__(self) -> Self:
+        """Enter the block at whose end the thread that writes ends."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the thread."""
+        self._writer.__exit__(kind, error, traceback)
+
     def write(self, index: int, hidden_BLH: Tensor) -> None:
-        """Store the states of batch `index`."""
+        """Store the states of batch `index`, as `HiddenWriter.write` does."""
         first = index * self._batch
         bad_B = self._excluded.bad_rows(first, hidden_BLH)
         if bad_B is not None:
@@ -137,6 +162,11 @@ class CheckedWriter:
 def _is_finite(block: Tensor) -> bool:
     if not len(block):
         return True
+    if block.dtype in _FIRST_NOT_FINITE:
+        # as signed bytes the largest are the positive numbers, without a sign the negative ones
+        positive, negative = _FIRST_NOT_FINITE[block.dtype]
+        signed, unsigned = block.view(torch.int8).max(), block.view(torch.uint8).max()
+        return int(signed) < positive and int(unsigned) < negative
     # a NaN is both the smallest and the largest number; thirty times as fast as isfinite
     lowest, highest = torch.aminmax(block if block.dtype in _NATIVE else block.float())
     return bool(lowest.isfinite() & highest.isfinite())

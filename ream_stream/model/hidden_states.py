@@ -1,74 +1,32 @@
 """Hidden states between two layers, on disk: one zarr array, one chunk a batch.
 
-zarr has no bfloat16, so bits are stored, in unsigned integers of the same width.
-Chunks carry a CRC32C and are always written: by default zarr leaves out chunks
-equal to the fill value and reads missing ones as if they were there. For the
-same reason a store is complete only once its folder has its final name.
+A store is complete only once its folder has its final name. Batches are read ahead of
+their use and written behind it, each on a thread.
 """
 
-from collections.abc import Mapping
+from collections.abc import Generator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
-import numpy as np
 import torch
-import zarr
 from torch import Tensor
-from zarr.codecs import Crc32cCodec
-from zarr.storage import LocalStore
 
 from ream_stream import files
-from ream_stream.errors import DamagedError
-from ream_stream.file_access import check_folder, read_own_json, reading, regular_size
+from ream_stream.errors import DamagedError, space_for
+from ream_stream.file_access import check_folder, reading, regular_size
 
-_BITS: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
-    torch.bfloat16: (torch.uint16, np.uint16),
-    torch.float16: (torch.uint16, np.uint16),
-    torch.float32: (torch.uint32, np.uint32),
-}
-
-_DESCRIPTION_BYTES = 1 << 16
-_NOT_A_STORE = (
-    FileNotFoundError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-)
-"""Exceptions that zarr 3.1 raises for a missing or invalid description."""
-
-
-def create_array(
-    path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: torch.dtype
-) -> Any:  # noqa: ANN401 - zarr's array, which is generic over its metadata
-    """Create a zarr array in a new folder for the bits of tensors of one dtype."""
-    kind = _BITS[dtype][1]
-    return zarr.create_array(
-        LocalStore(path),
-        shape=shape,
-        chunks=chunks,
-        dtype=kind,
-        compressors=[Crc32cCodec()],
-        # a NaN in either width: what was never written cannot pass for data
-        fill_value=np.iinfo(kind).max,
-        attributes={"dtype": str(dtype).removeprefix("torch.")},
-        config={"write_empty_chunks": True},
-    )
-
-
-def to_bits(tensor: Tensor) -> Any:  # noqa: ANN401 - an array of one of several dtypes
-    """Return a tensor's bits as numpy has them: without a copy, if it lies in host memory."""
-    return tensor.detach().cpu().contiguous().view(_BITS[tensor.dtype][0]).numpy()
-
-
-def from_bits(bits: Any, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
-    """Return the tensor that bits are of."""
-    return torch.from_numpy(bits).view(dtype)
+from .background_io import WriteBehind, read_ahead
+from .chunked_array import ChunkedArray
+from .device import to_host
 
 
 class HiddenWriter:
     """Writes the states (S, L, H) that enter one layer, batch after batch.
+
+    As a context manager it ends its thread at the end of the block; without `publish`
+    nothing has the store's name then.
 
     Parameters
     ----------
@@ -80,55 +38,83 @@ class HiddenWriter:
         What the states are; stored bit for bit.
     batch
         Sequences of a batch.
+    drop
+        Whether what was written is dropped from the page cache.
     """
 
     def __init__(
-        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, batch: int
+        self,
+        path: Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        batch: int,
+        *,
+        drop: bool = False,
     ) -> None:
-        self._path = path
+        self._path, self._drop = path, drop
         self._partial = path.with_name(path.name + files.PARTIAL)
-        self._batch = batch
+        self._behind = WriteBehind()
         files.remove(self._partial)
-        chunks = (min(batch, shape[0]), *shape[1:])
-        with files.space_for(path):
-            self._array = create_array(self._partial, shape, chunks, dtype)
+        self._array = ChunkedArray(
+            path=self._partial, shape=shape, rows=min(batch, shape[0]), dtype=dtype
+        )
+        with space_for(path):
+            self._array.create()
+
+    def __enter__(self) -> Self:
+        """Enter the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the thread; raise what failed on it, unless the block itself failed."""
+        self._behind.close()
+        if error is None:
+            self._behind.wait()
 
     def write(self, index: int, hidden_BLH: Tensor) -> None:
-        """Store the states of batch `index`."""
-        start = index * self._batch
-        bits = to_bits(hidden_BLH)
-        with files.space_for(self._path):
-            self._array[start : start + len(bits)] = bits
+        """Store the states of batch `index`, which must not change until `publish` returns.
+
+        Raises
+        ------
+        OverBudgetError
+            The disk is full, for this batch or the one before.
+        """
+        # before memory is taken for the next
+        self._behind.wait()
+        host_BLH, wait = to_host(hidden_BLH)
+
+        def store() -> None:
+            wait()
+            with space_for(self._path):
+                self._array.write(index, host_BLH, flush=True)
+
+        self._behind.submit(store)
 
     def publish(self) -> None:
         """Make the store durable and give it its name."""
+        self._behind.wait()
+        self._behind.close()
         files.remove(self._path)
-        with files.space_for(self._path):
-            files.publish_directory(self._partial, self._path)
-
-
-def _check_description(path: Path, dtype: torch.dtype) -> None:
-    """Refuse a description by which zarr would read other bits than were written.
-
-    Chunks have checksums, their description has none.
-    """
-    described = read_own_json(path, _DESCRIPTION_BYTES)
-    first, *others = described["codecs"]
-    told = (
-        described["data_type"],
-        first["name"],
-        first["configuration"],
-        [codec["name"] for codec in others],
-        described["chunk_key_encoding"]["name"],
-    )
-    if told != (_BITS[dtype][1].__name__, "bytes", {"endian": "little"}, ["crc32c"], "default"):
-        raise ValueError("its description is not as it was written")
-    if not all(described["chunk_grid"]["configuration"]["chunk_shape"]):
-        raise ValueError("its chunks are empty")
+        with space_for(self._path):
+            files.publish_directory(self._partial, self._path, drop=self._drop)
 
 
 class HiddenStates:
     """Reads what a `HiddenWriter` published.
+
+    Parameters
+    ----------
+    path, shape, dtype, batch
+        As of the writer; a batch may be smaller than the writer's.
+    device
+        Where the states go: for a device they are read into page-locked memory.
+    drop
+        Whether what was read is dropped from the page cache.
 
     Raises
     ------
@@ -137,47 +123,61 @@ class HiddenStates:
     """
 
     def __init__(
-        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, batch: int
+        self,
+        path: Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        batch: int,
+        *,
+        device: torch.device | None = None,
+        drop: bool = False,
     ) -> None:
-        self._path, self._dtype, self._batch = path, dtype, batch
+        self._path, self._batch, self._drop = path, batch, drop
+        self._locked = device is not None and device.type == "cuda"
         try:
             check_folder(path)
-            _check_description(path / "zarr.json", dtype)
-            self._array = zarr.open_array(LocalStore(path, read_only=True), mode="r")
-            stored = (self._array.shape, self._array.attrs["dtype"])
-        except (DamagedError, *_NOT_A_STORE) as error:
+            self._array = ChunkedArray.open(path, shape, dtype)
+        except DamagedError as error:
             raise DamagedError(
                 f"{path} is damaged ({error}); start over with --restart"
             ) from error
-        if stored != (shape, str(dtype).removeprefix("torch.")):
-            raise DamagedError(f"{path} holds {stored}, expected {shape} of {dtype}")
-        self._check_is_there(0, shape[0])
+        for index in range(-(-shape[0] // self._array.rows)):
+            if regular_size(self._array.chunk_path(index)) is None:
+                raise self._lacks(index)
 
-    def read(self, index: int) -> Tensor:
-        """Return the states of batch `index`, (B, L, H).
+    def ahead(self, batches: int) -> Generator[Tensor, None, None]:
+        """Yield the states of batch 0 to `batches` - 1; each is read ahead of its use."""
+        return read_ahead(partial(self.read, pool=[]), batches)
+
+    def read(self, index: int, *, pool: list[Tensor] | None = None) -> Tensor:
+        """Return the states of batch `index`, (B, L, H); `pool` is that of `ChunkedArray.read`.
 
         Raises
         ------
         DamagedError
             The chunk is missing or its checksum is wrong.
         """
-        start = index * self._batch
-        self._check_is_there(start, min(start + self._batch, self._array.shape[0]))
+        rows, total = self._array.rows, self._array.shape[0]
+        start, stop = index * self._batch, min((index + 1) * self._batch, total)
+        # a store may be of larger batches than ours
+        parts = [
+            self._chunk(chunk, pool)[max(0, start - chunk * rows) : stop - chunk * rows]
+            for chunk in range(start // rows, -(-stop // rows))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _chunk(self, index: int, pool: list[Tensor] | None) -> Tensor:
         try:
             with reading(self._path):
-                bits = np.asarray(self._array[start : start + self._batch])
-        except (ValueError, TypeError, RuntimeError) as error:
+                return self._array.read(index, locked=self._locked, drop=self._drop, pool=pool)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._lacks(index) from error
+        except ValueError as error:
             raise DamagedError(
                 f"{self._path}: batch {index} is damaged ({error}); start over with --restart"
             ) from error
-        return from_bits(bits, self._dtype)
 
-    def _check_is_there(self, start: int, stop: int) -> None:
-        """Look for the chunks of some sequences; a store may be of larger batches than ours."""
-        size = self._array.chunks[0]
-        for index in range(start // size, -(-stop // size)):
-            if regular_size(self._path / "c" / str(index) / "0" / "0") is None:
-                raise DamagedError(
-                    f"{self._path} lacks hidden states of batch {index}; "
-                    "start over with --restart"
-                )
+    def _lacks(self, index: int) -> DamagedError:
+        return DamagedError(
+            f"{self._path} lacks hidden states of batch {index}; start over with --restart"
+        )

@@ -366,7 +366,8 @@ class StreamedModel:
 
     def _apart(self, hidden_BLH: Tensor) -> Tensor:
         """Return hidden states in the shape of the model's layers, with an axis of states."""
-        return hidden_BLH.to(self.device).reshape(*hidden_BLH.shape[:2], *self._states, -1)
+        shape = *hidden_BLH.shape[:2], *self._states, -1
+        return hidden_BLH.to(self.device, non_blocking=True).reshape(shape)
 
     @torch.no_grad()
     def _with_next_tokens(self, index: int, batch: Batch, hidden_BLH: Tensor) -> Tensor:
@@ -375,8 +376,7 @@ class StreamedModel:
         The last token of a sequence gets the first token as its next one; no earlier token
         sees it, and `calibration.tokens.mask_without_next` masks it.
         """
-        model: Any = self.model
-        layer: Any = self._decoder[index]
+        model, layer = cast(Any, self.model), cast(Any, self._decoder[index])
         assert self.final_norm is not None
         hidden_BLH = self._apart(hidden_BLH)
         if layer.next_token.is_normed:

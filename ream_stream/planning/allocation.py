@@ -156,7 +156,8 @@ class _Chooser:
         blocks = -(-parts.stored_bytes // int(CACHE_SHARE * cache + 1))
         if budgets.vram is not None:
             room = (budgets.vram - sum(device.values())) // parts.expert_bytes
-            blocks = max(blocks, -(-parts.experts // max(1, room)))
+            # what a device keeps is read once a phase, whatever the page cache holds
+            blocks = -(-parts.experts // room) if room > 0 else blocks
         if blocks > parts.experts:
             return 1
         # a pass reads states and attention's outputs, and reads and writes sums
@@ -255,7 +256,7 @@ class _Places:
         room = self.room
         fits = nbytes <= room
         self.memory[part] = nbytes if fits else 0
-        # a tensor, its bytes to write, and these bytes with their checksum
+        # a tensor in use, the next, and the last
         chunk = 3 * math.ceil(nbytes * self.share)
         if fits or not or_disk or chunk > room:
             return fits

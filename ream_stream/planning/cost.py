@@ -31,9 +31,9 @@ def cost_of(plan: Plan, *, cache_bytes: int, committed: int = 0) -> dict[str, Co
     plan
         The run.
     cache_bytes
-        Memory that the page cache may take. A layer that does not fit in it, with the
-        states that pass through, is read again in each phase; its experts for each batch,
-        if they alone are more than their share of it and a device does not keep them.
+        Memory that the page cache may take. A layer that does not fit in it is read again
+        in each phase, and so are states that do not fit beside it; its experts are for each
+        batch, if they alone are more than their share of it and a device does not keep them.
     committed
         Layers that are done already.
     """
@@ -60,8 +60,8 @@ class _Layer:
         self.bytes = sum(entries[name].nbytes for name in keys.names)
         self.output_bytes = sum(shard.nbytes for shard in layer.shards)
         self.entering = plan.hidden_bytes if keys.index else 0
-        held = self.bytes + self.output_bytes + 2 * plan.boundary_bytes
-        self.fits = held <= cache_bytes
+        self.fits = self.bytes + self.output_bytes <= cache_bytes
+        self.states_fit = not plan.drops_states(layer, cache_bytes)
         self.stays = self.bytes - self.dense_bytes <= CACHE_SHARE * cache_bytes
         self.coded = sum(s.rows * s.cols * (s.count or 1) for s in keys.quantized.values())
         """Quantized numbers beside the experts in the source."""
@@ -306,8 +306,9 @@ class _Layer:
     def _passed_again(self, passes: int) -> Cost:
         """Return the cost of passes after the first except experts: states and attention."""
         kept = self.plan.keeps(OUTPUTS)
-        once = self._again(self.entering) + Cost(
-            read_bytes=self.plan.scratch.get(OUTPUTS, 0),
+        once = Cost(
+            read_bytes=self.entering + self.plan.scratch.get(OUTPUTS, 0),
+            cached_bytes=self.entering if self.states_fit else 0,
             product_flop=0 if kept else self._dense_flop(before_experts=True),
         )
         return total([once] * passes)

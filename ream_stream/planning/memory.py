@@ -15,7 +15,7 @@ from ream_stream.method.alignment import ALIGNMENTS, aligning_bytes
 from ream_stream.method.merging import merging_bytes
 from ream_stream.method.similarity import MeanActivations
 from ream_stream.method.slices import removal_bytes
-from ream_stream.model.device import TransferLanes
+from ream_stream.model.device import TransferLanes, locked_bytes
 from ream_stream.model.tensor_map import LayerTensors
 from ream_stream.settings import Settings
 
@@ -139,8 +139,8 @@ class MemoryModel:
             "buffers of one expert": self.expert_bytes,
         }
         if self._on_device:
-            # hidden states that move between the device and a store
-            moving = 3 * batch * self.workload.length * self._stack.hidden * 4
+            # hidden states of four batches: the one in use, the next two, and the last
+            moving = 4 * locked_bytes(self._entering_bytes(batch))
             phases |= {"observe": moving, "propagate": moving}
             held = {}
             fixed[ON_THE_WAY] = TransferLanes.host_bytes(TransferLanes.room(self._stack.sizes))
@@ -163,6 +163,11 @@ class MemoryModel:
             **parts,
             "left for fragments": int(ALLOCATOR_SHARE * working),
         }
+
+    def _entering_bytes(self, batch: int) -> int:
+        """Return the bytes of the hidden states of a batch."""
+        width = self._footprints.model.hidden_size
+        return batch * self.workload.length * width * self._itemsize
 
     def _runs(self, batch: int) -> list[Footprint]:
         """Return the footprint of each kind of layer."""
@@ -232,9 +237,11 @@ class MemoryModel:
     def _layer_by_phase(self, batch: int, solver: Solver) -> dict[str, int]:
         """Return the transient bytes of a layer's forward and of its refit."""
         runs, tokens = self._runs(batch), batch * self.workload.length
-        # reading and writing a store takes more, but then no layer runs
-        entering = tokens * self._footprints.model.hidden_size * self._itemsize
-        whole = max(run.run for run in runs) + entering
+        # states that enter; on the host, of several batches, also the next and the last output
+        states = self._entering_bytes(batch)
+        alone = self._on_device or batch >= self.workload.sequences
+        entering, behind = (states, 0) if alone else (2 * states, states)
+        whole = max(run.run for run in runs) + entering + behind
         before = max(run.observe for run in runs) + entering
         if not self.refits:
             return {
@@ -244,7 +251,7 @@ class MemoryModel:
         return {
             # the experts' outputs are summed, as in a run of the whole layer
             "observe": whole + self._refit.inputs(tokens),
-            "propagate": max(whole, before + self._refit.replaying(tokens, solver)),
+            "propagate": max(whole, before + behind + self._refit.replaying(tokens, solver)),
             "refit": self._refit.solving(solver, tokens, before),
         }
 

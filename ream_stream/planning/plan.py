@@ -51,6 +51,11 @@ class LayerPlan:
     table: str | None = None
     """Name of the table of experts by token id; None if the layer does not route by it."""
 
+    def weight_bytes(self, entries: Mapping[str, TensorEntry]) -> int:
+        """Return the bytes of the layer's tensors in the source and in the output."""
+        read = sum(entries[name].nbytes for name in self.keys.names)
+        return read + sum(shard.nbytes for shard in self.shards)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
@@ -305,6 +310,21 @@ class Plan(Layout):
     def disk_bytes(self) -> int:
         """Bytes on disk at the high-water mark."""
         return sum(self.disk.values())
+
+    def drops_states(self, layer: LayerPlan, cache_bytes: int | None = None) -> bool:
+        """Tell whether states leave the page cache once used, so that weights stay in it.
+
+        Parameters
+        ----------
+        layer
+            The layer that is run on them.
+        cache_bytes
+            Memory that the page cache may take; None for what the plan leaves to it.
+        """
+        if cache_bytes is None:
+            cache_bytes = self.budgets.available - self.memory_bytes
+        weights = layer.weight_bytes(self.source.entries)
+        return weights + 2 * self.boundary_bytes > cache_bytes
 
     def keeps_outputs(self, layer: LayerPlan) -> bool:
         """Tell whether what attention returns is kept for later passes over an MoE layer."""

@@ -2,7 +2,7 @@
 bytes of an undisturbed run once the fault is gone.
 
 A fault is planted before a run, or when its first layer is committed. Errors of the disk are
-raised where Python opens a file, and where `durable` and zarr write.
+raised where Python opens a file, and where `files` writes.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import zarr.storage._local
 from command_line import compression
 from crash import Kill, digests
 from killed_runs import VARIANTS, Runs, check_what_is_left
@@ -127,20 +126,20 @@ def opens_fail(patch, name):
 
 def writes_fail(patch, name, number):
     """Let writes to files with this name fail."""
-    fill, put = files._fill, zarr.storage._local._put
+    fill, put = files._fill, files._put
 
     def failing_fill(file, *rest):
         if name in file.name:
             raise OSError(number, os.strerror(number))
         fill(file, *rest)
 
-    def failing_put(path, *rest, **options):
+    def failing_put(path, pieces):
         if name in str(path):
             raise OSError(number, os.strerror(number))
-        return put(path, *rest, **options)
+        put(path, pieces)
 
     patch.setattr(files, "_fill", failing_fill)
-    patch.setattr(zarr.storage._local, "_put", failing_put)
+    patch.setattr(files, "_put", failing_put)
 
 
 # --- faults: each plants itself in a case

@@ -1,20 +1,27 @@
+import errno
+import os
 import re
+import threading
+from functools import partial
 
 import pytest
 import torch
 from tiny_runs import SCHEDULE
 
+from ream_stream import files
 from ream_stream.compression.journal import Journal
 from ream_stream.compression.workspace import Workspace
-from ream_stream.errors import DamagedError
+from ream_stream.errors import DamagedError, OverBudgetError
 from ream_stream.model.batch_store import open_batch_store
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(params=["memory", "disk"])
-def place(request, tmp_path):
-    return None if request.param == "memory" else tmp_path / "scratch-x"
+@pytest.fixture(params=["memory", "disk", "disk, on a thread"])
+def opened(request, tmp_path):
+    """Return a function that opens a store for so many batches."""
+    path = None if request.param == "memory" else tmp_path / "scratch-x"
+    return partial(open_batch_store, path, beside="thread" in request.param)
 
 
 def special(dtype, count):
@@ -32,10 +39,10 @@ def same_bits(one, other):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_kept_comes_back_bit_for_bit_and_the_last_may_be_smaller(place, dtype):
+def test_what_is_kept_comes_back_bit_for_bit_and_the_last_may_be_smaller(opened, dtype):
     tensors = [special(dtype, 24).view(2, 3, 4), special(dtype, 24).view(2, 3, 4).flip(2)]
     tensors.append(special(dtype, 12).view(1, 3, 4))
-    with open_batch_store(place, 3) as kept:
+    with opened(3) as kept:
         for number, tensor in enumerate(tensors):
             kept.put(number, tensor.clone())
         for _ in range(2):
@@ -43,9 +50,9 @@ def test_what_is_kept_comes_back_bit_for_bit_and_the_last_may_be_smaller(place, 
                 assert same_bits(kept.get(number), tensors[number])
 
 
-def test_sums_grow_in_their_place(place):
+def test_sums_grow_in_their_place(opened):
     parts = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0))
-    with open_batch_store(place, 3) as kept:
+    with opened(3) as kept:
         for number in range(3):
             kept.put(number, torch.zeros(5 - number, 2))
         for part in parts:
@@ -58,8 +65,8 @@ def test_sums_grow_in_their_place(place):
             assert torch.equal(kept.get(number), want)
 
 
-def test_zeros_are_kept_too(place):
-    with open_batch_store(place, 1) as kept:
+def test_zeros_are_kept_too(opened):
+    with opened(1) as kept:
         kept.put(0, torch.zeros(3))
         assert torch.equal(kept.get(0), torch.zeros(3))
 
@@ -103,6 +110,28 @@ def test_a_flipped_bit_and_a_lost_chunk_are_damage(tmp_path):
         (path / "c" / "1" / "0").unlink()
         with pytest.raises(DamagedError, match="lost what was kept of batch 1"):
             kept.get(1)
+
+
+def test_a_write_on_the_thread_that_fails_is_told_and_the_thread_ends(tmp_path, monkeypatch):
+    before = set(threading.enumerate())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def keep(use):
+        with open_batch_store(tmp_path / "scratch-x", 2, beside=True) as kept:
+            kept.put(0, torch.ones(4))
+            kept.get(0)
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "_put", full)
+                kept.put(1, torch.ones(4))
+                use(kept)
+
+    for use in (lambda kept: kept.put(0, torch.ones(4)), lambda kept: kept.get(1)):
+        with pytest.raises(OverBudgetError, match="no space left for"):
+            keep(use)
+        assert not (tmp_path / "scratch-x").exists()
+        assert set(threading.enumerate()) <= before
 
 
 def test_a_larger_tensor_or_another_dtype_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from ream_stream.events import LayerDone
 from ream_stream.method.grouping import GROUPINGS
 from ream_stream.method.saliency import SALIENCIES
 from ream_stream.model import streamed_model
+from ream_stream.model.finite import is_finite
 
 SEQUENCES = 20
 
@@ -35,6 +36,18 @@ def copy(checkpoints, tmp_path):
         return source
 
     return give
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu], ids=str
+)
+def test_every_number_of_eight_bits_is_known_to_be_finite_or_not(dtype):
+    code = torch.arange(256).to(torch.uint8)
+    finite = code.view(dtype).float().isfinite()
+    assert [is_finite(one.view(dtype)) for one in code.split(1)] == finite.tolist()
+    assert is_finite(code[finite].view(dtype))
+    for bad in code[~finite].split(1):
+        assert not is_finite(torch.cat([code[finite], bad]).view(dtype))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -161,6 +161,21 @@ def begun(batch, blocks=1):
     return Begun(schedule=then, layers=0, written_bytes=0)
 
 
+def test_what_a_device_keeps_is_not_cut_for_the_page_cache(plan_of):
+    plain = plan_of(vram=1 << 34)
+    cache = scarce(plain)
+    assert plan_of(cache=cache).schedule.expert_blocks > 1
+    whole = plan_of(cache=cache, vram=1 << 34)
+    assert (whole.schedule.expert_blocks, whole.schedule.resident_experts) == (1, 8)
+    # each expert is read from disk once a phase, as with blocks
+    assert cost_of(whole, cache_bytes=0)["observe"].read_bytes == (
+        cost_of(plain, cache_bytes=1 << 40)["observe"].read_bytes
+    )
+    least = sum(plain.device_memory.values()) - plain.device_memory["experts kept"]
+    half = plan_of(cache=cache, vram=least + 4 * 3 * 32 * 16 * 4)
+    assert (half.schedule.expert_blocks, half.schedule.resident_experts) == (2, 4)
+
+
 def test_a_run_that_is_gone_on_with_keeps_batch_and_blocks(plan_of):
     plan = plan_of(begun=begun(3, 2))
     assert (plan.schedule.batch_sequences, plan.schedule.expert_blocks) == (3, 2)

@@ -1,8 +1,8 @@
 """Kills a job at a chosen durable step, and tells what is on the disk then.
 
 The job runs in a forked child of the warm test process: a fork takes
-milliseconds, importing torch seconds. In the child the primitives of `durable` and the
-one function through which zarr writes are wrapped: each call is a step, and the child sends
+milliseconds, importing torch seconds. In the child the primitives of `files` are wrapped:
+each call is a step, and the child sends
 itself SIGKILL before step k, halfway through it (what is written is cut to half), or after.
 Nothing in the product knows of this.
 """
@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
-
-import zarr.storage._local
 
 from ream_stream import files as durable
 
@@ -232,10 +230,9 @@ def _wrap_primitives(kill: Kill | None, committed: Callable[[], list[str]]) -> l
         file.write(piece[: len(piece) // 2])
         file.flush()
 
-    def half_put(path, value, **_):
-        # under the final name: zarr is kinder, but nothing of ours should count on it
+    def half_put(path, pieces):
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = bytes(value.as_buffer_like())
+        data = b"".join(pieces)
         path.write_bytes(data[: len(data) // 2])
 
     def first(path, *_):
@@ -249,7 +246,7 @@ def _wrap_primitives(kill: Kill | None, committed: Callable[[], list[str]]) -> l
     wrap(durable, "_unlink", "unlink", first)
     wrap(durable, "_make", "make", first)
     wrap(durable, "_remove_empty", "remove_empty", first)
-    wrap(zarr.storage._local, "_put", "put", first, half_put)
+    wrap(durable, "_put", "put", first, half_put)
     return steps
 
 
@@ -258,7 +255,7 @@ def _end(error: int | None) -> None:
     if error is not None:
         raise OSError(error, os.strerror(error))
     os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(SECONDS)  # zarr writes in a thread, which need not be the one to die
+    time.sleep(SECONDS)  # a thread that writes need not be the one to die
 
 
 def _alike(step: Step, following: Step) -> bool:
