@@ -57,6 +57,21 @@ def parse_size_or_auto(text: str) -> int | None:
         raise ValueError(f"{error}, or auto") from None
 
 
+def parse_count_or_all(text: str) -> int:
+    """Return a whole number above 0; 0 of ``all``.
+
+    Raises
+    ------
+    ValueError
+        It is neither.
+    """
+    if text == "all":
+        return 0
+    if not re.fullmatch(r"[0-9]{1,12}", text) or not int(text):
+        raise ValueError(f"{text!r} is neither a number above 0 nor all")
+    return int(text)
+
+
 def parse_share(text: str) -> Fraction:
     """Return the exact share of ``75%``, ``75`` or ``0.75``: above 0%, up to 100%.
 

@@ -124,7 +124,7 @@ def test_a_report_may_end_a_run_and_the_same_call_goes_on(source, tokens, tmp_pa
         ({"experts": None}, "say how many experts to keep"),
         ({"experts": 9}, "the source has 8 experts"),
         ({"saliency": "luck", "method": "reap"}, "--saliency luck: there are reap,"),
-        ({"sequences": "many"}, "--sequences many"),
+        ({"sequences": "many"}, "sequences: 'many' is neither a number above 0 nor all"),
         ({"stream": True}, "--stream is for a SOURCE on the hub"),
         ({"calibration": "nowhere.txt"}, "nowhere.txt"),
     ],

@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 
 from ream_stream.settings import Settings, option, same_option
+from ream_stream.units import parse_count_or_all
 
 from .mix import MIXES
+
+MOST_SEQUENCES = 3072
+"""Sequences that are taken of a longer text, unless their number is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,18 @@ class CalibrationOptions:
     min_characters: int = option(
         "Calibration", "Leave out shorter documents.", default=0, least=0
     )
-    sequences: int = option(
-        "Calibration", "Sequences to fill with text.", default=3072, least=1
+    sequences: int | None = option(
+        "Calibration",
+        "Sequences to fill with text: there must be as many, or all of it.",
+        least=0,
+        parse=parse_count_or_all,
+        metavar="NUMBER",
+        otherwise=f"as many as there are, {MOST_SEQUENCES} at most",
     )
     sequence_length: int = option("Calibration", "Tokens of each.", default=512, least=2)
     seed: int = same_option(Settings, "seed")
+
+    @property
+    def planned_sequences(self) -> int:
+        """Sequences that a plan counts with before the text was read."""
+        return self.sequences or MOST_SEQUENCES

@@ -2,10 +2,11 @@
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -35,8 +36,11 @@ class Calibration:
     text_field: str = "text"
     """Field of a record that holds the text."""
 
-    num_sequences: int
-    """Number of sequences to fill."""
+    num_sequences: int | None
+    """Number of sequences to fill; None for all there are."""
+
+    at_most: bool = False
+    """Whether fewer are taken where there are no more."""
 
     sequence_length: int
     """Tokens of a sequence."""
@@ -64,31 +68,57 @@ def read_tokens(
     tokenizer = None if all(part.is_tokens for part in parts) else load_tokenizer(checkpoint)
     render = None if tokenizer is None else ChatRenderer(tokenizer)
 
-    def made(part: Part, count: int) -> Tokens:
+    def made(part: Part, count: int | None) -> Tokens:
         if tokenizer is None or part.is_tokens:
             tokens = from_file(Path(part.source), vocab_size=vocab_size)
-            return first(tokens, count, description=part.source)
+            most = tokens.num_sequences
+            wanted = count or most
+            if may_lack:
+                wanted = min(wanted, most)
+            return first(tokens, wanted, description=part.source)
         documents = open_documents(
             part,
             field=calibration.text_field,
             min_characters=calibration.min_characters,
             render=render,
         )
-        return pack(
-            in_seeded_order(documents, calibration.seed),
-            tokenizer,
-            num_sequences=count,
-            sequence_length=calibration.sequence_length,
-            description=part.source,
-            vocab_size=vocab_size,
-        )
+        ordered = in_seeded_order(documents, calibration.seed)
+        length = calibration.sequence_length
+        known: dict[str, Any] = {"description": part.source, "vocab_size": vocab_size}
+        if count is None or may_lack:
+            limit = None if count is None else count * length
+            return pack_up_to(
+                ordered, tokenizer, max_tokens=limit, sequence_length=length, **known
+            )
+        return pack(ordered, tokenizer, num_sequences=count, sequence_length=length, **known)
 
-    counts = shares(parts, calibration.num_sequences)
+    number, may_lack = calibration.num_sequences, calibration.at_most
+    counts = [None] * len(parts) if number is None else shares(parts, number)
     made_of = {p.name: made(p, count) for p, count in zip(parts, counts, strict=True)}
     if len(parts) == 1:
         return made_of[parts[0].name]
+    if number is None or may_lack:
+        made_of = _balanced(parts, made_of)
     described = ", ".join(part.source for part in parts)
     return joined(made_of, description=described, vocab_size=vocab_size)
+
+
+def _balanced(parts: Sequence[Part], made_of: Mapping[str, Tokens]) -> dict[str, Tokens]:
+    """Return as many sequences of each part as there are in the shares of the mix."""
+    weights = sum(part.weight for part in parts)
+    there = [made_of[part.name].num_sequences for part in parts]
+    total = min(
+        sum(there),
+        *(int(n * weights / part.weight) for part, n in zip(parts, there, strict=True)),
+    )
+    counts = shares(parts, total)
+    while any(count > n for count, n in zip(counts, there, strict=True)):
+        total -= 1
+        counts = shares(parts, total)
+    return {
+        part.name: first(made_of[part.name], count, description=part.source)
+        for part, count in zip(parts, counts, strict=True)
+    }
 
 
 def _is_plain(path: Path) -> bool:

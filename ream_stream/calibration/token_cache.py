@@ -36,7 +36,7 @@ class Request:
 
     text_field: str
     min_characters: int
-    sequences: int
+    sequences: int | None
     sequence_length: int
     seed: int
 
@@ -51,7 +51,7 @@ class Request:
             ],
             text_field=wanted.text_field,
             min_characters=wanted.min_characters,
-            sequences=wanted.num_sequences,
+            sequences=None if wanted.at_most else wanted.num_sequences or 0,
             sequence_length=wanted.sequence_length,
             seed=wanted.seed,
         )
@@ -65,7 +65,8 @@ def calibration_of(options: CalibrationOptions) -> Calibration | None:
     return Calibration(
         parts=parts,
         text_field=options.text_field,
-        num_sequences=options.sequences,
+        num_sequences=None if options.sequences == 0 else options.planned_sequences,
+        at_most=options.sequences is None,
         sequence_length=options.sequence_length,
         seed=options.seed,
         min_characters=options.min_characters,

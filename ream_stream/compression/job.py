@@ -129,16 +129,19 @@ def prepare(
     wanted = calibration_of(options)
     tokens = _token_file(wanted, checkpoint)
     begun = journal.begun() if journal else None
+    of_run = tokens
+    if tokens is None and journal is not None and workspace is not None:
+        of_run = stored(workspace.tokens, journal.fingerprint["calibration"])
 
-    def planned(settings: Settings) -> Plan:
+    def planned(settings: Settings, known: Tokens | None = of_run) -> Plan:
         return make_plan(
             checkpoint,
             settings,
-            options.sequences if tokens is None else tokens.num_sequences,
-            options.sequence_length if tokens is None else tokens.sequence_length,
+            options.planned_sequences if known is None else known.num_sequences,
+            options.sequence_length if known is None else known.sequence_length,
             budgets=budgets,
             threads=options.threads,
-            padded=tokens is None or tokens.attention_mask_SL is not None,
+            padded=known is None or known.attention_mask_SL is not None,
             output=workspace.output if workspace else None,
             work=workspace.work if workspace else None,
             begun=begun,
@@ -158,7 +161,12 @@ def prepare(
         gpu=gpu,
         unused_gpu=_unused_gpu(options, device),
     )
-    return _with_forecast(_with_tokens(job, wanted, report), report)
+    job = _with_tokens(job, wanted, report)
+    if job.tokens is not None and job.tokens.num_sequences != plan.sequences:
+        # there was not as much text as was planned with, or more
+        job = replace(job, plan=planned(plan.settings, job.tokens))
+        _check_output(job.plan, options, workspace, begun)
+    return _with_forecast(job, report)
 
 
 def _check_output(

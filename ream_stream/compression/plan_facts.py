@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from ream_stream.calibration.tokens import Tokens
 from ream_stream.file_access import free_bytes
 from ream_stream.model import device as devices
 from ream_stream.planning.gpus import EFFICIENCY, Gpu
@@ -35,7 +36,11 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "experts_per_token_after": plan.output_top_k,
         "width_before": plan.experts[0].inner,
         "width_after": plan.experts[1].inner,
-        "notes": notes_of(plan) + ([job.unused_gpu] if job.unused_gpu else []),
+        "notes": [
+            *notes_of(plan),
+            *([job.unused_gpu] if job.unused_gpu else []),
+            *_thin(job.tokens),
+        ],
         "settings": plan.settings.fields(),
         "method": job.method,
         "method_reason": job.reason,
@@ -77,6 +82,20 @@ def plan_facts(job: Job) -> dict[str, Any]:
 
 def _gpu_facts(gpu: Gpu | None) -> dict[str, Any] | None:
     return None if gpu is None else {**asdict(gpu), "efficiency": EFFICIENCY}
+
+
+FEW_TOKENS = 65_536
+"""Calibration tokens below which the built-in checkpoint lost more: docs/concepts/method.md."""
+
+
+def _thin(tokens: Tokens | None) -> list[str]:
+    """Return a note on a calibration set that is small."""
+    if tokens is None or tokens.num_tokens >= FEW_TOKENS:
+        return []
+    return [
+        f"{tokens.num_tokens} calibration tokens are few: with fewer than {FEW_TOKENS}, and of "
+        "few documents, more is lost; give more text, of what the model is for"
+    ]
 
 
 def notes_of(plan: Plan) -> list[str]:

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ream_stream.calibration.chat_templates import ChatRenderer
+from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.calibration.datasets import digest_of, open_documents
 from ream_stream.calibration.mix import MIXES, Part, parse_part, parts_of, shares
 from ream_stream.calibration.packing import Calibration, load_tokenizer, read_tokens
+from ream_stream.calibration.token_cache import calibration_of
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.errors import UsageError
 
@@ -292,3 +294,48 @@ def test_the_two_ends_of_a_rendered_chat_are_not_put_twice():
         ["719", "2"], Ending(), num_sequences=1, sequence_length=6, description="chats"
     )
     assert tokens.input_ids_SL.tolist() == [[7, 1, 9, 7, 2, 9]]
+
+
+@pytest.fixture
+def short(tmp_path):
+    """Write a text of some 40 sequences of 16 tokens, and one of some 10."""
+    for name, times in (("general", 120), ("code", 30)):
+        (tmp_path / f"{name}.txt").write_text(f"Some words of {name}. " * times)
+    return tmp_path
+
+
+def of(*sources, sequences=None):
+    """Return the tokens that a command line with these sources asks for."""
+    options = CalibrationOptions(calibration=sources, sequences=sequences, sequence_length=16)
+    wanted = calibration_of(options)
+    return read_tokens(wanted, CHECKPOINT, vocab_size=4096)
+
+
+def test_without_a_number_there_are_as_many_sequences_as_the_text_fills(short):
+    everything = of(str(short / "general.txt"), sequences=0)
+    usual = of(str(short / "general.txt"))
+    assert 20 < usual.num_sequences < 100
+    assert torch.equal(usual.input_ids_SL, everything.input_ids_SL)
+    some = of(str(short / "general.txt"), sequences=5)
+    assert torch.equal(some.input_ids_SL, usual.input_ids_SL[:5])
+    with pytest.raises(
+        UsageError, match=rf"use --sequences {usual.num_sequences}, or a longer"
+    ):
+        of(str(short / "general.txt"), sequences=usual.num_sequences + 1)
+
+
+@pytest.mark.parametrize("sequences", [None, 0])
+def test_a_mix_keeps_its_shares_where_one_text_is_short(short, sequences):
+    general, code = (f"{name}={short / name}.txt" for name in ("general", "code"))
+    alone = of(str(short / "code.txt")).num_sequences
+    mixed = of(f"{general}:0.75", f"{code}:0.25", sequences=sequences)
+    counts = torch.bincount(mixed.domain_S).tolist()
+    assert counts[0] == pytest.approx(3 * counts[1], abs=3)
+    assert counts[1] in {alone - 1, alone}
+
+
+def test_more_than_the_usual_number_is_taken_only_if_all_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("ream_stream.calibration.config.MOST_SEQUENCES", 3)
+    (tmp_path / "text.txt").write_text("Some words of nothing. " * 40)
+    assert of(str(tmp_path / "text.txt")).num_sequences == 3
+    assert of(str(tmp_path / "text.txt"), sequences=0).num_sequences > 3

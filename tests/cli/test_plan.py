@@ -4,6 +4,8 @@ import json
 
 from command_line import call
 
+from ream_stream.cli.demo import CHECKPOINT
+
 
 def test_a_plan_needs_no_text_and_no_output(capsys, source):
     words = ("plan", source, "--keep", "75%", "--any-count")
@@ -102,3 +104,18 @@ def test_a_plan_tells_parameters_and_sizes_before_and_after(capsys, source):
     assert "context 64 tokens" in out
     assert "at 16, 8, 4 bits" in out
     assert "works with 6 experts a layer, but fails to divide them" in out
+
+
+def test_a_plan_of_a_short_text_counts_what_there_is_and_says_that_it_is_little(
+    capsys, tmp_path
+):
+    (tmp_path / "text.txt").write_text("Some words of nothing. " * 400)
+    words = ("plan", CHECKPOINT, "--keep", "75%", "--calibration", tmp_path / "text.txt")
+    known = json.loads(call(capsys, *words, "--json")[1])
+    assert 1 < known["calibration_sequences"] < 100
+    tokens = known["calibration_sequences"] * known["calibration_sequence_length"]
+    assert sum(f"{tokens} calibration tokens are few" in note for note in known["notes"]) == 1
+    status, _, err = call(capsys, *words, "--sequences", "3072")
+    assert status == 2
+    assert f"use --sequences {known['calibration_sequences']}, or a longer text" in err
+    assert call(capsys, *words, "--sequences", "0")[0] == 2
