@@ -88,7 +88,9 @@ def _sizes(options: ComparisonOptions, source: Checkpoint) -> tuple[int, ...]:
     if options.experts is not None:
         return (options.experts,)
     layer = expert_layer(source)
-    counts = (served_count(share, layer.count, layer.routing_groups) for share in options.keep)
+    counts = (
+        served_count(share, layer.count, layer.routing_groups) for share in options.keep or ()
+    )
     return tuple(dict.fromkeys(counts))
 
 

@@ -56,16 +56,15 @@ class ComparisonOptions(CalibrationOptions, MachineOptions):
     """Options of a comparison: its variants and its text."""
 
     experts: int | None = same_option(RunOptions, "experts", section="Comparison")
-    keep: tuple[Fraction, ...] = option(
+    keep: tuple[Fraction, ...] | None = option(
         "Comparison",
         "The same as a share, or as several (50%,75%,90%): then loss against size is drawn.",
-        default=(),
         parse=parse_shares,
         metavar="PERCENTS",
     )
     methods: str = option(
         "Comparison",
-        "Names or sets (methods, ablation, controls, refit), separated by commas.",
+        "Names or sets (methods, best, ablation, controls, refit), separated by commas.",
         default="methods",
     )
     seeds: int = option(
