@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.expert_stack import Tensors
-from ream_stream.errors import NumbersError, ReamStreamError
+from ream_stream.errors import NumbersError
 from ream_stream.method.normal_equations import add_product
-from ream_stream.method.saliency import SALIENCIES
 from ream_stream.method.slices import (
     RemovalPath,
     kept_neurons,
@@ -30,7 +29,7 @@ from ream_stream.model.finite import ExcludedSequences
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.plan import Plan
 
-from .decision import Decision
+from .decision import Decision, saliencies
 from .observer import Observer
 from .output_tensors import Cut
 from .refit_activations import held_back
@@ -173,50 +172,38 @@ def choose_slices(
         Observer of the layer, for the saliencies that are reported.
     grams
         Sums of activations by expert.
-    experts, tensors
-        Experts of the open source layer, and its tensors.
-    layer
-        Position of the layer.
+    experts, tensors, layer
+        Experts of the open source layer, its tensors, and its position.
     expert_done
         Called with the number of experts done, and in all.
 
     Raises
     ------
-    ReamStreamError
-        A statistic is not a finite number.
+    NumbersError
+        A sum is not a finite number.
     """
     settings, stack = plan.settings, experts.weights.stack
     slices, width = settings.method.slices, settings.width(stack.inner)
     device = experts.weights.device
 
-    def loaded() -> Iterator[tuple[Tensor, Tensor]]:
-        for expert in range(stack.count):
-            down_HI = stack.read(tensors, expert).down_HI
-            yield grams.get(expert).to(device), down_HI.to(device)
-
+    loaded = (
+        (grams.get(expert).to(device), stack.read(tensors, expert).down_HI.to(device))
+        for expert in range(stack.count)
+    )
     paths: list[RemovalPath] = []
     try:
-        for path in removal_paths(loaded(), threads=plan.schedule.threads):
+        for path in removal_paths(loaded, threads=plan.schedule.threads):
             paths.append(path)
             expert_done(len(paths), stack.count)
         score_EC = torch.stack([slice_scores(p.error_I, slices, width) for p in paths])
         kept = slices_kept(score_EC, settings.experts, routing_groups=plan.routing_groups)
     except ValueError as error:
         raise NumbersError(f"layer {layer}: {error}") from error
-    saliency = SALIENCIES[settings.method.saliency]
-    domains = observer.sums.domains
+    saliency_E, domains = saliencies(settings.method, observer)
     owners = [expert for expert, count in enumerate(kept) for _ in range(count)]
-    try:
-        saliency_E = saliency(observer.sums.total())
-    except ValueError as error:
-        raise ReamStreamError(f"layer {layer}: {error}") from error
     return Decision(
         saliency=tuple(saliency_E.tolist()),
-        domain_saliency={
-            name: tuple(saliency(sums).tolist())
-            for name, sums in domains.items()
-            if len(domains) > 1
-        },
+        domain_saliency=domains,
         groups=tuple((expert,) for expert in owners),
         shares=((1.0,),) * len(owners),
         neurons={

@@ -55,6 +55,15 @@ class Decision:
     """Scores of all slices; None if experts were not cut."""
 
 
+def saliencies(
+    method: Method, observer: Observer
+) -> tuple[Tensor, dict[str, tuple[float, ...]]]:
+    """Return the saliency of each expert, and on each domain's tokens if there are several."""
+    saliency, domains = SALIENCIES[method.saliency], observer.sums.domains
+    of_domains = {name: tuple(saliency(sums).tolist()) for name, sums in domains.items()}
+    return saliency(observer.sums.total()), of_domains if len(domains) > 1 else {}
+
+
 def ranks(groups: Sequence[Sequence[int]]) -> list[int]:
     """Return the number of each new expert among the slices of its source expert."""
     first: dict[int, int] = {}
@@ -76,8 +85,7 @@ def decide(
         A statistic is not a finite number.
     """
     method = settings.method
-    saliency = SALIENCIES[method.saliency]
-    saliency_E, domains = saliency(observer.sums.total()), observer.sums.domains
+    saliency_E, domains = saliencies(method, observer)
     # nothing to compare: experts are pruned, or all of them are kept
     grouping = "none" if mean_EH is None else method.grouping
     distance_EE = None
@@ -102,11 +110,7 @@ def decide(
     share = MERGES[method.merge]
     return Decision(
         saliency=tuple(saliency_E.tolist()),
-        domain_saliency={
-            name: tuple(saliency(sums).tolist())
-            for name, sums in domains.items()
-            if len(domains) > 1
-        },
+        domain_saliency=domains,
         groups=tuple(tuple(group) for group in groups),
         shares=tuple(tuple(share(weight_E[group]).tolist()) for group in groups),
         distance_EE=distance_EE,

@@ -4,7 +4,6 @@ Nothing is written. The order is from cheap to dear: what the options say, the
 source's headers, the output folder, the plan, and the calibration text last.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,10 +103,9 @@ def prepare(
     ----------
     options, gpu
         As parsed; the GPU that is planned for, whatever there is here.
-    restart
-        Whether a run in the output folder is to be discarded.
-    with_data
-        False if the source's shards may end after their headers.
+    restart, with_data
+        Whether a run in the output folder is to be discarded; False if the source's shards may
+        end after their headers.
     report
         Told each part as `Preparing`.
 
@@ -120,34 +118,17 @@ def prepare(
     report(Preparing(part="reading headers"))
     checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
     device, budgets = _machine(options, gpu, plans_only=not with_data)
-    workspace = None
-    if options.output is not None:
-        workspace = workspace_of(options.output, options.work_dir, options.source)
+    workspace = _workspace(options)
     if options.remote is not None and workspace is not None:
         checkpoint = streamed(checkpoint, options.remote, workspace.streamed)
     journal = None if workspace is None else _journal(workspace, restart=restart)
     wanted = calibration_of(options)
     tokens = _token_file(wanted, checkpoint)
-    begun = journal.begun() if journal else None
-    of_run = tokens
+    begun, of_run = journal.begun() if journal else None, tokens
     if tokens is None and journal is not None and workspace is not None:
         of_run = stored(workspace.tokens, journal.fingerprint["calibration"])
-
-    def planned(settings: Settings, known: Tokens | None = of_run) -> Plan:
-        return make_plan(
-            checkpoint,
-            settings,
-            options.planned_sequences if known is None else known.num_sequences,
-            options.sequence_length if known is None else known.sequence_length,
-            budgets=budgets,
-            threads=options.threads,
-            padded=known is None or known.attention_mask_SL is not None,
-            output=workspace.output if workspace else None,
-            work=workspace.work if workspace else None,
-            begun=begun,
-        )
-
-    plan, asked, reason = _first_that_works(options, checkpoint, device, planned)
+    inputs = _Inputs(options, checkpoint, budgets, workspace, begun)
+    plan, asked, reason = _first_that_works(inputs, device, of_run)
     torch.set_num_threads(plan.schedule.threads)
     _check_output(plan, options, workspace, begun)
     job = Job(
@@ -164,9 +145,15 @@ def prepare(
     job = _with_tokens(job, wanted, report)
     if job.tokens is not None and job.tokens.num_sequences != plan.sequences:
         # there was not as much text as was planned with, or more
-        job = replace(job, plan=planned(plan.settings, job.tokens))
+        job = replace(job, plan=inputs.plan(plan.settings, job.tokens))
         _check_output(job.plan, options, workspace, begun)
     return _with_forecast(job, report)
+
+
+def _workspace(options: RunOptions) -> Workspace | None:
+    if options.output is None:
+        return None
+    return workspace_of(options.output, options.work_dir, options.source)
 
 
 def _check_output(
@@ -182,23 +169,48 @@ def _check_output(
         check_disk(plan, workspace.output, workspace.work, begun)
 
 
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """All that a plan is made of but settings and tokens."""
+
+    options: RunOptions
+    checkpoint: Checkpoint
+    budgets: Budgets
+    workspace: Workspace | None
+    begun: Begun | None
+
+    def plan(self, settings: Settings, tokens: Tokens | None) -> Plan:
+        """Return the plan of a run; without tokens, of as many as are asked for."""
+        options, workspace = self.options, self.workspace
+        return make_plan(
+            self.checkpoint,
+            settings,
+            options.planned_sequences if tokens is None else tokens.num_sequences,
+            options.sequence_length if tokens is None else tokens.sequence_length,
+            budgets=self.budgets,
+            threads=options.threads,
+            padded=tokens is None or tokens.attention_mask_SL is not None,
+            output=workspace.output if workspace else None,
+            work=workspace.work if workspace else None,
+            begun=self.begun,
+        )
+
+
 def _first_that_works(
-    options: RunOptions,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    planned: Callable[[Settings], Plan],
+    inputs: _Inputs, device: torch.device, tokens: Tokens | None
 ) -> tuple[Plan, RunOptions, str]:
     """Return the plan of the first candidate that works, its options, and the reason."""
-    tried = candidates(options)
+    *tried, (last, last_reason) = candidates(inputs.options)
     why_not: list[str] = []
-    for asked, reason in tried[:-1]:
+    for asked, reason in tried:
         try:
-            return planned(_settings(asked, checkpoint, device)), asked, reason
+            plan = inputs.plan(_settings(asked, inputs.checkpoint, device), tokens)
         except UsageError as error:
             why_not.append(str(error))
-    asked, reason = tried[-1]
-    plan = planned(_settings(asked, checkpoint, device))
-    return plan, asked, f"{reason}: {why_not[0]}" if why_not else reason
+        else:
+            return plan, asked, reason
+    plan = inputs.plan(_settings(last, inputs.checkpoint, device), tokens)
+    return plan, last, f"{last_reason}: {why_not[0]}" if why_not else last_reason
 
 
 def num_experts(checkpoint: Checkpoint) -> int:

@@ -58,6 +58,22 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "calibration_sequences": plan.sequences,
         "calibration_sequence_length": plan.sequence_length,
         "batch_sequences": plan.schedule.batch_sequences,
+        **_machine_facts(plan),
+        "disk_free_bytes": free_bytes(output) if output else None,
+        "device": str(job.device),
+        "device_is_here": devices.is_here(job.device),
+        "gpu": _gpu_facts(job.gpu),
+        "threads": plan.schedule.threads,
+        "begun": job.workspace is not None and job.workspace.has_journal(),
+        "complete": job.workspace is not None and job.workspace.is_complete(),
+        "committed_layers": len(job.journal.layers) if job.journal else 0,
+        "forecast": None if job.forecast is None else forecast_facts(job.forecast),
+    }
+
+
+def _machine_facts(plan: Plan) -> dict[str, Any]:
+    """Return what a run takes of the machine, in bytes, and how layers are cut for it."""
+    return {
         "memory_bytes": plan.memory_bytes,
         "memory_parts": dict(plan.memory),
         "memory_budget_bytes": plan.budgets.ram,
@@ -68,15 +84,6 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "device_memory_budget_bytes": plan.budgets.vram,
         "disk_bytes": plan.disk_bytes,
         "disk_parts": plan.disk,
-        "disk_free_bytes": free_bytes(output) if output else None,
-        "device": str(job.device),
-        "device_is_here": devices.is_here(job.device),
-        "gpu": _gpu_facts(job.gpu),
-        "threads": plan.schedule.threads,
-        "begun": job.workspace is not None and job.workspace.has_journal(),
-        "complete": job.workspace is not None and job.workspace.is_complete(),
-        "committed_layers": len(job.journal.layers) if job.journal else 0,
-        "forecast": None if job.forecast is None else forecast_facts(job.forecast),
     }
 
 

@@ -11,7 +11,7 @@ from ream_stream.settings import Method, options_of
 
 
 def settings_of(num_experts=128, *, layer=None, **values):
-    options = RunOptions.of(source=Path(), **values)
+    options = RunOptions.of(source=Path(), **{"method": "ream", **values})
     layer = layer or ExpertLayer(count=num_experts, inner=768)
     return settings_for(options, layer, compute_dtype="float32", device_kind="cpu")
 
