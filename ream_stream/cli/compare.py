@@ -53,7 +53,8 @@ def compare(
     """Compress SOURCE by several methods and measure each beside it.
 
     Every method is run with several seeds; the table has mean and standard deviation, and
-    comparison.json, comparison.csv and comparison.md in the output folder have the rest. Compressed checkpoints are removed once measured. Of several sizes,
+    comparison.json, comparison.csv and comparison.md in the output folder have the rest.
+    Compressed checkpoints are removed once measured. Of several sizes,
     sizes.svg has loss against size, and one is recommended: the smallest that loses at most
     0.05 nats a token, or the one that loses least. Interrupted, the same command goes on.
 

@@ -154,8 +154,12 @@ def test_slices_that_cannot_be_are_refused_with_what_would_work(values, message)
         ({"keep": 1.5}, "--keep 150%"),
         ({"experts": 0}, "--experts 0: at least 1 is needed"),
         ({"experts": "six"}, "--experts six: at least 1 is needed"),
-        ({"experts": 6, "method": "luck"}, "--method luck: there are ream, "),
-        ({"experts": 6, "sequences": 0}, "--sequences 0: at least 1 is needed"),
+        ({"experts": 6, "method": "luck"}, "--method luck: there are auto, ream, "),
+        (
+            {"experts": 6, "sequences": "0"},
+            "sequences: '0' is neither a number above 0 nor all",
+        ),
+        ({"experts": 6, "sequences": -1}, "--sequences -1: at least 0 is needed"),
     ],
 )
 def test_values_that_an_option_does_not_take_are_refused_by_its_name(values, message):
