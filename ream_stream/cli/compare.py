@@ -52,11 +52,11 @@ def compare(
 ) -> None:
     """Compress SOURCE by several methods and measure each beside it.
 
-    Every method is run with several seeds; the table has mean and standard deviation, and
+    Every method runs with several seeds; the table has mean and standard deviation, and
     comparison.json, comparison.csv and comparison.md in the output folder have the rest.
-    Compressed checkpoints are removed once measured. Of several sizes,
-    sizes.svg has loss against size, and one is recommended: the smallest that loses at most
-    0.05 nats a token, or the one that loses least. Interrupted, the same command goes on.
+    Compressed checkpoints are removed once measured. Of several sizes, sizes.svg has loss
+    against size, and one is recommended: the smallest that loses at most 0.05 nats a token, or
+    the one that loses least. Interrupted, the same command goes on.
 
     Example:
 
@@ -101,8 +101,7 @@ def compare(
         return
     shown = console(stderr=False)
     shown.print(comparison_table(outcomes))
-    if told:
-        shown.print(told, soft_wrap=True)
+    shown.print(told or "", soft_wrap=True, end="\n" if told else "")
 
 
 @click.command("sweep", cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))

@@ -13,6 +13,7 @@ from ream_stream.checkpoint.source_card import hub_name, source_metadata, source
 from ream_stream.cli import cli
 from ream_stream.compression.config import RunOptions, settings_for
 from ream_stream.compression.model_card import with_quality
+from ream_stream.planning.slice_shape import ExpertLayer
 
 SOURCE_CARD = """---
 license: other
@@ -167,6 +168,7 @@ def test_refitted_experts_are_not_told_as_byte_copies(checkpoints, tmp_path):
         {},
         {"grouping": "none", "refit": "down", "saliency": "energy"},
         {"grouping": "hc-smoe", "gate_term": False, "seed": 3, "sequential": False},
+        {"grouping": "none", "slices": 2, "saliency": "energy", "refit": "down"},
         {
             "group_size": 3,
             "refit": "down",
@@ -192,11 +194,11 @@ def test_the_command_of_a_card_asks_for_the_settings_it_was_made_with(
         .make_context(verb, [str(checkpoints("qwen3_moe")), output, *words])
         .params
     )
-    own = {"as_json", "verbose", "dry_run", "restart", "keep_work"}
+    own = {"as_json", "verbose", "dry_run", "restart", "keep_work", "quiet"}
     asked = RunOptions.of(**{k: v for k, v in values.items() if k not in own})
     known = made.manifest["fingerprint"]
     machine = {name: known[name] for name in ("compute_dtype", "device_kind")}
-    found = settings_for(asked, 8, **machine).fields()
+    found = settings_for(asked, ExpertLayer(count=8, inner=16), **machine).fields()
     assert found == {name: known[name] for name in found}
     assert (asked.sequences, asked.sequence_length, asked.any_count) == (20, 12, True)
 

@@ -452,7 +452,8 @@ def test_the_manifest_tells_what_was_done(ream, name):
         *("documents", "layers"),
     ]
     assert manifest["source_bytes"] == done.plan.source_bytes
-    assert manifest["experts"] == {"before": EXPERTS, "after": KEEP}
+    inner = done.plan.experts[0].inner
+    assert manifest["experts"] == {"before": EXPERTS, "after": KEEP, "width_before": inner}
     assert manifest["fingerprint"]["calibration"] == done.tokens.digest
     assert manifest["fingerprint"]["source"] == done.plan.source.digest()
     assert manifest["fingerprint"]["saliency"] == "reap"

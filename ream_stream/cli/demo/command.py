@@ -29,7 +29,7 @@ from . import CHECKPOINT
 from .texts import DOMAINS, documents
 
 SEQUENCE_LENGTH = 256
-METHODS = {"REAM": "ream", "REAP": "reap", "energy, refitted": "energy"}
+METHODS = {"REAM": "ream", "REAP": "reap", "slices": "slices"}
 """Compared presets of ``--method`` by the name shown."""
 
 ORIGINAL = "original"
