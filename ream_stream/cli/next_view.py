@@ -28,7 +28,9 @@ def say_clients(model: str, folder: Path, console: Console, **hub: Any) -> None:
         ``on_hub`` and ``revision`` of `clients.next_steps`.
     """
     from ream_stream.checkpoint.reader import read_config
+    from ream_stream.compression.manifest import MANIFEST, read_manifest
     from ream_stream.planning.clients import next_steps
 
-    steps = next_steps(model, read_config(folder), **hub)
+    is_cut = read_manifest(folder / MANIFEST).slices > 1
+    steps = next_steps(model, read_config(folder), is_cut=is_cut, **hub)
     say_next((f"{use}: {command}  ({tested})" for use, command, tested in steps), console)

@@ -13,6 +13,7 @@ from ream_stream import __version__
 from ream_stream.calibration.tokens import ONE_DOMAIN, Tokens
 from ream_stream.checkpoint.source_card import hub_name, source_name
 from ream_stream.errors import UsageError
+from ream_stream.planning.clients import next_steps
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.serving_limits import check_served
 from ream_stream.settings import Method, Settings, flag_of, options_of
@@ -191,7 +192,15 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokens = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=20)[0]))
 ```
-"""
+
+""" + _clients(plan)
+
+
+def _clients(plan: Plan) -> str:
+    """Return the commands of servers and converters, each with what was tested."""
+    steps = next_steps("FOLDER", plan.config, is_cut=plan.settings.method.slices > 1)
+    lines = [f"- {use}: `{command}` ({told})" for use, command, told in steps]
+    return "\n".join([*lines, ""])
 
 
 def _command(plan: Plan, tokens: Tokens, shown: str) -> str:

@@ -97,6 +97,7 @@ def next_steps(
     model: str,
     config: Mapping[str, Any],
     *,
+    is_cut: bool = False,
     on_hub: bool = False,
     revision: str | None = None,
 ) -> Iterator[tuple[str, str, str]]:
@@ -108,6 +109,8 @@ def next_steps(
         Folder of the output, or its name on the hub.
     config
         Its config.json.
+    is_cut
+        Whether it has slices of experts, which no client was tried with.
     on_hub, revision
         Whether `model` is a name on the hub: only what takes one is told then; its branch.
     """
@@ -116,10 +119,14 @@ def next_steps(
     for client in CLIENTS:
         if on_hub and not client.takes_hub:
             continue
-        is_tested = floats and config.get("model_type") in client.tested
+        is_tested = floats and not is_cut and config.get("model_type") in client.tested
         named = model if client.is_python else shell_words([model])
         yield (
             f"{client.use} with {client.name}",
             client.command.format(model=named) + branch,
-            f"tested with {client.version}" if is_tested else UNTESTED,
+            f"tested with {client.version}"
+            if is_tested
+            else "not tested with slices"
+            if is_cut
+            else UNTESTED,
         )

@@ -67,7 +67,7 @@ def gather(workspace: Workspace, results: Sequence[Path]) -> dict[str, Any]:
             "experts_after": manifest.after,
             "command": next((e["command"] for e in reversed(events) if "command" in e), None),
         },
-        "sizes": _sizes(workspace, plan),
+        "sizes": _sizes(workspace, plan, manifest),
         "plan": plan,
         "run": _run(events),
         "layers": [
@@ -95,11 +95,12 @@ def _source_name(plan: Mapping[str, Any]) -> str | None:
     return source_name(Path(folder)) if isinstance(folder, str) else None
 
 
-def _sizes(workspace: Workspace, plan: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(workspace: Workspace, plan: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     checkpoint = open_checkpoint(workspace.output)
     return {
         "output_bytes": sum(entry.nbytes for entry in checkpoint.entries.values()),
-        "source_bytes": plan.get("source_bytes"),
+        # without its log an output of an older version does not tell
+        "source_bytes": plan.get("source_bytes") or manifest.source_bytes,
         "files": len(checkpoint.files()),
     }
 
