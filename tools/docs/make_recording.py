@@ -29,8 +29,7 @@ PICTURE = Path(__file__).parents[2] / "docs" / "images" / "terminal.svg"
 WIDTH = 96
 TESTS = " ".join(f"--text {domain}=test-{domain}.safetensors" for domain in DOMAINS)
 COMMANDS = (
-    "compress tiny-moe smaller --keep 75% --method energy "
-    "--calibration calibration.safetensors",
+    "compress tiny-moe smaller --keep 75% --calibration calibration.safetensors",
     "verify smaller",
     f"eval smaller --against tiny-moe {TESTS}",
 )

@@ -112,15 +112,20 @@ def _worth(known: Mapping[str, Any] | None) -> tuple[str, str]:
 
 def _sentence(facts: Mapping[str, Any]) -> str:
     made = facts["made"]
-    settings = made["settings"]
-    how = (
-        "the others dropped"
-        if settings["grouping"] == "none"
-        else f"the others merged into them by {settings['grouping']}"
-    )
+    settings, kept = made["settings"], f"{made['experts_after']} kept"
+    if settings.get("slices"):
+        how = (
+            f"cut into {settings['slices']} slices each, {kept}, ranked by the error of a loss"
+        )
+    elif settings["grouping"] == "none":
+        how = f"{kept}, the others dropped; ranked by {settings['saliency']}"
+    else:
+        how = (
+            f"{kept}, the others merged into them by {settings['grouping']}; "
+            f"ranked by {settings['saliency']}"
+        )
     return (
-        f"{made['experts_before']} experts a layer, {made['experts_after']} kept, {how}; "
-        f"ranked by {settings['saliency']}. Made by ream-stream "
+        f"{made['experts_before']} experts a layer, {how}. Made by ream-stream "
         f"{made['versions'].get('ream-stream', '')}."
     )
 
