@@ -271,7 +271,10 @@ def _cut(options: RunOptions, layer: ExpertLayer, method: Method, *, chosen: boo
         except UsageError:
             if chosen:
                 raise
-            return _cut(options, layer, replace(method, slices=1), chosen=True)
+            narrowed = _cut(options, layer, replace(method, slices=1), chosen=True)
+            if narrowed.width is None:  # whole experts would be dropped, as other methods do
+                raise
+            return narrowed
         method = replace(method, width=width)
     if method.width is None and options.experts is not None:
         raise UsageError(

@@ -1,5 +1,6 @@
 """What a compression can be asked for, and the settings it comes to."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,8 +123,13 @@ def test_a_layer_of_many_wide_experts_is_narrowed_where_servers_take_no_more():
     kimi = ExpertLayer(count=384, inner=2048, top_k=8, shared=2048, multiple=128)
     found = settings_of(layer=kimi, keep="50%", method="slices")
     assert (found.method.slices, found.method.width, found.experts) == (2, None, 384)
-    with pytest.raises(UsageError, match="512 experts"):
-        settings_of(layer=kimi, keep="75%", method="slices", slices=2)
+    # one slice could only be as wide as the shared expert: nothing would be cut
+    for more in ({}, {"slices": 2}):
+        with pytest.raises(UsageError, match="512 experts"):
+            settings_of(layer=kimi, keep="75%", method="slices", **more)
+    alone = replace(kimi, shared=0)
+    found = settings_of(layer=alone, keep="75%", method="slices")
+    assert (found.method.slices, found.method.width, found.experts) == (1, 1792, 328)
 
 
 @pytest.mark.parametrize(
