@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import quantized
 import torch
+from plain_removal import damped, one_by_one
 from quantized import PUBLISHED
 from slicing import by_expert, same_bits
 from tiny_checkpoints import add_mtp, load_tensors, read_config, write_checkpoint
@@ -79,9 +80,11 @@ def test_a_model_of_all_slices_is_the_original_to_rounding_or_is_refused(
     assert relative(after.logits, before.logits) < 1e-5
 
 
-def test_one_group_of_experts_and_a_layer_for_more_tokens_are_cut_too(tmp_path):
-    source = tmp_path / "source"
-    write_checkpoint(source, "deepseek_v3", FLOAT32, n_group=1, topk_group=1)
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_one_group_of_experts_and_a_layer_for_more_tokens_are_cut_too(tmp_path, normalizes):
+    # where coefficients are not normalized each slice gets all of its expert's
+    source, groups = tmp_path / "source", {"n_group": 1, "topk_group": 1}
+    write_checkpoint(source, "deepseek_v3", FLOAT32, **groups, norm_topk_prob=normalizes)
     add_mtp(source, "deepseek_v3")
     whole, part, tokens = tmp_path / "whole", tmp_path / "part", some_tokens()
     run(source, whole, cut(2 * EXPERTS), tokens)
@@ -124,19 +127,9 @@ def plain_slices(tensors, hidden_TH, index_TK, weight_TK, keep, width):
         inner_RI = torch.nn.functional.silu(x_RH @ gate_IH.T) * (x_RH @ up_IH.T)
         inner_RI = inner_RI * weight_TK[token_R, slot_R].double()[:, None]
         gram_II = inner_RI.T @ inner_RI
-        damped_II = gram_II + 0.01 * gram_II.diagonal().mean() * torch.eye(len(gram_II))
-        inverse_II, down_IH = torch.linalg.inv(damped_II), down_HI.T.clone()
-        left, order, errors = list(range(len(gram_II))), [], []
-        while left:
-            score = {q: float(down_IH[q].square().sum() / inverse_II[q, q]) for q in left}
-            gone = min(left, key=lambda q: score[q])
-            share_I = inverse_II[:, gone] / inverse_II[gone, gone]
-            down_IH = down_IH - share_I[:, None] * down_IH[gone]
-            inverse_II = inverse_II - share_I[:, None] * inverse_II[gone]
-            left.remove(gone)
-            order, errors = [gone, *order], [score[gone], *errors]
+        order, errors = one_by_one(gram_II, down_HI)
         first, second = sum(errors[:width]), sum(errors[width : 2 * width])
-        chosen[expert] = (order, [first, min(first, second)], damped_II, gram_II, down_HI)
+        chosen[expert] = (order, [first, min(first, second)], damped(gram_II), down_HI)
     ranked = sorted(
         itertools.product(range(slices), range(EXPERTS)),
         key=lambda each: (-chosen[each[1]][1][each[0]], each),
@@ -144,7 +137,7 @@ def plain_slices(tensors, hidden_TH, index_TK, weight_TK, keep, width):
     made = []
     for expert in range(EXPERTS):
         count = sum(1 for _, owner in ranked if owner == expert)
-        order, _, damped_II, _, down_HI = chosen[expert]
+        order, _, damped_II, down_HI = chosen[expert]
         neurons = order[: count * width]
         parts = [sorted(neurons[n * width : (n + 1) * width]) for n in range(count)]
         flat = [q for part in parts for q in part]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_removal import damped, one_by_one
 
 from ream_stream.method.slices import (
     BIAS_STEP,
-    DAMPING,
     RemovalPath,
     distinct_rows,
     kept_neurons,
@@ -26,27 +26,6 @@ def expert(inner, hidden=9, *, seed=0, tokens=300):
     scale_I = torch.rand(inner, generator=draw) ** 2
     inner_TI = torch.randn(tokens, inner, generator=draw) @ mixed_II * scale_I
     return inner_TI.T @ inner_TI, torch.randn(hidden, inner, generator=draw)
-
-
-def damped(gram_II):
-    gram_II = gram_II.double()
-    return gram_II + DAMPING * gram_II.diagonal().mean() * torch.eye(len(gram_II))
-
-
-def one_by_one(gram_II, down_HI):
-    """The rule of the module as it is written, on the down projection itself."""
-    inverse_II, down_IH = torch.linalg.inv(damped(gram_II)), down_HI.double().T.clone()
-    left, order, errors = list(range(len(gram_II))), [], []
-    while left:
-        score = {q: float(down_IH[q].square().sum() / inverse_II[q, q]) for q in left}
-        gone = min(left, key=lambda q: score[q])
-        share_I = inverse_II[:, gone] / inverse_II[gone, gone]
-        down_IH = down_IH - share_I[:, None] * down_IH[gone]
-        inverse_II = inverse_II - share_I[:, None] * inverse_II[gone]
-        left.remove(gone)
-        order.append(gone)
-        errors.append(score[gone])
-    return order[::-1], errors[::-1]
 
 
 @pytest.mark.parametrize("inner", [1, 7, 64, 65, 150])
