@@ -300,7 +300,10 @@ def sync_no_folder(monkeypatch):
 
 
 def sync_no_chunk(monkeypatch):
-    monkeypatch.setattr(durable, "publish_directory", durable._publish)
+    def unsynced(partial, path, **_):
+        durable._publish(partial, path)
+
+    monkeypatch.setattr(durable, "publish_directory", unsynced)
 
 
 def write_in_place(monkeypatch):

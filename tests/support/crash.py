@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -199,9 +200,10 @@ def _whatever_the_run(data: bytes) -> bytes:
 def _wrap_primitives(kill: Kill | None, committed: Callable[[], list[str]]) -> list[Step]:
     """Wrap, in this process, all that changes a disk; return the list that fills with steps."""
     steps: list[Step] = []
+    counting = threading.Lock()  # threads read and write states beside the run
 
-    def die_at(moment: Moment) -> None:
-        if kill is not None and (kill.step, kill.moment) == (len(steps) - 1, moment):
+    def die_at(number: int, moment: Moment) -> None:
+        if kill is not None and (kill.step, kill.moment) == (number, moment):
             _end(kill.error)
 
     def wrap(module, name, kind, describe, halfway=None):
@@ -213,15 +215,17 @@ def _wrap_primitives(kill: Kill | None, committed: Callable[[], list[str]]) -> l
             # in a clean run only: reading the journal at every step takes time
             named = committed() if kill is None else []
             idle = kind == "unlink" and not os.path.lexists(path)
-            steps.append(Step(kind, path, old, idle, named))
-            die_at("before")
-            if halfway is not None and kill == Kill(len(steps) - 1, "halfway"):
+            with counting:
+                number = len(steps)
+                steps.append(Step(kind, path, old, idle, named))
+            die_at(number, "before")
+            if halfway is not None and kill == Kill(number, "halfway"):
                 halfway(*args)
-                die_at("halfway")
+                die_at(number, "halfway")
             result = original(*args, **kwargs)
             if kind == "fill":
                 args[0].flush()  # or the kernel would not have what a later step counts on
-            die_at("after")
+            die_at(number, "after")
             return result
 
         setattr(module, name, step)
