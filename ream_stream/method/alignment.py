@@ -8,9 +8,7 @@ Letters in shapes: n sampled tokens, H hidden, I inner width (neurons).
 """
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -20,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .expert import Expert
+from .threads import in_order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,14 +201,7 @@ def match_all(costs: Iterable[Tensor], *, threads: int) -> Iterator[Matched]:
     At most ``threads + 1`` costs are alive: those being matched, each beside a
     float64 copy that scipy makes, and the next, computed meanwhile.
     """
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        running: deque[Future[Matched]] = deque()
-        for cost_II in costs:
-            if len(running) == threads:
-                yield running.popleft().result()
-            running.append(pool.submit(_matched, cost_II))
-        while running:
-            yield running.popleft().result()
+    yield from in_order(_matched, costs, threads=threads)
 
 
 def _matched(cost_II: Tensor) -> Matched:

@@ -26,14 +26,14 @@ Letters in shapes: E experts, H hidden, I inner, C slices of an expert, S slices
 W width of a slice, n candidates, b neurons of a batch.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .threads import in_order
 
 DAMPING = 0.01
 """l in shares of the mean diagonal of A_e."""
@@ -41,6 +41,12 @@ DAMPING = 0.01
 BATCH = 32
 """Neurons that are removed between two updates of all that remain; as many again are
 candidates beside them."""
+
+STEP = 0.01
+"""Share of its router row that a slice has less than the one before."""
+
+BIAS_STEP = 1e-4
+"""What a slice's bias of the router is below the one before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,14 +120,7 @@ def removal_paths(
 
     At most ``threads + 1`` experts are loaded at a time.
     """
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        running: deque[Future[RemovalPath]] = deque()
-        for gram_II, down_HI in experts:
-            running.append(pool.submit(removal_path, gram_II, down_HI))
-            if len(running) > threads:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+    yield from in_order(lambda each: removal_path(*each), experts, threads=threads)
 
 
 def removal_bytes(inner: int, hidden: int) -> int:
@@ -277,10 +276,3 @@ def distinct_rows(row_EX: Tensor, rank: Sequence[int], *, additive: bool) -> Ten
         return (value_EX * (1 - STEP * rank_E)).to(row_EX.dtype)
     resolution = torch.finfo(row_EX.dtype).eps * value_EX.abs().amax()
     return (value_EX - rank_E * max(BIAS_STEP, 2 * resolution.item())).to(row_EX.dtype)
-
-
-STEP = 0.01
-"""Share of its router row that a slice has less than the one before."""
-
-BIAS_STEP = 1e-4
-"""What a slice's bias of the router is below the one before."""
