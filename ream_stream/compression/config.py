@@ -183,12 +183,11 @@ def candidates(options: RunOptions) -> list[tuple[RunOptions, str]]:
     by_energy = replace(options, method="energy")
     if options.keep is None:
         return [(by_energy, "whole experts lose least by it, refitted")]
-    cut = replace(options, method="slices")
-    least = "it lost least in all that was measured"
-    alike = cut
+    cut = [replace(options, method="slices")]
     if "refit_target" not in options.changes:
-        alike = replace(cut, changes={**options.changes, "refit_target": "layer"})
-    return [(cut, least), (alike, least), (by_energy, "the experts cannot be cut")]
+        cut.append(replace(cut[0], changes={**options.changes, "refit_target": "layer"}))
+    least = "it lost least in all that was measured"
+    return [*((each, least) for each in cut), (by_energy, "the experts cannot be cut")]
 
 
 def settings_for(
@@ -290,7 +289,7 @@ def _cut(options: RunOptions, layer: ExpertLayer, method: Method, *, chosen: boo
     return replace(method, width=None) if even else method
 
 
-def kept_experts(options: RunOptions, layer: ExpertLayer, method: Method | None = None) -> int:
+def kept_experts(options: RunOptions, layer: ExpertLayer, method: Method) -> int:
     """Return the number of experts that a layer of the output has.
 
     A share is of neurons if experts are cut. It is rounded to the nearest number that servers
@@ -306,7 +305,7 @@ def kept_experts(options: RunOptions, layer: ExpertLayer, method: Method | None 
     # as it is written: the number 0.29 is less than 29/100
     share = Fraction(str(options.keep))
     most = layer.count
-    if method is not None and method.slices:
+    if method.slices:
         width = method.width or layer.inner // method.slices
         share, most = share * layer.inner / width, layer.count * method.slices
     if not options.any_count:

@@ -69,14 +69,11 @@ class ActivationGrams:
         self._plan = plan
         self._experts, self._excluded = experts, excluded
         self._batch_sequences = plan.schedule.batch_sequences
-        self._length = tokens.sequence_length
-        mask_SL, counts_SL = tokens.attention_mask_SL, None
-        if mask_SL is not None:
-            counts_SL = mask_SL.bool()
+        mask_SL = tokens.attention_mask_SL
+        counts_SL = torch.ones_like(tokens.input_ids_SL) if mask_SL is None else mask_SL
+        self._counts_SL = counts_SL.bool()
         if plan.refits:
-            fitted_S1 = ~held_back(tokens, plan.settings.seed)[:, None]
-            counts_SL = fitted_S1 if counts_SL is None else counts_SL & fitted_S1
-        self._counts_SL = counts_SL
+            self._counts_SL &= ~held_back(tokens, plan.settings.seed)[:, None]
         self._sums: dict[int, Tensor] = {}
 
     @contextmanager
@@ -111,9 +108,8 @@ class ActivationGrams:
         slices = self._plan.settings.method.slices
         config = self._plan.source_model.text_config
         return Cut(
-            slices=slices,
             factor=slices if self._plan.family.normalizes(config) else 1,
-            shares_bias=self._plan.family.shares_bias,
+            shares=self._plan.family.bias_shares(slices),
             grams=self.store,
         )
 
@@ -123,20 +119,14 @@ class ActivationGrams:
     def _listener(self, first: int, batch: Batch) -> InnerListener:
         """Return the listener of a batch whose first sequence is number `first`."""
         count = len(batch.input_ids_BL)
-        counts_B1 = None
-        if self._counts_SL is not None:
-            counts_B1 = self._counts_SL[first : first + count].expand(count, self._length)
+        counts_BL = self._counts_SL[first : first + count]
         if (kept_B := self._excluded.kept(first, count)) is not None:
-            kept_BL = kept_B[:, None].expand(count, self._length)
-            counts_B1 = kept_BL if counts_B1 is None else counts_B1 & kept_BL
-        counts_T = None
-        if counts_B1 is not None:
-            counts_T = counts_B1.reshape(-1).to(self._experts.weights.device)
-        return partial(self._add, counts_T)
+            counts_BL = counts_BL & kept_B[:, None]
+        return partial(self._add, counts_BL.reshape(-1).to(self._experts.weights.device))
 
     def _add(
         self,
-        counts_T: Tensor | None,
+        counts_T: Tensor,
         expert: int,
         inner_RI: Tensor,
         token_R: Tensor,
@@ -146,9 +136,7 @@ class ActivationGrams:
             return
         gated_RI = inner_RI * weight_R[:, None].to(inner_RI.dtype)
         # a sequence with numbers that are not finite is excluded once the layer has run
-        counts_R = gated_RI.isfinite().all(dim=1)
-        if counts_T is not None:
-            counts_R &= counts_T[token_R]
+        counts_R = gated_RI.isfinite().all(dim=1) & counts_T[token_R]
         gated_RI = torch.where(counts_R[:, None], gated_RI, 0)
         add_product(self._sums[expert], gated_RI, gated_RI)
 

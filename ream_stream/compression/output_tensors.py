@@ -61,15 +61,12 @@ def _decode(tensors: Tensors, stored: Stored) -> Content:
 class Cut:
     """Numbers from which slices of experts are made."""
 
-    slices: int
-    """Slices that an expert was cut into."""
-
     factor: int
     """Factor of the down projections: 1 if each slice gets all of a router coefficient, else
     the number of slices."""
 
-    shares_bias: bool
-    """Whether the router's biases are divided among slices; see `Family`."""
+    shares: int
+    """What the router's biases are divided by; see `Family.bias_shares`."""
 
     grams: BatchStore
     """Sums of activations A_e by expert."""
@@ -117,10 +114,10 @@ def layer_content(
 
     def content(name: str) -> Content:
         if name in routers:
-            rows = routed_rows(tensors[name], routers[name], decision.groups, count)
-            return (
-                rows if cut is None else _of_slices(name, rows, routers, decision, cut, source)
-            )
+            groups, tensor = decision.groups, tensors[name]
+            if cut is None:
+                return routed_rows(tensor, routers[name], groups, count)
+            return slice_rows(name, tensor, routers, groups, (source, output), cut.shares)
         if name == table:
             row_EH = tensors[next(iter(routers))]
             return renumbered(tensors[name], row_EH, decision.groups)
@@ -145,49 +142,39 @@ def slice_rows(
     name: str,
     tensor: Tensor,
     routers: Mapping[str, int],
-    rank_S: Sequence[int],
-    *,
+    groups: Sequence[Sequence[int]],
+    stacks: tuple[ExpertStack, ExpertStack],
     shares: int,
-    drops: bool,
 ) -> Tensor:
     """Return a router-side tensor of slices.
+
+    Unless all neurons stay, slices of an expert are not equally likely.
 
     Parameters
     ----------
     name, tensor
-        The tensor with the rows of the slices' experts.
+        The source's tensor.
     routers
         Axis of experts of each router-side tensor.
-    rank_S
-        Number of each slice within its expert.
+    groups
+        Source expert of each slice.
+    stacks
+        Experts of the source and of the output.
     shares
         What biases are divided by.
-    drops
-        Whether neurons were dropped: then slices of an expert are not equally likely.
     """
+    source, output = stacks
+    tensor = routed_rows(tensor, routers[name], groups, source.count)
     biases = [each for each in routers if each.endswith("bias")]
     if name in biases and shares > 1:
         tensor = (tensor.double() / shares).to(tensor.dtype)
-    if not drops or ((name not in biases) if biases else tensor.dim() < 2):
+    all_stay = output.count * output.inner == source.count * source.inner
+    if all_stay or ((name not in biases) if biases else tensor.dim() < 2):
         return tensor
-    row_EX = tensor.movedim(routers[name], 0)
+    row_EX, rank_S = tensor.movedim(routers[name], 0), ranks(groups)
     rank_E = [*rank_S, *[0] * (len(row_EX) - len(rank_S))]
     changed_EX = distinct_rows(row_EX, rank_E, additive=bool(biases))
     return changed_EX.movedim(0, routers[name]).contiguous()
-
-
-def _of_slices(
-    name: str,
-    rows: Tensor,
-    routers: Mapping[str, int],
-    decision: Decision,
-    cut: Cut,
-    source: ExpertStack,
-) -> Tensor:
-    stay = sum(neuron_CW.numel() for neuron_CW in decision.neurons.values())
-    shares = cut.slices if cut.shares_bias else 1
-    drops = stay < source.count * source.inner
-    return slice_rows(name, rows, routers, ranks(decision.groups), shares=shares, drops=drops)
 
 
 class _Merged:

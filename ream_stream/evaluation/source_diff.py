@@ -22,10 +22,9 @@ from ream_stream.checkpoint.reader import (
     MappedTensors,
     open_checkpoint,
 )
-from ream_stream.compression.decision import ranks
 from ream_stream.compression.finalize import copied_files
 from ream_stream.compression.manifest import LayerGroups
-from ream_stream.compression.output_tensors import routed_rows, slice_rows
+from ream_stream.compression.output_tensors import slice_rows
 from ream_stream.errors import ReamStreamError
 from ream_stream.events import Finding
 from ream_stream.method.hash_routing import renumbered
@@ -232,7 +231,8 @@ def _of_router(
         rest = range(old.count, shape[axis])
         found[name] = _rows(name, axis, torch.tensor([*rows, *rest]))
         if subject.manifest.slices:
-            found[name] = _sliced_rows(name, routers, groups, stacks, subject)
+            shares = subject.family.bias_shares(subject.manifest.slices)
+            found[name] = _sliced_rows(name, routers, groups, stacks[::-1], shares)
     return found
 
 
@@ -262,17 +262,12 @@ def _sliced_rows(
     routers: Sequence[str],
     groups: LayerGroups,
     stacks: tuple[ExpertStack, ExpertStack],
-    subject: Subject,
+    shares: int,
 ) -> _Origin:
-    new, old = stacks
-    shares = subject.manifest.slices if subject.family.shares_bias else 1
-    drops = new.count * new.inner < old.count * old.inner
-
     def pieces(ours: MappedTensors, theirs: MappedTensors) -> Iterator[tuple[Tensor, Tensor]]:
-        axes = {each: theirs[each].shape.index(old.count) for each in routers}
-        rows = routed_rows(theirs[name], axes[name], groups.groups, old.count)
-        order = ranks(groups.groups)
-        yield ours[name], slice_rows(name, rows, axes, order, shares=shares, drops=drops)
+        axes = {each: theirs[each].shape.index(stacks[0].count) for each in routers}
+        want = slice_rows(name, theirs[name], axes, groups.groups, stacks, shares)
+        yield ours[name], want
 
     return _Origin(name=name, pieces=pieces)
 

@@ -138,6 +138,10 @@ class Family:
     """Returns why experts cannot be cut into so many slices without a change of the function;
     None if they can."""
 
+    def bias_shares(self, slices: int) -> int:
+        """Return by what biases of the router are divided where experts are cut."""
+        return slices if self.shares_bias else 1
+
     def routing(self, config: Any, top_k: int) -> Routing:  # noqa: ANN401
         """Return how tokens are routed, from the transformers config of the text decoder."""
         groups = self.groups(config)
