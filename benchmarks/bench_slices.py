@@ -121,8 +121,9 @@ def table(outcomes: list[Outcome]) -> str:
         groups.setdefault(outcome.name, []).append(outcome)
     domains = [name for name in outcomes[0].scores if name != "all"]
     lines = [
-        f"| method | experts x width, top-k times | nats more | KL | {' | '.join(domains)} |",
-        "|---" * (4 + len(domains)) + "|",
+        "| method | experts x width, top-k times | weights, MB | nats more | KL | "
+        f"{' | '.join(domains)} |",
+        "|---" * (5 + len(domains)) + "|",
     ]
     for name, group in groups.items():
         fields = group[0].fields
@@ -133,7 +134,8 @@ def table(outcomes: list[Outcome]) -> str:
             deviation = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             return f"{statistics.fmean(values):.4f}{deviation}"
 
-        means = [cell("all", "nats more"), cell("all", "divergence")]
+        weights = f"{(group[0].output_bytes or 0) / 1e6:.2f}"
+        means = [weights, cell("all", "nats more"), cell("all", "divergence")]
         means += [cell(domain, "nats more") for domain in domains]
         lines.append(f"| {name} | {shape} | {' | '.join(means)} |")
     return "\n".join(lines)
