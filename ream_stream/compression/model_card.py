@@ -141,6 +141,8 @@ def _experts(settings: Settings, journal: Journal) -> str:
             total, merged = total + 1, merged + several
             refitted, copied = refitted + changed, copied + (not several and not changed)
     copy = "decoded copies" if settings.decodes else "byte copies"
+    if settings.cuts:
+        copy = "cut from the source's, with down projections made anew"
     if copied == total:
         return f"All {total} experts that are left are {copy}."
     parts = [

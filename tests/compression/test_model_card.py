@@ -79,6 +79,15 @@ def test_pruned_experts_are_told_as_byte_copies(checkpoints, tmp_path):
     assert ModelCard.load(made.output / "README.md").data.tags[1] == "expert-pruning"
 
 
+def test_slices_are_told_as_cut_and_not_as_byte_copies(checkpoints, tmp_path):
+    wanted = settings(12, grouping="none", slices=2)
+    made = run(checkpoints("mixtral"), tmp_path / "out", wanted)
+    text = (made.output / "README.md").read_text(encoding="utf-8")
+    assert "8 experts a layer of width 24 cut and pruned to 12 of width 12" in text
+    assert "All 36 experts that are left are cut from the source's, with down" in text
+    assert "byte copies" not in text
+
+
 CARDS = {
     "none": "# Source",
     "not closed": "---\nlicense: mit\n# Source",
