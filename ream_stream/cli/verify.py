@@ -6,6 +6,7 @@ import click
 
 from ream_stream.errors import DamagedError
 from ream_stream.events import Event, Finding
+from ream_stream.planning.serving_rules import CLIENT_NAMES
 
 from .params import FOLDER, Verb, exit_statuses, json_option, option, quiet_option
 
@@ -38,6 +39,14 @@ from .params import FOLDER, Verb, exit_statuses, json_option, option, quiet_opti
     metavar="SOURCE",
     help="The source: all that was not merged must be its bytes.",
 )
+@option(
+    "Checks",
+    "--for",
+    "clients",
+    type=click.Choice(list(CLIENT_NAMES)),
+    multiple=True,
+    help="What is known to be refused by a server or converter; may be given several times.",
+)
 @quiet_option
 @json_option
 @click.pass_context
@@ -50,6 +59,7 @@ def verify(
     load: bool,
     run: bool,
     against: Path | None,
+    clients: tuple[str, ...],
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -61,6 +71,7 @@ def verify(
         ream-stream verify ./Qwen3-23B
         ream-stream verify ./Qwen3-23B --against ./Qwen3-30B-A3B
         ream-stream verify ./Qwen3-23B --load --run
+        ream-stream verify ./Qwen3-23B --for vllm --for llama.cpp
         ream-stream verify ./Qwen3-23B --no-scan --json
     """
     from ream_stream.evaluation.verify import verify as check
@@ -74,7 +85,9 @@ def verify(
             word = "note" if event.is_note else "ok" if event.ok else "FAILED"
             click.echo(f"{word:6}  {event.check:9}  {event.message}")
 
-    found = check(output, scan=scan, load=load, run=run, against=against, report=show)
+    found = check(
+        output, scan=scan, load=load, run=run, against=against, clients=clients, report=show
+    )
     if as_json:
         print_json(found.facts())
     if not found.ok:

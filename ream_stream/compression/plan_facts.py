@@ -10,7 +10,7 @@ from ream_stream.planning.gpus import EFFICIENCY, Gpu
 from ream_stream.planning.model_size import context_length, model_size, stored_as
 from ream_stream.planning.phase_cost import Cost
 from ream_stream.planning.plan import Plan
-from ream_stream.planning.serving_limits import serving_notes
+from ream_stream.planning.serving_rules import served, serving_notes
 from ream_stream.planning.throughput import Forecast
 
 from .job import Job
@@ -106,9 +106,13 @@ def _thin(tokens: Tokens | None) -> list[str]:
 
 
 def notes_of(plan: Plan) -> list[str]:
-    """Return the plan's, and what a server may make of a new number of experts."""
-    experts = plan.settings.experts
-    return [*plan.notes, *([] if experts == plan.num_experts else serving_notes(experts))]
+    """Return the plan's, and what servers make of new numbers of experts and widths."""
+    before, after = plan.experts
+    source = served(before, plan.top_k, plan.routing_groups)
+    return [
+        *plan.notes,
+        *serving_notes(served(after, plan.output_top_k, plan.routing_groups), source),
+    ]
 
 
 def forecast_facts(forecast: Forecast) -> dict[str, Any]:

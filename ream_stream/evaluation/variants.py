@@ -12,7 +12,7 @@ from ream_stream.compression.config import (
     settings_for,
 )
 from ream_stream.errors import UsageError
-from ream_stream.planning.serving_limits import DIVISOR
+from ream_stream.planning.serving_rules import DIVISOR
 from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.settings import Method, Settings
 

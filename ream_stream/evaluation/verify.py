@@ -5,7 +5,7 @@ on a copy of it on any machine.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Any
 from ream_stream.errors import ReamStreamError, UsageError
 from ream_stream.events import Finding, Report, no_report
 from ream_stream.model.finite import is_finite
-from ream_stream.planning.serving_limits import serving_notes
+from ream_stream.planning.serving_rules import CLIENT_NAMES
 
 from .checks import CHECKS, Subject
 from .load_checks import LOAD, RUN, cache_scales
+from .serving_checks import NUMBERS, client_findings, notes_on_counts
 from .source_diff import against as compare
 
 
@@ -69,6 +70,7 @@ def verify(
     load: bool = False,
     run: bool = False,
     against: str | Path | None = None,
+    clients: Sequence[str] = (),
     report: Report = no_report,
 ) -> Verification:
     """Check an output folder.
@@ -87,6 +89,9 @@ def verify(
         Whether to run some tokens through all layers.
     against
         The checkpoint that it was made from: all that was not merged must be its bytes.
+    clients
+        Keys of `CLIENT_NAMES`: what these take is checked too. ``transformers`` is what
+        `load` does.
     report
         Is told each finding; it may raise `InterruptedRunError`.
 
@@ -98,17 +103,23 @@ def verify(
     Raises
     ------
     UsageError
-        There is no such folder.
+        There is no such folder, or no such client.
     """
+    for client in set(clients) - CLIENT_NAMES.keys():
+        raise UsageError(f"{client!r} is none of {', '.join(CLIENT_NAMES)}")
     folder, found = Path(output), []
     compared = () if against is None else compare(folder, Path(against))
-    for finding in chain(_checked(folder, scan=scan, load=load, run=run), compared):
+    load = load or "transformers" in clients
+    checked = _checked(folder, scan=scan, load=load, run=run, clients=clients)
+    for finding in chain(checked, compared):
         found.append(finding)
         report(finding)
     return Verification(output=folder, findings=tuple(found))
 
 
-def _checked(output: Path, *, scan: bool, load: bool, run: bool) -> Iterator[Finding]:
+def _checked(
+    output: Path, *, scan: bool, load: bool, run: bool, clients: Sequence[str]
+) -> Iterator[Finding]:
     """Yield what is found in an output folder by itself."""
     if not output.is_dir():
         raise UsageError(f"{output} is not a folder")
@@ -119,6 +130,8 @@ def _checked(output: Path, *, scan: bool, load: bool, run: bool) -> Iterator[Fin
                 yield finding
                 failed |= set() if finding.ok else {finding.check}
     yield from _notes(subject, failed, load=load)
+    if clients and failed.isdisjoint(NUMBERS):
+        yield from client_findings(subject, clients)
     if not scan or "headers" in failed:
         return
     for shard in [path.name for path in subject.checkpoint.files()]:
@@ -129,7 +142,7 @@ def _checked(output: Path, *, scan: bool, load: bool, run: bool) -> Iterator[Fin
 
 
 def _notes(subject: Subject, failed: set[str], *, load: bool) -> Iterator[Finding]:
-    """Tell what servers make of the number of experts, if it is known and a new one.
+    """Tell what servers make of the numbers of experts, if they are known and new ones.
 
     And what is for servers alone, if places were asked for.
     """
@@ -139,11 +152,9 @@ def _notes(subject: Subject, failed: set[str], *, load: bool) -> Iterator[Findin
             "place in transformers: servers read them"
         )
         yield Finding(check=LOAD.name, ok=True, is_note=True, message=message)
-    if failed.isdisjoint(("manifest", "headers", "experts", "kept")):
-        manifest = subject.manifest
-        if manifest.after != manifest.before:
-            for note in serving_notes(manifest.after):
-                yield Finding(check="serving", ok=True, is_note=True, message=note)
+    if failed.isdisjoint(("manifest", "kept", *NUMBERS)):
+        for note in notes_on_counts(subject):
+            yield Finding(check="serving", ok=True, is_note=True, message=note)
 
 
 def _findings(name: str, good: str, problems: Iterator[str]) -> Iterator[Finding]:

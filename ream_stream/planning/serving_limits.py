@@ -1,38 +1,16 @@
-"""What servers ask of the number of experts, beyond what the model's own code asks.
+"""Counts of experts that are refused, or rounded, since servers do not take them.
 
 A checkpoint with another number is whole and loads in transformers: the fast kernels of
 servers do not take it, and some of them have no others.
 """
 
-from collections.abc import Callable
 from fractions import Fraction
 from math import lcm
 
 from ream_stream.errors import UsageError
 
+from .serving_rules import DIVISOR
 from .slice_shape import MOST_EXPERTS, MOST_TOP_K
-
-DIVISOR = 4
-"""Divisor of the expert counts that routing kernels of TensorRT-LLM and FlashInfer accept."""
-
-_LIKED: tuple[tuple[Callable[[int], bool], str], ...] = (
-    (
-        lambda count: count % DIVISOR == 0,
-        "TensorRT-LLM, FlashInfer: fails with {count} experts a layer, their routing kernels "
-        f"take multiples of {DIVISOR}",
-    ),
-    (
-        lambda count: count & (count - 1) == 0,
-        "SGLang, AITER (ROCm): slow with {count} experts a layer, their fused gates are for "
-        "powers of two (SGLang's for 384 too)",
-    ),
-    (
-        lambda count: count % 8 == 0,
-        "vLLM: works with {count} experts a layer, but fails to divide them among 8 devices "
-        "(expert parallelism)",
-    ),
-)
-"""Preferred properties of an expert count, with what servers make of other counts."""
 
 
 def check_served(experts: int, num_experts: int, routing_groups: int, top_k: int = 1) -> None:
@@ -100,8 +78,3 @@ def served_count(
             "--any-count to keep what was asked for"
         )
     return nearest
-
-
-def serving_notes(experts: int) -> list[str]:
-    """Return a sentence for each thing that is slower, or refused, with so many experts."""
-    return [note.format(count=experts) for is_liked, note in _LIKED if not is_liked(experts)]

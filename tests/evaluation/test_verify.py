@@ -21,7 +21,6 @@ from ream_stream.evaluation.load_checks import LOAD, RUN
 from ream_stream.evaluation.verify import SHARD_CHECKS, verify
 from ream_stream.host_memory import gauge
 from ream_stream.model import finite as module
-from ream_stream.planning.serving_limits import serving_notes
 
 ALL = (*CHECKS, LOAD, RUN, *SHARD_CHECKS)
 
@@ -469,7 +468,43 @@ def test_every_check_has_a_damage_it_is_shown_to_find():
 
 def test_what_servers_refuse_is_told_of_a_good_output(output):
     notes = [finding.message for finding in verify(output, scan=False) if finding.is_note]
-    assert notes == serving_notes(6)
+    assert [note.split(" with ")[0] for note in notes] == [
+        "TensorRT-LLM, FlashInfer: fails",
+        "SGLang, AITER (ROCm): slow",
+        "vLLM: works",
+    ]
+
+
+def test_what_a_client_refuses_fails_if_it_is_asked_for(output):
+    assert failures(output) == {}
+    told = failures(output, scan=False, clients=["tensorrt-llm", "sglang", "vllm"])
+    assert told.keys() == {"tensorrt-llm"}
+    assert "with 6 experts a layer" in told["tensorrt-llm"][0]
+    said = [each.message for each in verify(output, scan=False, clients=["llama.cpp"])]
+    assert "none of the 3 known reasons for llama.cpp to refuse it" in said
+
+
+def test_a_file_that_a_converter_does_not_read_fails_for_it_alone(output):
+    shard = sorted(output.glob("model-*.safetensors"))[0]
+    moved = shard.rename(output / "weights.safetensors")
+    edit(
+        output / INDEX,
+        lambda index: index["weight_map"].update(
+            {k: moved.name for k, v in index["weight_map"].items() if v == shard.name}
+        ),
+    )
+    told = failures(output, scan=False, clients=["llama.cpp", "vllm"])
+    assert told["llama.cpp"] == [
+        "llama.cpp: fails to convert it, only files named model*.safetensors are read"
+    ]
+    assert "vllm" not in told
+
+
+def test_transformers_is_asked_for_the_place_of_every_tensor(output):
+    checks = {each.check for each in verify(output, scan=False, clients=["transformers"])}
+    assert {"load", "transformers"} <= checks
+    with pytest.raises(UsageError, match="'ollama' is none of vllm"):
+        verify(output, clients=["ollama"])
 
 
 def test_a_list_is_followed_in_a_wrapper_and_under_a_part_of_a_name():

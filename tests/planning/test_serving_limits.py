@@ -1,7 +1,6 @@
 """Numbers of experts that servers refuse, and what the plan says of others."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from tiny_runs import (
 
 from ream_stream.errors import UsageError
 from ream_stream.model.families import with_expert_count
-from ream_stream.planning.serving_limits import check_served, serving_notes
+from ream_stream.planning.serving_limits import check_served
 
 
 @pytest.mark.parametrize("experts", [4, 24, 96, 100, 384, 410])
@@ -40,26 +39,15 @@ def test_other_numbers_are_refused_with_who_refuses_them_and_what_to_do(
         assert words in said
 
 
-@pytest.mark.parametrize(
-    ("experts", "notes"),
-    [(64, 0), (24, 1), (384, 1), (12, 2), (4, 1), (6, 3), (1, 2)],
-)
-def test_a_note_says_what_each_kind_of_server_makes_of_a_number(experts, notes):
-    found = serving_notes(experts)
-    assert len(found) == notes
-    for note in found:
-        assert re.match(
-            rf"[\w, ()-]+: (works|slow|fails) with {experts} experts a layer, ", note
-        )
-
-
 def test_the_plan_refuses_a_number_unless_any_will_do(capsys, checkpoints):
     source = checkpoints("olmoe")
     status, out, err = call(capsys, "plan", source, "--experts", 6)
     assert (status, out) == (2, "")
     assert "--any-count" in err
     known = json.loads(call(capsys, "plan", source, "--experts", 6, "--any-count", "--json")[1])
-    assert known["notes"] == serving_notes(6)
+    assert [note.split(":")[0] for note in known["notes"]] == [
+        "TensorRT-LLM, FlashInfer", "SGLang, AITER (ROCm)", "vLLM",
+    ]  # fmt: skip
     assert call(capsys, "plan", source, "--experts", 4)[0] == 0
     kept = json.loads(call(capsys, "plan", source, "--experts", 8, "--json")[1])
     assert kept["notes"] == []
