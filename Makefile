@@ -24,7 +24,7 @@ test test-all conformance: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all conformance check fix demo smoke size docs docker clean
+.PHONY: help setup test test-all test-clients conformance check fix demo smoke size docs docker clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -46,6 +46,10 @@ test: check ## what a commit must pass (the default): check, and the tests that 
 
 test-all: $(PEERS) check ## the same with the tests that take minutes, and those against other packages
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
+
+test-clients: $(STAMP) ## load sources and outputs in vLLM, llama.cpp, MLX and older transformers (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/record.py clients $(BIN)/python tools/clients/matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/record.py client-chain $(BIN)/python tools/clients/chain.py
 
 NEWEST := .venv/newest
 conformance: ## hold models to the newest transformers that pyproject.toml allows

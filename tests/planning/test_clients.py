@@ -46,7 +46,9 @@ def test_every_tested_family_is_a_supported_one_and_its_version_is_known():
 
 def test_the_page_has_the_table_of_the_code():
     page = Path(__file__).parents[2] / "docs" / "how-to" / "use-an-output.md"
-    listed = [line for line in page.read_text(encoding="utf-8").splitlines() if "| " in line]
+    listed = [
+        line for line in page.read_text(encoding="utf-8").splitlines() if line.count("| ") >= 3
+    ]
     for client, row in zip(CLIENTS, listed[1:], strict=True):
         families = ", ".join(f"`{name}`" for name in client.tested)
         told = [client.version or "not tested", families]
