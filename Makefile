@@ -90,6 +90,7 @@ size: ## print the lines of each room of the package
 docs: $(STAMP) ## write what docs have of the command line's help and of kept results
 	$(BIN)/python tools/docs/make_cli_docs.py
 	$(BIN)/python tools/docs/make_results.py
+	$(BIN)/python tools/docs/make_chart.py
 
 docker: ## build the image ream-stream:VERSION; PIP_EXTRA_INDEX_URL= gives torch with CUDA
 	docker build -t ream-stream:$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \

@@ -58,9 +58,9 @@ class _Scale:
 
 
 def standalone(figure: str) -> str:
-    """Return a figure as a file of its own."""
+    """Return a figure as a file of its own, on white: a page around it may be dark."""
     head, _, rest = figure.partition(">")
-    return f"{head}><style>{STYLE}</style>{rest}\n"
+    return f'{head} style="background: white"><style>{STYLE}</style>{rest}\n'
 
 
 def pareto_picture(known: Mapping[str, Any]) -> str:
