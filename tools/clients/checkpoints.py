@@ -284,13 +284,13 @@ def write_source(name: str, folder: Path) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     model_type = "qwen3_moe" if name == FP8 else name
-    config = {"model_type": model_type, **_COMMON, **HUB[model_type]}
+    config = common_config(model_type)
     text = json.dumps(config, indent=2)
     (folder / "config.json").write_text(text, encoding="utf-8")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    _draw(model)
+    draw(model)
     model.to(torch.bfloat16).save_pretrained(folder)
     if name == FP8:
         config["quantization_config"] = _encode(folder / "model.safetensors")
@@ -302,7 +302,12 @@ def write_source(name: str, folder: Path) -> Path:
     return folder
 
 
-def _draw(model: torch.nn.Module) -> None:
+def common_config(model_type: str) -> dict[str, Any]:
+    """Return config.json of a family."""
+    return {"model_type": model_type, **_COMMON, **HUB[model_type]}
+
+
+def draw(model: torch.nn.Module) -> None:
     """Draw weights for which hidden states keep their size and logits differ by about 2."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
