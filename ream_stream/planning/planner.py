@@ -194,7 +194,7 @@ def _check_adds(footprints: Footprints, source: Checkpoint) -> None:
             continue
         other = footprints.beyond_adding(index)
         if other is not None:
-            raise UnsupportedModelError(
+            raise UsageError(
                 f"--refit-target trajectory: layer {index} of "
                 f"{text_config(source.config).get('model_type')} does not simply add what its "
                 f"experts give, it is put through {other}; use --refit-target layer"

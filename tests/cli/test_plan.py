@@ -36,6 +36,15 @@ def test_auto_is_energy_where_experts_cannot_be_cut_and_says_why(capsys, checkpo
     assert "phimoe cannot be cut, its router masks" in told["method_reason"]
 
 
+def test_auto_takes_the_layer_as_target_where_there_is_no_trajectory(capsys, checkpoints):
+    for name in ("granitemoe", "gemma4_text"):
+        words = ("plan", checkpoints(name), "--any-count", "--keep", "75%", "--json")
+        status, out, err = call(capsys, *words)
+        assert status == 0, err
+        told = json.loads(out)
+        assert (told["method"], told["settings"]["refit_target"]) == ("slices", "layer")
+
+
 def test_a_part_of_a_method_needs_the_methods_name(capsys, source):
     words = ("plan", source, "--any-count", "--keep", "75%")
     for part in (("--merge", "mean"), ("--saliency", "reap"), ("--group-size", "8")):

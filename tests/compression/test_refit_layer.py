@@ -26,7 +26,7 @@ from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.refit_activations import held_back
 from ream_stream.compression.workspace import Workspace
-from ream_stream.errors import OverBudgetError, UnsupportedModelError, UsageError
+from ream_stream.errors import OverBudgetError, UsageError
 from ream_stream.events import LayerDone, Step
 from ream_stream.model.attention_cache import main_output
 from ream_stream.planning.planner import make_plan
@@ -253,7 +253,7 @@ def test_a_layer_that_puts_its_experts_outputs_through_a_norm_or_factor_has_no_t
 ):
     wanted = refitted(refit_target="trajectory")
     source = checkpoints(name, torch.float32)
-    with pytest.raises(UnsupportedModelError, match=f"layer 0 of {name} does not simply"):
+    with pytest.raises(UsageError, match=f"layer 0 of {name} does not simply"):
         plan_for(source, tokens, wanted)
     plan_for(source, tokens, refitted())
 
