@@ -72,6 +72,19 @@ def parse_count_or_all(text: str) -> int:
     return int(text)
 
 
+def parse_bits(text: str) -> float:
+    """Return the bits of a number, such as 4 or 4.5: from 1 to 32.
+
+    Raises
+    ------
+    ValueError
+        The text is no such number.
+    """
+    if not re.fullmatch(r"\d{1,2}(\.\d{1,9})?", text) or not 1 <= float(text) <= 32:
+        raise ValueError(f"{text!r} is not a number of bits from 1 to 32")
+    return float(text)
+
+
 def parse_share(text: str) -> Fraction:
     """Return the exact share of ``75%``, ``75`` or ``0.75``: above 0%, up to 100%.
 

@@ -52,6 +52,7 @@ def _rows(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str,
             + context(known["context_length"]),
         ),
         ("experts a layer", f"{_experts(known, asked)}, {_per_token(known)} a token"),
+        *size_target(known),
         *((_NOTE, note) for note in known["notes"]),
         *_widths(known),
         ("parameters", _arrow(known["parameters"], parameters)),
@@ -201,6 +202,12 @@ def _experts(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     exact = keep * before * known["width_before"] / known["width_after"]
     rounded = "" if exact == after else f" is {float(exact):.4g}, rounded"
     return f"{text} ({float(100 * keep):g}%{rounded})"
+
+
+def size_target(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a row on the size that experts were kept for, if one was given."""
+    target = known["size_target"]
+    return [] if target is None else [("size asked for", target["sentence"])]
 
 
 def _per_token(known: Mapping[str, Any]) -> str:

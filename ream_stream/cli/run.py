@@ -13,7 +13,7 @@ from ream_stream.untrusted import shell_words
 
 from .console import facts, phases
 from .next_view import say_next
-from .plan_view import plan_table
+from .plan_view import plan_table, size_target
 from .progress import running
 from .signals import stop_requests, stopping
 from .startup import starting
@@ -89,6 +89,7 @@ def say_summary(result: CompressionResult, asked: Mapping[str, Any], console: Co
                         f"{format_size(result.source_bytes)} -> "
                         f"{format_size(result.output_bytes)}",
                     ),
+                    *size_target(planned),
                     ("time", format_seconds(result.seconds)),
                     ("  by phase", phases(result.seconds_by_phase)),
                     (

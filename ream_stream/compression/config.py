@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.errors import UsageError
-from ream_stream.planning.serving_limits import served_count
+from ream_stream.planning.serving_limits import CONTEXT, served_count
 from ream_stream.planning.slice_shape import ExpertLayer, slice_width
 from ream_stream.settings import (
     Method,
@@ -20,7 +20,7 @@ from ream_stream.settings import (
     option,
     options_of,
 )
-from ream_stream.units import parse_share, parse_size_or_auto
+from ream_stream.units import parse_bits, parse_share, parse_size, parse_size_or_auto
 
 if TYPE_CHECKING:
     from ream_stream.checkpoint.hub import Remote
@@ -53,6 +53,9 @@ _OF_ANY = frozenset(
 """Options of `Method` that have a meaning whatever ``--method auto`` chooses."""
 
 _MANY_EXPERTS = 512
+
+_HOW_MANY = ("experts", "keep", "target_size", "fits")
+"""Options that say how many experts are kept; one of them is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,34 @@ class RunOptions(CalibrationOptions, MachineOptions):
         "The same as a share, such as 75%; rounded to the nearest number that servers take.",
         parse=parse_share,
         metavar="PERCENT",
+    )
+    target_size: int | None = option(
+        "Experts",
+        "The same by the size of the output's weights, such as 40GB: as many as that has room "
+        "for, rounded down to a number that servers take.",
+        parse=parse_size,
+        metavar="SIZE",
+    )
+    fits: int | None = option(
+        "Experts",
+        "The same by the memory of the machine that serves the output, such as 24GB: weights, "
+        "and the KV cache of one sequence.",
+        parse=parse_size,
+        metavar="SIZE",
+    )
+    context: int | None = option(
+        "Experts",
+        "With --fits: tokens in the KV cache, of 16 bits a number.",
+        least=1,
+        otherwise=f"{CONTEXT}, or the model's longest if that is less",
+    )
+    bits: float | None = option(
+        "Experts",
+        "With --fits: bits a parameter, scales included, that the output is quantized to "
+        "before it is served, such as 4.5.",
+        parse=parse_bits,
+        metavar="NUMBER",
+        otherwise="as the output is written",
     )
     any_count: bool = option(
         "Experts",
@@ -181,7 +212,7 @@ def candidates(options: RunOptions) -> list[tuple[RunOptions, str]]:
             flag = flag_of(known[name])
             raise UsageError(f"{flag} changes a part of a method: say of which with --method")
     by_energy = replace(options, method="energy")
-    if options.keep is None:
+    if options.experts is not None:
         return [(by_energy, "whole experts lose least by it, refitted")]
     cut = [replace(options, method="slices")]
     if "refit_target" not in options.changes:
@@ -208,13 +239,7 @@ def settings_for(
     compute_dtype, device_kind
         What ``--compute-dtype`` and ``--device`` mean on this machine.
     """
-    names, changes = options_of(Method), dict(options.changes)
-    changed = {name: changes.pop(name) for name in list(changes) if name in names}
-    method = options.method
-    if isinstance(method, str):
-        method = replace(Method(), **PRESETS[method])
-    method = replace(method, **changed)
-    method = _cut(options, layer, method, chosen="slices" in changed or method.slices == 1)
+    method, changed = method_for(options, layer), _of_method(options)
     experts = kept_experts(options, layer, method)
     if isinstance(options.method, str) and "group_size" not in changed:
         method = replace(method, group_size=default_group_size(experts, layer.count))
@@ -225,8 +250,29 @@ def settings_for(
         compute_dtype=compute_dtype,
         seed=options.seed,
         device_kind=device_kind,
-        **changes,
+        **{name: value for name, value in options.changes.items() if name not in changed},
     )
+
+
+def method_for(options: RunOptions, layer: ExpertLayer) -> Method:
+    """Return the method of the options for a source, with the width of slices if it has any.
+
+    Raises
+    ------
+    UsageError
+        Experts cannot be cut so.
+    """
+    changed, method = _of_method(options), options.method
+    if isinstance(method, str):
+        method = replace(Method(), **PRESETS[method])
+    method = replace(method, **changed)
+    return _cut(options, layer, method, chosen="slices" in changed or method.slices == 1)
+
+
+def _of_method(options: RunOptions) -> dict[str, Any]:
+    """Return the changes that are fields of `Method`."""
+    names = options_of(Method)
+    return {name: value for name, value in options.changes.items() if name in names}
 
 
 def check_usage(options: RunOptions) -> None:
@@ -239,13 +285,18 @@ def check_usage(options: RunOptions) -> None:
         source.
     """
     check_values(options)
-    if (options.experts is None) == (options.keep is None):
-        several = options.experts is not None
+    known = options_of(RunOptions)
+    given = [flag_of(known[n]) for n in _HOW_MANY if getattr(options, n) is not None]
+    if len(given) != 1:
         raise UsageError(
-            "--experts and --keep say the same thing: give one of them"
-            if several
-            else "say how many experts to keep: --keep 75%, or --experts with their number"
+            f"{' and '.join(given)} say the same thing: give one of them"
+            if given
+            else "say how many experts to keep, by one of --keep 75%, --experts, --target-size "
+            "40GB and --fits 24GB"
         )
+    for name in ("context", "bits"):
+        if options.fits is None and getattr(options, name) is not None:
+            raise UsageError(f"--{name} has no effect without --fits; leave it out")
     if options.keep is not None and not 0 < options.keep <= 1:
         raise UsageError(f"--keep {float(100 * options.keep):g}%: there is 0% to 100%")
     source = options.source.resolve()

@@ -6,38 +6,34 @@ source's headers, the output folder, the plan, and the calibration text last.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from ream_stream.calibration.packing import Calibration, read_tokens
 from ream_stream.calibration.token_cache import Request, calibration_of, changed, stored
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.checkpoint.config_json import text_config
 from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, check_path, open_checkpoint, vocab_size_of
-from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
+from ream_stream.errors import OtherRunError, UsageError
 from ream_stream.events import Preparing, Report, no_report
 from ream_stream.file_access import why_not_writable
 from ream_stream.host_memory import trim
 from ream_stream.model import device as devices
-from ream_stream.model.dtypes import compute_dtype
-from ream_stream.model.families import TOP_K_KEYS, family_of
 from ream_stream.planning.disk import check_disk
 from ream_stream.planning.gpus import Gpu
 from ream_stream.planning.plan import Plan
-from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Begun, Budgets
 from ream_stream.planning.serving_limits import check_served
-from ream_stream.planning.slice_shape import ExpertLayer
+from ream_stream.planning.size_target import SizeTarget
 from ream_stream.planning.throughput import Forecast, forecast
-from ream_stream.settings import Settings
 
-from .config import RunOptions, candidates, check_usage, settings_for
+from .candidate_plans import PlanInputs, first_that_works
+from .config import RunOptions, check_usage
 from .finalize import check_names, output_files
 from .journal import Journal, check_fingerprint
 from .pipeline import fingerprint
 from .refit_activations import held_back
+from .size_search import target_of
 from .workspace import Workspace, workspace_of
 
 
@@ -76,6 +72,9 @@ class Job:
 
     reason: str = ""
     """Reason for the method, if ``--method auto`` chose it."""
+
+    target: SizeTarget | None = None
+    """Size that the experts are kept for; None if their number or share was given."""
 
     @property
     def layer_bytes(self) -> tuple[int, ...]:
@@ -127,8 +126,8 @@ def prepare(
     begun, of_run = journal.begun() if journal else None, tokens
     if tokens is None and journal is not None and workspace is not None:
         of_run = stored(workspace.tokens, journal.fingerprint["calibration"])
-    inputs = _Inputs(options, checkpoint, budgets, workspace, begun)
-    plan, asked, reason = _first_that_works(inputs, device, of_run)
+    inputs = PlanInputs(options, checkpoint, budgets, workspace, begun)
+    plan, asked, reason = first_that_works(inputs, device, of_run)
     torch.set_num_threads(plan.schedule.threads)
     _check_output(plan, options, workspace, begun)
     job = Job(
@@ -139,6 +138,7 @@ def prepare(
         device=device,
         method=asked.method if isinstance(asked.method, str) else "",
         reason=reason,
+        target=target_of(options),
         gpu=gpu,
         unused_gpu=_unused_gpu(options, device),
     )
@@ -167,106 +167,6 @@ def _check_output(
     check_names(workspace.output if workspace else Path(), output_files(plan))
     if workspace is not None:
         check_disk(plan, workspace.output, workspace.work, begun)
-
-
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """All that a plan is made of but settings and tokens."""
-
-    options: RunOptions
-    checkpoint: Checkpoint
-    budgets: Budgets
-    workspace: Workspace | None
-    begun: Begun | None
-
-    def plan(self, settings: Settings, tokens: Tokens | None) -> Plan:
-        """Return the plan of a run; without tokens, of as many as are asked for."""
-        options, workspace = self.options, self.workspace
-        return make_plan(
-            self.checkpoint,
-            settings,
-            options.planned_sequences if tokens is None else tokens.num_sequences,
-            options.sequence_length if tokens is None else tokens.sequence_length,
-            budgets=self.budgets,
-            threads=options.threads,
-            padded=tokens is None or tokens.attention_mask_SL is not None,
-            output=workspace.output if workspace else None,
-            work=workspace.work if workspace else None,
-            begun=self.begun,
-        )
-
-
-def _first_that_works(
-    inputs: _Inputs, device: torch.device, tokens: Tokens | None
-) -> tuple[Plan, RunOptions, str]:
-    """Return the plan of the first candidate that works, its options, and the reason."""
-    *tried, (last, last_reason) = candidates(inputs.options)
-    why_not: list[str] = []
-    for asked, reason in tried:
-        try:
-            plan = inputs.plan(_settings(asked, inputs.checkpoint, device), tokens)
-        except UsageError as error:
-            why_not.append(str(error))
-        else:
-            return plan, asked, reason
-    plan = inputs.plan(_settings(last, inputs.checkpoint, device), tokens)
-    return plan, last, f"{last_reason}: {why_not[0]}" if why_not else last_reason
-
-
-def num_experts(checkpoint: Checkpoint) -> int:
-    """Return the routed experts of a layer.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The model is of no known family, or dense.
-    """
-    family_of(checkpoint.config)
-    stacks = checkpoint.experts.values()
-    if not stacks:
-        raise UnsupportedModelError(f"{checkpoint.folder} is a dense model: it has no experts")
-    return max(stack.count for stack in stacks)
-
-
-def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device) -> Settings:
-    dtype = compute_dtype(options.compute_dtype, checkpoint, device)
-    return settings_for(
-        options,
-        expert_layer(checkpoint, decodes=options.changes.get("dtype") == "bf16"),
-        compute_dtype=str(dtype).removeprefix("torch."),
-        device_kind=device.type,
-    )
-
-
-def expert_layer(checkpoint: Checkpoint, *, decodes: bool = False) -> ExpertLayer:
-    """Return the experts of a layer as headers and config.json tell; the plan checks them.
-
-    Parameters
-    ----------
-    checkpoint
-        The source.
-    decodes
-        Whether quantized tensors are written as floats.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The model is of no known family, or dense.
-    """
-    family, count = family_of(checkpoint.config), num_experts(checkpoint)
-    stack = next(iter(checkpoint.experts.values()))
-    text = text_config(checkpoint.config)
-    numbers = {key: value for key, value in text.items() if type(value) is int}
-    told = SimpleNamespace(**{**numbers, "topk_method": text.get("topk_method")})
-    return ExpertLayer(
-        count=count,
-        inner=stack.inner,
-        top_k=max((numbers[key] for key in TOP_K_KEYS if key in numbers), default=1),
-        multiple=1 if decodes else max(m.stored.codec.multiple for m in stack.matrices),
-        shared=max((numbers.get(key, 0) for key in family.shared_counts), default=0)
-        * stack.inner,
-        routing_groups=max(1, family.groups(told)),
-    )
 
 
 def _machine(

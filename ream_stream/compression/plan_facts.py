@@ -42,6 +42,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
             *_thin(job.tokens),
         ],
         "settings": plan.settings.fields(),
+        "size_target": None if job.target is None else job.target.facts(plan),
         "method": job.method,
         "method_reason": job.reason,
         "parameters": {

@@ -15,6 +15,9 @@ from .slice_shape import MOST_EXPERTS, MOST_TOP_K
 DIVISOR = 4
 """Divisor of the expert counts that routing kernels of TensorRT-LLM and FlashInfer accept."""
 
+CONTEXT = 32_768
+"""Tokens in the cache of a served model, unless their number is given."""
+
 _LIKED: tuple[tuple[Callable[[int], bool], str], ...] = (
     (
         lambda count: count % DIVISOR == 0,
