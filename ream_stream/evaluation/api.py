@@ -143,8 +143,7 @@ def compress(
         Checkpoint folder, or ``ORG/NAME[@REVISION]`` on the hub; a new folder, or that of the
         run to go on with.
     keep, experts
-        Experts to keep in each layer, as a share (0.75 or "75%") or as their number; or None,
-        and ``target_size`` or ``fits`` among the options.
+        Experts to keep in each layer, a share (0.75, "75%") or their number; None for a size.
     method
         Key of `compression.config.PRESETS`, or all parts of a method.
     calibration
