@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from ream_stream.calibration.mix import parts_of
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.config_json import text_config
 from ream_stream.checkpoint.reader import Checkpoint
@@ -17,8 +18,11 @@ from ream_stream.planning.schedule import Begun, Budgets
 from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.settings import Settings
 
-from .config import RunOptions, candidates, settings_for
+from .config import RunOptions
+from .method_settings import candidates, settings_for
+from .observation import ObserveOptions, observing_settings
 from .size_search import largest_plan, target_of
+from .statistics import Statistics
 from .workspace import Workspace
 
 
@@ -31,11 +35,13 @@ class PlanInputs:
     budgets: Budgets
     workspace: Workspace | None
     begun: Begun | None
+    statistics: Statistics | None
 
     def plan(self, settings: Settings, tokens: Tokens | None) -> Plan:
         """Return the plan of a run; without tokens, of as many as are asked for."""
         options, workspace = self.options, self.workspace
-        return make_plan(
+        parts = parts_of(options.calibration, mix=options.mix)
+        plan = make_plan(
             self.checkpoint,
             settings,
             options.planned_sequences if tokens is None else tokens.num_sequences,
@@ -43,21 +49,28 @@ class PlanInputs:
             budgets=self.budgets,
             threads=options.threads,
             padded=tokens is None or tokens.attention_mask_SL is not None,
+            domains=max(1, len(parts)) if tokens is None else len(tokens.domains),
             output=workspace.output if workspace else None,
             work=workspace.work if workspace else None,
             begun=self.begun,
         )
+        if self.statistics is not None:
+            self.statistics.check_layers(plan)
+        return plan
 
 
 def first_that_works(
     inputs: PlanInputs, device: torch.device, tokens: Tokens | None
 ) -> tuple[Plan, RunOptions, str]:
     """Return the plan of the first candidate that works, its options, and the reason."""
-    *tried, (last, last_reason) = candidates(inputs.options)
     target = target_of(inputs.options)
 
     def planned(asked: RunOptions) -> Plan:
-        return inputs.plan(_settings(asked, inputs.checkpoint, device), tokens)
+        return inputs.plan(_settings(inputs, asked, device), tokens)
+
+    if inputs.options.observes:
+        return planned(inputs.options), inputs.options, ""
+    *tried, (last, last_reason) = candidates(inputs.options)
 
     def best(asked: RunOptions) -> Plan:
         if target is None:
@@ -90,14 +103,22 @@ def num_experts(checkpoint: Checkpoint) -> int:
     return max(stack.count for stack in stacks)
 
 
-def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device) -> Settings:
-    dtype = compute_dtype(options.compute_dtype, checkpoint, device)
-    return settings_for(
-        options,
-        _layer_of(options, checkpoint),
-        compute_dtype=str(dtype).removeprefix("torch."),
-        device_kind=device.type,
-    )
+def _settings(inputs: PlanInputs, options: RunOptions, device: torch.device) -> Settings:
+    checkpoint, statistics = inputs.checkpoint, inputs.statistics
+    dtype = str(compute_dtype(options.compute_dtype, checkpoint, device)).removeprefix("torch.")
+    known = {"compute_dtype": dtype, "device_kind": device.type}
+    if isinstance(options, ObserveOptions):
+        return observing_settings(options, num_experts(checkpoint), **known)
+    settings = settings_for(options, _layer_of(options, checkpoint), **known)
+    if statistics is None:
+        return settings
+    then = statistics.fingerprint["compute_dtype"]
+    if options.compute_dtype != "auto" and dtype != then:
+        raise UsageError(
+            f"--compute-dtype {options.compute_dtype} is {dtype} here, and the statistics were "
+            f"taken in {then}: leave it out"
+        )
+    return statistics.settings(settings, options.weights or ())
 
 
 def _layer_of(options: RunOptions, checkpoint: Checkpoint) -> ExpertLayer:

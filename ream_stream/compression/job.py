@@ -16,7 +16,7 @@ from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, check_path, open_checkpoint, vocab_size_of
 from ream_stream.errors import OtherRunError, UsageError
 from ream_stream.events import Preparing, Report, no_report
-from ream_stream.file_access import why_not_writable
+from ream_stream.file_access import resolved, why_not_writable
 from ream_stream.host_memory import trim
 from ream_stream.model import device as devices
 from ream_stream.planning.disk import check_disk
@@ -34,6 +34,7 @@ from .journal import Journal, check_fingerprint
 from .pipeline import fingerprint
 from .refit_activations import held_back
 from .size_search import target_of
+from .statistics import Statistics, open_statistics
 from .workspace import Workspace, workspace_of
 
 
@@ -57,7 +58,11 @@ class Job:
     """Device that layers run on."""
 
     request: Request | None = None
-    """Text that the tokens were made from; None for a token file."""
+    """Text that the tokens were made from; None for a token file, and with statistics."""
+
+    statistics: Statistics | None = None
+    """Statistics that experts are chosen by; None if the run takes its own."""
+
     gpu: Gpu | None = None
     """GPU that is planned for by its data sheet."""
 
@@ -115,19 +120,17 @@ def prepare(
     """
     check_usage(options)
     report(Preparing(part="reading headers"))
-    checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
     device, budgets = _machine(options, gpu, plans_only=not with_data)
     workspace = _workspace(options)
-    if options.remote is not None and workspace is not None:
-        checkpoint = streamed(checkpoint, options.remote, workspace.streamed)
+    checkpoint = _checkpoint(options, workspace, with_data=with_data)
     journal = None if workspace is None else _journal(workspace, restart=restart)
     wanted = calibration_of(options)
-    tokens = _token_file(wanted, checkpoint)
-    begun, of_run = journal.begun() if journal else None, tokens
-    if tokens is None and journal is not None and workspace is not None:
-        of_run = stored(workspace.tokens, journal.fingerprint["calibration"])
-    inputs = PlanInputs(options, checkpoint, budgets, workspace, begun)
-    plan, asked, reason = first_that_works(inputs, device, of_run)
+    statistics = _statistics(options, checkpoint)
+    tokens = statistics.tokens if statistics else _token_file(wanted, checkpoint)
+    begun = journal.begun() if journal else None
+    inputs = PlanInputs(options, checkpoint, budgets, workspace, begun, statistics)
+    known = tokens or _tokens_begun_with(journal, workspace)
+    plan, asked, reason = first_that_works(inputs, device, known)
     torch.set_num_threads(plan.schedule.threads)
     _check_output(plan, options, workspace, begun)
     job = Job(
@@ -135,6 +138,7 @@ def prepare(
         workspace=workspace,
         journal=journal,
         tokens=tokens,
+        statistics=statistics,
         device=device,
         method=asked.method if isinstance(asked.method, str) else "",
         reason=reason,
@@ -143,11 +147,43 @@ def prepare(
         unused_gpu=_unused_gpu(options, device),
     )
     job = _with_tokens(job, wanted, report)
-    if job.tokens is not None and job.tokens.num_sequences != plan.sequences:
+    if job.tokens is not None and not _is_of(plan, job.tokens):
         # there was not as much text as was planned with, or more
         job = replace(job, plan=inputs.plan(plan.settings, job.tokens))
         _check_output(job.plan, options, workspace, begun)
     return _with_forecast(job, report)
+
+
+def _checkpoint(
+    options: RunOptions, workspace: Workspace | None, *, with_data: bool
+) -> Checkpoint:
+    """Open the source; with streaming, its shards are fetched to the work folder."""
+    found = open_checkpoint(options.source, with_data=with_data and options.remote is None)
+    if options.remote is None or workspace is None:
+        return found
+    return streamed(found, options.remote, workspace.streamed)
+
+
+def _is_of(plan: Plan, tokens: Tokens) -> bool:
+    """Tell whether a plan is of so many sequences and domains."""
+    found = (tokens.num_sequences, len(tokens.domains))
+    return found == (plan.sequences, plan.domains)
+
+
+def _tokens_begun_with(journal: Journal | None, workspace: Workspace | None) -> Tokens | None:
+    """Return the tokens that a run began with, if they are in its work folder."""
+    if journal is None or workspace is None:
+        return None
+    return stored(workspace.tokens, journal.fingerprint["calibration"])
+
+
+def _statistics(options: RunOptions, checkpoint: Checkpoint) -> Statistics | None:
+    """Return the statistics that were named, if they are of the source."""
+    if options.statistics is None:
+        return None
+    found = open_statistics(resolved(options.statistics))
+    found.check_source(checkpoint)
+    return found
 
 
 def _workspace(options: RunOptions) -> Workspace | None:
@@ -252,22 +288,23 @@ def _with_tokens(job: Job, calibration: Calibration | None, report: Report) -> J
         The run was begun differently. This is told before any text is read,
         since making tokens of a large one takes minutes.
     """
-    if calibration is None:
-        return job
     tokens, request, differs = job.tokens, None, None
     journal, workspace = job.journal, job.workspace
-    if tokens is None:
+    if calibration is None and tokens is None:
+        return job
+    if calibration is not None and tokens is None:
         request = Request.of(calibration)
         if journal is not None and workspace is not None:
-            tokens = stored(workspace.tokens, journal.fingerprint["calibration"])
+            tokens = _tokens_begun_with(journal, workspace)
             differs = changed(request, workspace.tokens)
-    if tokens is None:
+    if calibration is not None and tokens is None:
         report(Preparing(part="reading calibration text and making tokens"))
         source = job.plan.source
         tokens = read_tokens(
             calibration, source.folder, vocab_size=vocab_size_of(source.config)
         )
         trim()  # a tokenizer takes hundreds of megabytes, which no plan counts
+    assert tokens is not None
     if job.plan.refits:
         held_back(tokens, job.plan.settings.seed)  # refuses too few sequences
     if journal is not None and workspace is not None:

@@ -42,8 +42,11 @@ def plan_facts(job: Job) -> dict[str, Any]:
             *([job.unused_gpu] if job.unused_gpu else []),
             *_thin(job.tokens),
             *_built_in(job.tokens),
+            *_by_statistics(job),
         ],
         "settings": plan.settings.fields(),
+        "observes": plan.settings.observes,
+        "statistics": None if job.statistics is None else str(job.statistics.folder),
         "size_target": None if job.target is None else job.target.facts(plan),
         "method": job.method,
         "method_reason": job.reason,
@@ -115,6 +118,16 @@ def _built_in(tokens: Tokens | None) -> list[str]:
     return [
         "the built-in texts are for trying things out only: help pages and modules of Python, "
         "and generated exercises; calibrate on text of what the model is for"
+    ]
+
+
+def _by_statistics(job: Job) -> list[str]:
+    """Return a note on what statistics of an earlier run cannot do."""
+    if job.statistics is None:
+        return []
+    return [
+        "experts are chosen by statistics of the original model: layers are not adjusted to "
+        "those before them, and nothing is refitted, which loses more than a run over the text"
     ]
 
 

@@ -17,7 +17,8 @@ from ream_stream.planning.slice_shape import MOST_EXPERTS, ExpertLayer
 from ream_stream.settings import Method
 from ream_stream.units import format_size, size_option
 
-from .config import RunOptions, method_for
+from .config import RunOptions
+from .method_settings import method_for
 
 
 def target_of(options: RunOptions) -> SizeTarget | None:
