@@ -9,7 +9,7 @@ text without a refit, which observes each layer on what the compressed layers be
 and in a run as its preset is, with a refit if it has one. In float32 on the processor.
 
 Seconds are of the processor, all threads together, of the first draw: what it takes to observe
-once, and for each method to compress once by statistics and once over the text.
+once, and to compress by the first method, by statistics and over the text.
 
 What was measured stays in FOLDER, and the same command goes on with it.
 """
@@ -121,11 +121,11 @@ def seconds(options: argparse.Namespace, tokens: Tokens) -> dict[str, float]:
             )
         )
     }
-    for name in options.methods:
-        for way, by in (("statistics", kept), ("calibration", calibration)):
-            wanted = {**METHODS[name], **common, way: by, "keep": f"{options.keep[0]}%"}
-            compress = partial(ream_stream.compress, options.checkpoint, **wanted)
-            found[f"{name}, by {way}"] = timed(partial(compress, folder / f"{name}-{way}"))
+    name, keep = options.methods[0], options.keep[0]
+    for way, by in (("statistics", kept), ("calibration", calibration)):
+        wanted = {**METHODS[name], **common, way: by, "keep": f"{keep}%"}
+        compress = partial(ream_stream.compress, options.checkpoint, **wanted)
+        found[f"{name} {keep}%, {way}"] = timed(partial(compress, folder / way))
     files.remove(folder)
     files.write_json(path, found)
     return found

@@ -21,6 +21,7 @@ from .params import (
 )
 from .source import source_argument
 
+_ONLY_SIZE = {"calibration": {"required": False}}
 _OWN = {"moments", "similarity_tokens", "mtp"}
 _OF_A_RUN = {
     *options_of(CalibrationOptions),
@@ -31,8 +32,14 @@ _OF_A_RUN = {
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
 @source_argument
 @click.argument("statistics", type=click.Path(path_type=Path))
-@options_for(ObserveOptions, Method, Settings, only=_OWN | _OF_A_RUN)
-@option("Output", "--dry-run", is_flag=True, help="Print the plan and stop; write nothing.")
+@options_for(ObserveOptions, Method, Settings, only=_OWN | _OF_A_RUN, changed=_ONLY_SIZE)
+@option(
+    "Output",
+    "--dry-run",
+    is_flag=True,
+    help="Print the plan and stop; write nothing. Headers of SOURCE are enough, and without "
+    "--calibration only its size counts.",
+)
 @option("Output", "--restart", is_flag=True, help="Discard the run that is in STATISTICS.")
 @option(
     "Output",

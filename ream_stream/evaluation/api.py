@@ -241,10 +241,13 @@ def plan_observation(
     report: Report = no_report,
     **options: Any,  # noqa: ANN401
 ) -> Mapping[str, Any]:
-    """Return what `observe` would do with the same arguments, as facts; write nothing."""
+    """Return what `observe` would do with the same arguments, as facts; write nothing.
+
+    Shards may end after their headers; without calibration only its size counts.
+    """
     asked, remote = _located(source, statistics, options, ObserveOptions)
     with _threads_kept():
-        job = prepare(asked, restart=restart, with_data=remote is None, report=report)
+        job = prepare(asked, restart=restart, with_data=False, report=report)
     return plan_facts(job) | {"is_remote": remote is not None}
 
 
