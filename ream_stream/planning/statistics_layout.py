@@ -48,10 +48,7 @@ def statistics_layers(
     workload
         Size of the calibration set.
     """
-    return tuple(
-        replace(layer, shards=_shards(layer, settings, workload), routers={}, table=None)
-        for layer in layers
-    )
+    return tuple(replace(layer, shards=_shards(layer, settings, workload)) for layer in layers)
 
 
 def _shards(layer: LayerPlan, settings: Settings, workload: Workload) -> tuple[Shard, ...]:

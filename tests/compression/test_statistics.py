@@ -7,11 +7,13 @@ import json
 import shutil
 
 import pytest
+import quantized
 import torch
 from command_line import call, files
 from killed_runs import WORK
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import add_mtp, write_checkpoint
+from tiny_families import TINY
 from tiny_runs import scheduled, settings, some_tokens
 
 import ream_stream
@@ -114,6 +116,29 @@ def test_other_routers_and_biases_too(tmp_path, name, changes):
         ream_stream.compress(source, one, calibration=tokens, **given)
         ream_stream.compress(source, other, statistics=tmp_path / "kept", **given)
         assert weights_of(one) == weights_of(other)
+
+
+def check_equals_a_run_from_the_original_states(source, folder):
+    tokens = token_file(folder)
+    ream_stream.observe(source, folder / "kept", calibration=tokens, **FAST)
+    for method in ("reap", "ream"):
+        given = {"method": method, "experts": 6, "any_count": True, **FAST}
+        one, other = folder / f"{method}-run", folder / f"{method}-kept"
+        ream_stream.compress(source, one, calibration=tokens, sequential=False, **given)
+        ream_stream.compress(source, other, statistics=folder / "kept", **given)
+        assert weights_of(one) == weights_of(other), method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_is_observed(tmp_path, checkpoints, name):
+    check_equals_a_run_from_the_original_states(checkpoints(name), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3-fp8", "gpt_oss-mxfp4"])
+def test_quantized_sources_are_observed(tmp_path, name):
+    source, _ = quantized.write(tmp_path, name, torch.bfloat16)
+    check_equals_a_run_from_the_original_states(source, tmp_path)
 
 
 def test_of_several_layers_they_are_those_of_the_original_model(tmp_path, observed):
