@@ -1,15 +1,15 @@
 """Measure what is lost if a model is calibrated once and compressed at any size.
 
     python benchmarks/bench_statistics.py CHECKPOINT TEXTS [--output FOLDER] [--keep 75 50]
-        [--methods NAME ...] [--seeds 3] [--documents 96]
+        [--methods NAME ...] [--ways NAME ...] [--seeds 3] [--documents 96] [--seconds]
 
 TEXTS, calibration and tests are those of bench_slices.py. Each method is measured by
 statistics of the original model (`observe`, then `compress --statistics`), in a run over the
 text without a refit, which observes each layer on what the compressed layers before it give,
 and in a run as its preset is, with a refit if it has one. In float32 on the processor.
 
-Seconds are of the processor, all threads together, of the first draw: what it takes to observe
-once, and to compress by the first method, by statistics and over the text.
+With --seconds also seconds of the processor, all threads together, of the first draw: what it
+takes to observe once, and to compress by the first method, by statistics and over the text.
 
 What was measured stays in FOLDER, and the same command goes on with it.
 """
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=96)
+    parser.add_argument("--seconds", action="store_true")
     options = parser.parse_args()
     logging.set_verbosity_error()
     tokenizer = load_tokenizer(options.checkpoint)
@@ -162,9 +163,10 @@ def main() -> None:
         budgets=Budgets.of(),
     )
     print(table(list(run_trials(job, list(trials(options, kept))))))
-    found = seconds(options, tokens[0])
+    if not options.seconds:
+        return
     print("\n| seconds of the processor | |\n|---|---|")
-    for name, each in found.items():
+    for name, each in seconds(options, tokens[0]).items():
         print(f"| {name} | {each:.0f} |")
 
 

@@ -149,7 +149,8 @@ class MemoryModel:
         if self._on_device:
             # hidden states of four batches: the one in use, the next two, and the last
             moving = 4 * locked_bytes(self._entering_bytes(batch))
-            phases |= {"observe": moving, "propagate": moving}
+            if self.runs_layers:
+                phases |= {"observe": moving, "propagate": moving}
             held = {}
             fixed[ON_THE_WAY] = TransferLanes.host_bytes(TransferLanes.room(self._stack.sizes))
         else:

@@ -397,9 +397,14 @@ def test_the_verb_says_what_it_will_keep_and_what_to_do_with_it(capsys, tmp_path
     assert (status, json.loads(out)["state"]) == (0, "complete")
     assert "nothing was left to do" in call(capsys, *words)[2]
     assert call(capsys, "clean", tmp_path / "kept")[0] == 0
+    status, out, _ = call(capsys, "status", tmp_path / "kept", "--json")
+    assert (status, json.loads(out)["is_cleaned"]) == (0, True)
     words = ("compress", source, tmp_path / "out", "--keep", "60%", "--any-count")
     words = (*words, "--statistics", tmp_path / "kept", "--weights", "code=.7,math=.3")
-    status, _, err = call(capsys, *words)
+    run = tmp_path / "run.yaml"
+    assert call(capsys, "plan", *words[1:], "--save", run)[0] == 0
+    assert "weights: code=0.7,math=0.3" in run.read_text(encoding="utf-8")
+    status, _, err = call(capsys, "compress", "--config", run)
     assert status == 0
     assert "weighted code 0.7, math 0.3" in err
     assert "by statistics of the original model" in " ".join(err.split())
