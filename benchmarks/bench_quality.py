@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from transformers import logging
 
+from ream_stream.calibration.builtin import DOMAINS, documents
 from ream_stream.calibration.mix import MIXES, Part, shares
 from ream_stream.calibration.packing import load_tokenizer, pack
 from ream_stream.calibration.text import in_seeded_order
@@ -44,7 +45,6 @@ from ream_stream.cli.comparison_view import (
 )
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.demo.command import FULL, QUICK, SEQUENCE_LENGTH, Amount, write_texts
-from ream_stream.cli.demo.texts import DOMAINS, documents
 from ream_stream.cli.report.figures import pareto_picture, standalone
 from ream_stream.cli.signals import stop_requests
 from ream_stream.compression.finalize import MANIFEST

@@ -31,12 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import logging
 
+from ream_stream.calibration.builtin import DOMAINS, documents
 from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
 from ream_stream.calibration.tokens import Tokens, joined
 from ream_stream.checkpoint.formats import Codec, Fp8Block, Int4
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.cli.demo import CHECKPOINT
-from ream_stream.cli.demo.texts import DOMAINS, documents
 from ream_stream.cli.options import PRESETS
 from ream_stream.compression.pipeline import compress
 from ream_stream.compression.workspace import Workspace

@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase, logging
 from ream_stream.calibration.packing import load_tokenizer
 from ream_stream.calibration.tokens import Tokens, from_tensors, joined
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.compression.config import RunOptions, settings_for
-from ream_stream.compression.job import expert_layer
+from ream_stream.compression.candidate_plans import expert_layer
+from ream_stream.compression.config import RunOptions
+from ream_stream.compression.method_settings import settings_for
 from ream_stream.evaluation.comparison import ComparisonSetup, Outcome, Trial, run_trials
 from ream_stream.planning.schedule import Budgets
 

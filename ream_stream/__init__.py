@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import UsageError as UsageError
     from .evaluation.api import compress as compress
     from .evaluation.api import evaluate as evaluate
+    from .evaluation.api import observe as observe
     from .evaluation.api import plan as plan
     from .evaluation.inspection import inspect as inspect
     from .evaluation.verify import verify as verify
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "evaluation.api": ("plan", "compress", "evaluate"),
+    "evaluation.api": ("plan", "compress", "evaluate", "observe"),
     "evaluation.verify": ("verify",),
     "evaluation.inspection": ("inspect",),
     "settings": ("Method", "Settings"),

@@ -172,7 +172,7 @@ class LayerDone:
     """Routed experts of the source layer; 0 for a dense layer."""
 
     experts_after: int
-    """Routed experts of the output layer."""
+    """Routed experts of the output layer; 0 if there is none, as they were observed."""
 
     changed: int
     """New experts merged from several; gate and up of the others are byte copies."""

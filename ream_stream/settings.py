@@ -256,6 +256,18 @@ class Settings:
     device_kind: str = "cpu"
     """Kind of the device, ``cpu`` or ``cuda``: results are equal only within one kind."""
 
+    observes: bool = False
+    """Whether statistics of the source are written in place of a checkpoint."""
+
+    moments: bool = False
+    """Whether the statistics that are written have second moments of activations."""
+
+    statistics: str | None = None
+    """Digest of the statistics that experts are chosen by; None if the run takes its own."""
+
+    domain_weights: tuple[tuple[str, float], ...] = ()
+    """Weights of the statistics' domains; empty for the shares of their tokens."""
+
     max_shard_bytes: int = option(
         "Machine",
         "Size of an output file, unless one tensor is larger.",
@@ -274,6 +286,16 @@ class Settings:
     def cuts(self) -> bool:
         """Whether experts are cut into slices."""
         return self.method.slices > 0
+
+    @property
+    def runs_layers(self) -> bool:
+        """Whether the calibration set is run through the layers."""
+        return self.statistics is None
+
+    @property
+    def sums_moments(self) -> bool:
+        """Whether second moments of activations are summed while layers run."""
+        return self.runs_layers and (self.moments or self.cuts)
 
     def merges(self, num_experts: int) -> bool:
         """Tell whether experts are merged, rather than pruned or all kept."""
@@ -305,6 +327,10 @@ class Settings:
         values = asdict(self)
         # as JSON gives it back
         values["method"]["refit_lambda"] = list(self.method.refit_lambda)
+        values["domain_weights"] = [list(each) for each in self.domain_weights]
+        for name in ("observes", "moments", "statistics", "domain_weights"):
+            if not values[name]:
+                del values[name]
         return {**values.pop("method"), **values}
 
 

@@ -72,6 +72,19 @@ def parse_count_or_all(text: str) -> int:
     return int(text)
 
 
+def parse_bits(text: str) -> float:
+    """Return the bits of a number, such as 4 or 4.5: from 1 to 32.
+
+    Raises
+    ------
+    ValueError
+        The text is no such number.
+    """
+    if not re.fullmatch(r"\d{1,2}(\.\d{1,9})?", text) or not 1 <= float(text) <= 32:
+        raise ValueError(f"{text!r} is not a number of bits from 1 to 32")
+    return float(text)
+
+
 def parse_share(text: str) -> Fraction:
     """Return the exact share of ``75%``, ``75`` or ``0.75``: above 0%, up to 100%.
 
@@ -101,6 +114,23 @@ def parse_shares(text: str) -> tuple[Fraction, ...]:
         One of them is no share.
     """
     return tuple(parse_share(each) for each in text.split(","))
+
+
+def parse_weights(text: str) -> tuple[tuple[str, float], ...]:
+    """Return names with their weights: ``code=0.7,math=0.3``, by name.
+
+    Raises
+    ------
+    ValueError
+        A word is no name with a number, a name is there twice, or no weight is above 0.
+    """
+    pairs = [word.strip().rpartition("=") for word in text.split(",")]
+    if not all(name and re.fullmatch(r"\d{0,9}(\.\d{1,9})?", told) for name, _, told in pairs):
+        raise ValueError(f"{text!r} are not weights; write for example code=0.7,math=0.3")
+    weights = {name: float(told or 0) for name, _, told in pairs}
+    if len(weights) < len(pairs) or not any(weights.values()):
+        raise ValueError(f"{text!r}: each name once, and a weight above 0 are needed")
+    return tuple(sorted(weights.items()))
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:

@@ -18,7 +18,8 @@ class CalibrationOptions:
     calibration: tuple[str, ...] = option(
         "Calibration",
         "Text, records (.jsonl, .json, .csv, .parquet), a folder, tokens (.safetensors) or a "
-        "data set (hf:OWNER/NAME/PATTERN). A mix of several: NAME=SOURCE:WEIGHT for each, or a "
+        "data set (hf:OWNER/NAME/PATTERN); to try things out builtin:general, builtin:code or "
+        "builtin:math. A mix of several: NAME=SOURCE:WEIGHT for each, or a "
         ".yaml file.",
         default=(),
         metavar="SOURCE",

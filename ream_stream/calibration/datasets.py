@@ -3,6 +3,7 @@
 - a file of text or of records, by its suffix (`readers`)
 - a folder with records: all of them; another folder: each text file is a document
 - ``hf:OWNER/NAME/PATTERN``: files of a data set on the hub, as a folder of them
+- ``builtin:NAME``: texts that come with the package
 """
 
 import hashlib
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from ream_stream.errors import UsageError
 
-from .mix import HUB, Part
+from .builtin import Split, documents
+from .mix import BUILTIN, HUB, Part
 from .readers import READ, RECORDS, UNPACKERS, kind_of, open_content
 from .text import Documents, Render, TextFile, check_length
 
@@ -24,7 +26,12 @@ _ABOUT = frozenset({"readme", "license", "licence"})
 
 
 def open_documents(
-    part: Part, *, field: str, min_characters: int = 0, render: Render | None = None
+    part: Part,
+    *,
+    field: str,
+    min_characters: int = 0,
+    render: Render | None = None,
+    split: Split = "calibration",
 ) -> Documents:
     """Open the documents of a part.
 
@@ -38,12 +45,17 @@ def open_documents(
         Shorter documents are left out.
     render
         Makes text of a field that holds a chat, a list of messages.
+    split
+        Split that is taken of a built-in text.
 
     Raises
     ------
     UsageError
         It cannot be read, or there is no text in it.
     """
+    if part.source.startswith(BUILTIN):
+        found = documents(part.source.removeprefix(BUILTIN), split)
+        return [text for text in found if check_length(text, min_characters)]
 
     def opened(path: Path) -> Documents:
         return _file(path, part.field or field, min_characters, render)
@@ -77,10 +89,14 @@ def locate(part: Part) -> Path:
 
 def digest_of(part: Part) -> str:
     """Return a SHA-256, hex, of a part's content: names in a folder count, dates do not."""
+    digest = hashlib.sha256()
+    if part.source.startswith(BUILTIN):
+        for text in documents(part.source.removeprefix(BUILTIN), "calibration"):
+            digest.update(f"{len(text)}\n{text}".encode())
+        return digest.hexdigest()
     path = locate(part)
     if not path.is_dir():
         return _file_digest(path)
-    digest = hashlib.sha256()
     for each in _files(path):
         digest.update(f"{each.relative_to(path).as_posix()}\n{_file_digest(each)}\n".encode())
     return digest.hexdigest()

@@ -22,6 +22,12 @@ from ream_stream.untrusted import MAX_YAML_CHARACTERS, parse_yaml
 HUB = "hf:"
 """Prefix of a source on the hub: ``hf:OWNER/NAME/PATTERN``."""
 
+BUILTIN = "builtin:"
+"""Prefix of a text that comes with the package: ``builtin:general``, ``code`` or ``math``."""
+
+BUILTIN_NAMES = ("general", "code", "math")
+"""Texts that come with the package."""
+
 MIXES: Mapping[str, Mapping[str, float]] = MappingProxyType({
     f"general-{general:02d}-math-{math:02d}-code-{code:02d}": MappingProxyType(
         {"general": general / 100, "math": math / 100, "code": code / 100}
@@ -71,19 +77,20 @@ def parse_part(text: str) -> Part:
     Raises
     ------
     UsageError
-        There is no such file or folder.
+        There is no such file, folder or built-in text.
     """
     match = _SPEC.fullmatch(text)
     if _exists(text) or match is None:
         return Part(name=Path(text).stem, source=text)
     source = match["source"]
-    if not source.startswith(HUB) and not _exists(source):
+    if _is_path(source) and not _exists(source):
         raise UsageError(
             f"{source}: there is no such file or folder; a part of a mix is written "
             "NAME=SOURCE:WEIGHT"
         )
     weight = 1.0 if match["weight"] is None else float(match["weight"])
-    return Part(name=match["name"] or Path(source).stem, source=source, weight=weight)
+    name = match["name"] or Path(source.removeprefix(BUILTIN)).stem
+    return Part(name=name, source=source, weight=weight)
 
 
 def parts_of(texts: Sequence[str], *, mix: str | None = None) -> tuple[Part, ...]:
@@ -141,6 +148,20 @@ def shares(parts: Sequence[Part], total: int) -> list[int]:
     return counts
 
 
+def _is_path(source: str) -> bool:
+    """Tell whether a source is a path, not a name.
+
+    Raises
+    ------
+    UsageError
+        It names a built-in text that there is not.
+    """
+    if source.startswith(BUILTIN) and source.removeprefix(BUILTIN) not in BUILTIN_NAMES:
+        known = ", ".join(BUILTIN + name for name in BUILTIN_NAMES)
+        raise UsageError(f"{source}: there are {known}")
+    return not source.startswith((HUB, BUILTIN))
+
+
 def _exists(source: str) -> bool:
     try:
         return Path(source).exists()
@@ -186,7 +207,7 @@ def _listed(path: Path, name: str, fields: object) -> Part:
         number = math.nan
     if not 0 <= number < math.inf:
         raise UsageError(f"{where}: weight {weight!r} is not a number from 0 on")
-    if not source.startswith(HUB):
+    if _is_path(source):
         source = str(path.parent / source)
         if not _exists(source):
             raise UsageError(f"{where}: {source}: there is no such file or folder")

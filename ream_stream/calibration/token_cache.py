@@ -138,7 +138,7 @@ def read_test_tokens(
                 return tokens
             rows = max(1, max_tokens // tokens.sequence_length)
             return first(tokens, min(rows, tokens.num_sequences), description=part.source)
-        documents = open_documents(part, field=text_field, render=render)
+        documents = open_documents(part, field=text_field, render=render, split="test")
         return pack_up_to(
             (documents[number] for number in range(len(documents))),
             tokenizer,

@@ -133,8 +133,19 @@ def from_tensors(
     )
 
 
-def from_file(path: Path, *, vocab_size: int | None = None) -> Tokens:
+def from_file(
+    path: Path, *, vocab_size: int | None = None, domains: Sequence[str] | None = None
+) -> Tokens:
     """Read a token file and check it.
+
+    Parameters
+    ----------
+    path
+        The file.
+    vocab_size
+        Rows of the embedding, if it is known.
+    domains
+        Names of its domains; None for those in its metadata.
 
     Raises
     ------
@@ -149,7 +160,8 @@ def from_file(path: Path, *, vocab_size: int | None = None) -> Tokens:
         raise UsageError(f"{path}: not a whole safetensors file ({error})") from error
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
-    domains = None if names is None else _names(names, path)
+    if domains is None and names is not None:
+        domains = _names(names, path)
     return from_tensors(tensors, description=str(path), vocab_size=vocab_size, domains=domains)
 
 

@@ -15,6 +15,7 @@ from .compress import compress
 from .demo.verb import demo
 from .eval import evaluate
 from .inspect import inspect
+from .observe import observe
 from .params import Root
 from .plan import plan
 from .push import push
@@ -46,6 +47,7 @@ def cli() -> None:
 for _verb in (
     compress,
     plan,
+    observe,
     inspect,
     status,
     verify,

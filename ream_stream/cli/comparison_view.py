@@ -17,7 +17,7 @@ from ream_stream.calibration.packing import read_tokens
 from ream_stream.calibration.token_cache import calibration_of, read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
-from ream_stream.compression.job import expert_layer
+from ream_stream.compression.candidate_plans import expert_layer
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.comparison import (
     ALL,

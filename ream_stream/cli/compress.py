@@ -25,7 +25,7 @@ from .source import source_argument
 @click.command(cls=Verb, epilog=exit_statuses(0, 1, 2, 3, 10, 11, 12, 130))
 @source_argument
 @click.argument("output", type=click.Path(path_type=Path))
-@options_for(RunOptions, Method, Settings)
+@options_for(RunOptions, Method, Settings, changed={"calibration": {"required": False}})
 @option("Output", "--dry-run", is_flag=True, help="Print the plan and stop; write nothing.")
 @option("Output", "--restart", is_flag=True, help="Discard the run that is in OUTPUT.")
 @option(
@@ -57,8 +57,7 @@ def compress(
     """Compress SOURCE into OUTPUT; run it again to go on after a stop.
 
     SOURCE is a checkpoint folder, which is only read, or ORG/NAME[@REVISION] on the hub.
-    OUTPUT is a new folder. The plan and the
-    progress go to stderr.
+    OUTPUT is a new folder. The plan and the progress go to stderr.
 
     Example:
 
@@ -67,6 +66,7 @@ def compress(
             --keep 75% --calibration text.jsonl
         ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B-REAP \\
             --method reap --experts 96 --calibration text.jsonl --ram 16GB
+        ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --statistics ./kept
         ream-stream compress --config run.yaml --ram 16GB
     """
     from .console import console, print_json

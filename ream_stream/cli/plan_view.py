@@ -24,13 +24,20 @@ def plan_table(
     verbose
         Whether the parts of memory and disk are shown, and what the time is made of.
     """
-    rows = _rows(known, asked)
+    rows = [row for row in _rows(known, asked) if not known["observes"] or row[0] in _OBSERVED]
     if not verbose:
         rows = [row for row in rows if row[0] == _NOTE or not _is_part(row[0])]
     return facts(rows, title="Plan")
 
 
 _NOTE = "  note"
+
+_OBSERVED = frozenset({
+    *("source", "model", "experts a layer", "statistics", _NOTE, "calibration"),
+    *("blocks of experts", "run in", "memory", "device memory", "disk", "time", "  from"),
+    *("reads", "writes", "products", "decodes"),
+})  # fmt: skip
+"""Rows of a plan that keeps statistics."""
 
 
 def _is_part(name: str) -> bool:
@@ -52,6 +59,8 @@ def _rows(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str,
             + context(known["context_length"]),
         ),
         ("experts a layer", f"{_experts(known, asked)}, {_per_token(known)} a token"),
+        *_by_statistics(known),
+        *size_target(known),
         *((_NOTE, note) for note in known["notes"]),
         *_widths(known),
         ("parameters", _arrow(known["parameters"], parameters)),
@@ -195,12 +204,31 @@ def _headers_only(known: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _experts(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     before, after, keep = known["experts_before"], known["experts_after"], asked.get("keep")
-    text = f"{before} -> {after}"
+    text = str(before) if known["observes"] else f"{before} -> {after}"
     if keep is None:
         return text
     exact = keep * before * known["width_before"] / known["width_after"]
     rounded = "" if exact == after else f" is {float(exact):.4g}, rounded"
     return f"{text} ({float(100 * keep):g}%{rounded})"
+
+
+def _by_statistics(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a row on statistics that are kept, or that experts are chosen by."""
+    if known["observes"]:
+        kept = "second moments, " if known["settings"].get("moments") else ""
+        text = f"{format_size(known['output_bytes'])}: sums by domain, {kept}a token sample"
+        return [("statistics", text)]
+    if known["statistics"] is None:
+        return []
+    weights = known["settings"].get("domain_weights", ())
+    told = ", ".join(f"{name} {weight:g}" for name, weight in weights)
+    return [("statistics", known["statistics"] + (f", weighted {told}" if told else ""))]
+
+
+def size_target(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a row on the size that experts were kept for, if one was given."""
+    target = known["size_target"]
+    return [] if target is None else [("size asked for", target["sentence"])]
 
 
 def _per_token(known: Mapping[str, Any]) -> str:

@@ -142,7 +142,10 @@ def layer_line(event: LayerDone, count: int, pace: Pace) -> str:
     """Return the line of a finished layer."""
     experts = "dense"
     if event.experts_before:
-        experts = f"{event.experts_before} -> {event.experts_after} experts"
+        kept = (
+            f" -> {event.experts_after} experts" if event.experts_after else " experts observed"
+        )
+        experts = f"{event.experts_before}{kept}"
         if event.changed:
             experts += f", {event.changed} merged"
         if event.refitted is not None:

@@ -13,7 +13,7 @@ from ream_stream.untrusted import shell_words
 
 from .console import facts, phases
 from .next_view import say_next
-from .plan_view import plan_table
+from .plan_view import plan_table, size_target
 from .progress import running
 from .signals import stop_requests, stopping
 from .startup import starting
@@ -66,11 +66,21 @@ def say_start(known: Mapping[str, Any], asked: Mapping[str, Any], console: Conso
         console.print(f"resuming after all {count} layers: what is outside them is left")
 
 
-def say_summary(result: CompressionResult, asked: Mapping[str, Any], console: Console) -> None:
-    """Print what came out and what to do with it."""
-    output, planned = shell_words([str(result.output)]), result.plan
-    # of a streamed one only headers are on the disk
-    against = "" if asked.get("stream") else f" --against {shell_words([planned['source']])}"
+def say_observed(result: CompressionResult, console: Console) -> None:
+    """Print what was kept and what to do with it."""
+    source, folder = result.plan["source"], result.output
+    if result.already_complete:
+        console.print("nothing was left to do")
+    else:
+        console.print(facts(_measured(result, "statistics"), title="Done"))
+    words = ["ream-stream", "compress", source, "OUTPUT", "--statistics", str(folder)]
+    say_next([shell_words([*words, "--keep", "75%"])], console)
+
+
+def _measured(result: CompressionResult, made: str) -> list[tuple[str, str]]:
+    """Return rows on what was made, time and memory."""
+    planned = result.plan
+    before = "" if planned["observes"] else f"{format_size(result.source_bytes)} -> "
     on_device = [
         (
             "peak of device memory",
@@ -78,29 +88,29 @@ def say_summary(result: CompressionResult, asked: Mapping[str, Any], console: Co
             f"planned {format_size(planned['device_memory_bytes'])}",
         )
     ]
+    return [
+        (made, before + format_size(result.output_bytes)),
+        *size_target(planned),
+        ("time", format_seconds(result.seconds)),
+        ("  by phase", phases(result.seconds_by_phase)),
+        (
+            "peak memory",
+            f"{format_size(result.peak_anonymous_bytes)}, "
+            f"planned {format_size(planned['memory_bytes'])}",
+        ),
+        *(on_device if result.peak_device_bytes else []),
+    ]
+
+
+def say_summary(result: CompressionResult, asked: Mapping[str, Any], console: Console) -> None:
+    """Print what came out and what to do with it."""
+    output, planned = shell_words([str(result.output)]), result.plan
+    # of a streamed one only headers are on the disk
+    against = "" if asked.get("stream") else f" --against {shell_words([planned['source']])}"
     if result.already_complete:
         console.print("nothing was left to do")
     else:
-        console.print(
-            facts(
-                [
-                    (
-                        "weights",
-                        f"{format_size(result.source_bytes)} -> "
-                        f"{format_size(result.output_bytes)}",
-                    ),
-                    ("time", format_seconds(result.seconds)),
-                    ("  by phase", phases(result.seconds_by_phase)),
-                    (
-                        "peak memory",
-                        f"{format_size(result.peak_anonymous_bytes)}, "
-                        f"planned {format_size(planned['memory_bytes'])}",
-                    ),
-                    *(on_device if result.peak_device_bytes else []),
-                ],
-                title="Done",
-            )
-        )
+        console.print(facts(_measured(result, "weights"), title="Done"))
     say_next(
         (
             f"ream-stream verify {output}",

@@ -122,6 +122,8 @@ def _names(command: click.Command) -> dict[str, Any]:
 
 def _written(value: Any, *, multiple: bool) -> Any:  # noqa: ANN401
     """Return a value as one would write it in a run file: text that is read back the same."""
+    if isinstance(value, tuple) and not multiple and isinstance(value[0], tuple):
+        return ",".join(f"{name}={weight:g}" for name, weight in value)
     if isinstance(value, tuple):
         texts = [str(each) if multiple else f"{each!r}" for each in value]
         return texts if multiple else ",".join(texts)

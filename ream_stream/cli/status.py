@@ -109,7 +109,9 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     if not (begun or holder or complete):
         raise UsageError(f"{workspace.output} holds no run of ream-stream")
     journal = workspace.begun() if begun else None
-    manifest = read_manifest(workspace.output / MANIFEST) if complete and not begun else None
+    cleaned, path = complete and not begun, workspace.output / MANIFEST
+    # of statistics nothing but their own files is left
+    manifest = read_manifest(path) if cleaned and path.exists() else None
     log = newest(read_events(workspace.log))
     started, command = log.get("started", {}), log.get("command", {})
     shards = journal.shards() if journal else manifest.files.values() if manifest else ()
@@ -117,7 +119,7 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
     return {
         "output": str(workspace.output),
         "state": state,
-        "is_cleaned": manifest is not None,
+        "is_cleaned": cleaned,
         "held_by": holder,
         "committed_layers": len(journal.layers) if journal else 0,
         "layers": started.get("layers"),

@@ -1,26 +1,30 @@
 """What a compression can be asked for, and the settings it comes to for a source."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.errors import UsageError
-from ream_stream.planning.serving_limits import served_count
-from ream_stream.planning.slice_shape import ExpertLayer, slice_width
+from ream_stream.planning.serving_limits import CONTEXT
 from ream_stream.settings import (
     Method,
     Settings,
-    check_idle,
     check_values,
     flag_of,
     given_options,
     option,
     options_of,
 )
-from ream_stream.units import parse_share, parse_size_or_auto
+from ream_stream.units import (
+    parse_bits,
+    parse_share,
+    parse_size,
+    parse_size_or_auto,
+    parse_weights,
+)
 
 if TYPE_CHECKING:
     from ream_stream.checkpoint.hub import Remote
@@ -44,15 +48,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 AUTO = "auto"
 """Name of the method that `candidates` chooses."""
 
-_OF_ANY = frozenset(
-    {
-        *("slices", "width"),
-        *("refit", "refit_experts", "refit_target", "refit_iterations", "refit_lambda"),
-    }
-)
-"""Options of `Method` that have a meaning whatever ``--method auto`` chooses."""
-
-_MANY_EXPERTS = 512
+_HOW_MANY = ("experts", "keep", "target_size", "fits")
+"""Options that say how many experts are kept; one of them is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +76,9 @@ class MachineOptions:
 class RunOptions(CalibrationOptions, MachineOptions):
     """Options of a run in addition to those of `Method` and `Settings`."""
 
+    observes: ClassVar[bool] = False
+    """Whether statistics are kept in place of a checkpoint."""
+
     source: Path
     """Checkpoint folder; with streaming the folder of its headers."""
 
@@ -94,6 +94,34 @@ class RunOptions(CalibrationOptions, MachineOptions):
         "The same as a share, such as 75%; rounded to the nearest number that servers take.",
         parse=parse_share,
         metavar="PERCENT",
+    )
+    target_size: int | None = option(
+        "Experts",
+        "The same by the size of the output's weights, such as 40GB: as many as that has room "
+        "for, rounded down to a number that servers take.",
+        parse=parse_size,
+        metavar="SIZE",
+    )
+    fits: int | None = option(
+        "Experts",
+        "The same by the memory of the machine that serves the output, such as 24GB: weights, "
+        "and the KV cache of one sequence.",
+        parse=parse_size,
+        metavar="SIZE",
+    )
+    context: int | None = option(
+        "Experts",
+        "With --fits: tokens in the KV cache, of 16 bits a number.",
+        least=1,
+        otherwise=f"{CONTEXT}, or the model's longest if that is less",
+    )
+    bits: float | None = option(
+        "Experts",
+        "With --fits: bits a parameter, scales included, that the output is quantized to "
+        "before it is served, such as 4.5.",
+        parse=parse_bits,
+        metavar="NUMBER",
+        otherwise="as the output is written",
     )
     any_count: bool = option(
         "Experts",
@@ -140,6 +168,20 @@ class RunOptions(CalibrationOptions, MachineOptions):
         metavar="DIR",
         otherwise="OUTPUT/.ream-stream",
     )
+    statistics: Path | None = option(
+        "Calibration",
+        "Choose experts by these statistics, which observe kept of SOURCE, in place of running "
+        "a text through it; nothing is refitted then.",
+        metavar="DIR",
+    )
+    weights: tuple[tuple[str, float], ...] | None = option(
+        "Calibration",
+        "With --statistics: how much each domain counts, such as code=0.7,math=0.3; one that "
+        "is not named does not.",
+        parse=parse_weights,
+        metavar="WEIGHTS",
+        otherwise="as its share of the tokens",
+    )
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `Method` and `Settings` by name that override the options' values."""
 
@@ -160,75 +202,6 @@ class RunOptions(CalibrationOptions, MachineOptions):
         return cls(**given, changes=changes)
 
 
-def candidates(options: RunOptions) -> list[tuple[RunOptions, str]]:
-    """Return what ``--method auto`` may be, the first that works, with the reason for each.
-
-    The rule follows from docs/concepts/method.md: slices lost least in all that was measured,
-    with the original model's trajectory as target; whole experts lost least by energy,
-    refitted. Any other method is its own only candidate.
-
-    Raises
-    ------
-    UsageError
-        A part of a method is to be changed, and no method is named.
-    """
-    if options.method != AUTO:
-        return [(options, "")]
-    known, usual = options_of(Method), Method()
-    for name in options.changes.keys() & {*known} - _OF_ANY:
-        given = "otherwise" in known[name].metadata
-        if given or options.changes[name] != getattr(usual, name):
-            flag = flag_of(known[name])
-            raise UsageError(f"{flag} changes a part of a method: say of which with --method")
-    by_energy = replace(options, method="energy")
-    if options.keep is None:
-        return [(by_energy, "whole experts lose least by it, refitted")]
-    cut = [replace(options, method="slices")]
-    if "refit_target" not in options.changes:
-        cut.append(replace(cut[0], changes={**options.changes, "refit_target": "layer"}))
-    least = "it lost least in all that was measured"
-    return [*((each, least) for each in cut), (by_energy, "the experts cannot be cut")]
-
-
-def settings_for(
-    options: RunOptions,
-    layer: ExpertLayer,
-    *,
-    compute_dtype: str,
-    device_kind: str,
-) -> Settings:
-    """Return the settings that the options come to for a source.
-
-    Parameters
-    ----------
-    options
-        What was asked for.
-    layer
-        Experts of a source layer.
-    compute_dtype, device_kind
-        What ``--compute-dtype`` and ``--device`` mean on this machine.
-    """
-    names, changes = options_of(Method), dict(options.changes)
-    changed = {name: changes.pop(name) for name in list(changes) if name in names}
-    method = options.method
-    if isinstance(method, str):
-        method = replace(Method(), **PRESETS[method])
-    method = replace(method, **changed)
-    method = _cut(options, layer, method, chosen="slices" in changed or method.slices == 1)
-    experts = kept_experts(options, layer, method)
-    if isinstance(options.method, str) and "group_size" not in changed:
-        method = replace(method, group_size=default_group_size(experts, layer.count))
-    check_idle(method, changed)
-    return Settings(
-        experts=experts,
-        method=method,
-        compute_dtype=compute_dtype,
-        seed=options.seed,
-        device_kind=device_kind,
-        **changes,
-    )
-
-
 def check_usage(options: RunOptions) -> None:
     """Refuse what is wrong whatever the source is.
 
@@ -239,13 +212,19 @@ def check_usage(options: RunOptions) -> None:
         source.
     """
     check_values(options)
-    if (options.experts is None) == (options.keep is None):
-        several = options.experts is not None
+    known = options_of(RunOptions)
+    given = [flag_of(known[n]) for n in _HOW_MANY if getattr(options, n) is not None]
+    _check_statistics(options)
+    if len(given) != 1 and not options.observes:
         raise UsageError(
-            "--experts and --keep say the same thing: give one of them"
-            if several
-            else "say how many experts to keep: --keep 75%, or --experts with their number"
+            f"{' and '.join(given)} say the same thing: give one of them"
+            if given
+            else "say how many experts to keep, by one of --keep 75%, --experts, --target-size "
+            "40GB and --fits 24GB"
         )
+    for name in ("context", "bits"):
+        if options.fits is None and getattr(options, name) is not None:
+            raise UsageError(f"--{name} has no effect without --fits; leave it out")
     if options.keep is not None and not 0 < options.keep <= 1:
         raise UsageError(f"--keep {float(100 * options.keep):g}%: there is 0% to 100%")
     source = options.source.resolve()
@@ -254,71 +233,15 @@ def check_usage(options: RunOptions) -> None:
             raise UsageError(f"{target} is in SOURCE, which is never written to")
 
 
-def _cut(options: RunOptions, layer: ExpertLayer, method: Method, *, chosen: bool) -> Method:
-    """Return the method with the width of its slices; None is an even cut.
-
-    Unless the number of slices was `chosen`, it is 1 where servers do not take more.
-    """
-    if method.width is not None and not method.slices:
-        method = replace(method, slices=1)
-    if not method.slices:
-        return method
-    if method.width is None and options.keep is not None:
-        share = Fraction(str(options.keep))
-        try:
-            width = slice_width(layer, method.slices, share, any_count=options.any_count)
-        except UsageError:
-            if chosen:
-                raise
-            narrowed = _cut(options, layer, replace(method, slices=1), chosen=True)
-            if narrowed.width is None:  # whole experts would be dropped, as other methods do
-                raise
-            return narrowed
-        method = replace(method, width=width)
-    if method.width is None and options.experts is not None:
+def _check_statistics(options: RunOptions) -> None:
+    """Refuse two sources of statistics, and weights without domains."""
+    if options.statistics is not None and (options.calibration or options.mix):
         raise UsageError(
-            f"--experts {options.experts}: experts are cut, so say how wide they become too "
-            "(--width), or give --keep, a share of their neurons"
+            "--statistics and --calibration exclude each other: the statistics are of the text "
+            "that was observed"
         )
-    if method.width is None and layer.inner % method.slices:
+    if options.weights is not None and options.statistics is None:
         raise UsageError(
-            f"--slices {method.slices}: an expert has {layer.inner} neurons, which are not so "
-            "many equal slices; give --width"
+            "--weights has no effect without --statistics; of a calibration mix they are part "
+            "of it (NAME=SOURCE:WEIGHT)"
         )
-    even = method.width is not None and method.width * method.slices == layer.inner
-    return replace(method, width=None) if even else method
-
-
-def kept_experts(options: RunOptions, layer: ExpertLayer, method: Method) -> int:
-    """Return the number of experts that a layer of the output has.
-
-    A share is of neurons if experts are cut. It is rounded to the nearest number that servers
-    accept, with ``--any-count`` down.
-
-    Raises
-    ------
-    UsageError
-        The share is less than one expert, or no such number is near.
-    """
-    if options.keep is None:
-        return options.experts or 0
-    # as it is written: the number 0.29 is less than 29/100
-    share = Fraction(str(options.keep))
-    most = layer.count
-    if method.slices:
-        width = method.width or layer.inner // method.slices
-        share, most = share * layer.inner / width, layer.count * method.slices
-    if not options.any_count:
-        return served_count(share, layer.count, layer.routing_groups, most)
-    experts = min(most, int(share * layer.count))
-    if experts < 1:
-        raise UsageError(
-            f"--keep {float(100 * options.keep):g}%: of {layer.count} experts that is none"
-        )
-    return experts
-
-
-def default_group_size(experts: int, num_experts: int) -> int:
-    """Return the paper's C: 16, or 32 for very many experts or where half of them go."""
-    many = num_experts >= _MANY_EXPERTS or 2 * experts <= num_experts
-    return 32 if many else Method().group_size

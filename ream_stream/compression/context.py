@@ -14,6 +14,7 @@ from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
 
+from .statistics import Statistics
 from .workspace import Workspace
 
 
@@ -39,6 +40,9 @@ class Context:
     excluded: ExcludedSequences
     """Excluded calibration sequences."""
 
+    statistics: Statistics | None = None
+    """Statistics that experts are chosen by; None if the run takes its own."""
+
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase."""
 
@@ -57,8 +61,13 @@ class Context:
         return Batches(self.tokens, self.plan.schedule.batch_sequences)
 
     def hidden_reader(self, boundary: int) -> HiddenStates | None:
-        """Open the states that enter a layer; None for the first, which takes embeddings."""
-        return self._reader(self.workspace.hidden(boundary), boundary) if boundary else None
+        """Open the states that enter a layer.
+
+        None for the first, which takes embeddings, and where layers are not run.
+        """
+        if not boundary or not self.plan.settings.runs_layers:
+            return None
+        return self._reader(self.workspace.hidden(boundary), boundary)
 
     def original_reader(self, boundary: int) -> HiddenStates | None:
         """Open the same of the original model."""

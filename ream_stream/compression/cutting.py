@@ -30,7 +30,7 @@ from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.plan import Plan
 
 from .decision import Decision, saliencies
-from .observer import Observer
+from .observer import Observed
 from .output_tensors import Cut
 from .refit_activations import held_back
 
@@ -38,7 +38,8 @@ from .refit_activations import held_back
 class ActivationGrams:
     """Sums A_e = sum of a^T a over the calibration tokens, for blocks of experts in turn.
 
-    With a refit, the sequences that it holds back are left out.
+    With a refit, the sequences that it holds back are left out. For statistics each domain
+    has sums of its own.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ class ActivationGrams:
     excluded
         Excluded calibration sequences.
     store
-        Store of the sums by expert, (I, I) float32.
+        Store of the sums, (I, I) float32, by expert, domain after domain.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class ActivationGrams:
         self.blocks = cut_experts(experts.count, plan.schedule.gram_blocks)
         """Blocks of experts; each is summed in a pass over the calibration set."""
         self.store = store
-        """Sums of all experts, by expert."""
+        """Sums of all experts, by expert, domain after domain."""
         self._plan = plan
         self._experts, self._excluded = experts, excluded
         self._batch_sequences = plan.schedule.batch_sequences
@@ -74,6 +75,8 @@ class ActivationGrams:
         self._counts_SL = counts_SL.bool()
         if plan.refits:
             self._counts_SL &= ~held_back(tokens, plan.settings.seed)[:, None]
+        self._domain_S = tokens.domain_S
+        self._domains = len(tokens.domains) if plan.settings.observes else 1
         self._sums: dict[int, Tensor] = {}
 
     @contextmanager
@@ -85,11 +88,13 @@ class ActivationGrams:
         weights = self._experts.weights
         inner = weights.stack.inner
         # one after another, so that each can be let go of
-        self._sums = {e: torch.zeros(inner, inner, device=weights.device) for e in block}
+        starts = range(0, self._domains * self._experts.count, self._experts.count)
+        numbers = [start + expert for start in starts for expert in block]
+        self._sums = {n: torch.zeros(inner, inner, device=weights.device) for n in numbers}
         try:
             yield self._listen
-            for expert in block:
-                self.store.put(expert, self._sums.pop(expert))
+            for number in numbers:
+                self.store.put(number, self._sums.pop(number))
         finally:
             self._experts.inner_listener = None
             self._sums = {}
@@ -103,16 +108,6 @@ class ActivationGrams:
         finally:
             self._experts.part = None
 
-    def cut(self) -> Cut:
-        """Return what the output's experts are made with."""
-        slices = self._plan.settings.method.slices
-        config = self._plan.source_model.text_config
-        return Cut(
-            factor=slices if self._plan.family.normalizes(config) else 1,
-            shares=self._plan.family.bias_shares(slices),
-            grams=self.store,
-        )
-
     def _listen(self, number: int, batch: Batch) -> None:
         self._experts.inner_listener = self._listener(number * self._batch_sequences, batch)
 
@@ -122,11 +117,16 @@ class ActivationGrams:
         counts_BL = self._counts_SL[first : first + count]
         if (kept_B := self._excluded.kept(first, count)) is not None:
             counts_BL = counts_BL & kept_B[:, None]
-        return partial(self._add, counts_BL.reshape(-1).to(self._experts.weights.device))
+        device = self._experts.weights.device
+        domain_BL = self._domain_S[first : first + count, None].expand_as(counts_BL)
+        return partial(
+            self._add, counts_BL.reshape(-1).to(device), domain_BL.reshape(-1).to(device)
+        )
 
     def _add(
         self,
         counts_T: Tensor,
+        domain_T: Tensor,
         expert: int,
         inner_RI: Tensor,
         token_R: Tensor,
@@ -137,13 +137,37 @@ class ActivationGrams:
         gated_RI = inner_RI * weight_R[:, None].to(inner_RI.dtype)
         # a sequence with numbers that are not finite is excluded once the layer has run
         counts_R = gated_RI.isfinite().all(dim=1) & counts_T[token_R]
-        gated_RI = torch.where(counts_R[:, None], gated_RI, 0)
-        add_product(self._sums[expert], gated_RI, gated_RI)
+        if self._domains == 1:
+            gated_RI = torch.where(counts_R[:, None], gated_RI, 0)
+            add_product(self._sums[expert], gated_RI, gated_RI)
+            return
+        for domain in range(self._domains):
+            own_RI = gated_RI[counts_R & (domain_T[token_R] == domain)]
+            if len(own_RI):
+                add_product(self._sums[domain * self._experts.count + expert], own_RI, own_RI)
+
+
+def cut_of(plan: Plan, grams: BatchStore) -> Cut:
+    """Return what the output's experts are made with.
+
+    Parameters
+    ----------
+    plan
+        Plan of the run.
+    grams
+        Sums of activations by expert.
+    """
+    slices, config = plan.settings.method.slices, plan.source_model.text_config
+    return Cut(
+        factor=slices if plan.family.normalizes(config) else 1,
+        shares=plan.family.bias_shares(slices),
+        grams=grams,
+    )
 
 
 def choose_slices(
     plan: Plan,
-    observer: Observer,
+    observed: Observed,
     grams: BatchStore,
     experts: StreamedExperts,
     tensors: Tensors,
@@ -156,8 +180,8 @@ def choose_slices(
     ----------
     plan
         Plan of the run.
-    observer
-        Observer of the layer, for the saliencies that are reported.
+    observed
+        Sums of the layer, for the saliencies that are reported.
     grams
         Sums of activations by expert.
     experts, tensors, layer
@@ -187,7 +211,7 @@ def choose_slices(
         kept = slices_kept(score_EC, settings.experts, routing_groups=plan.routing_groups)
     except ValueError as error:
         raise NumbersError(f"layer {layer}: {error}") from error
-    saliency_E, domains = saliencies(settings.method, observer)
+    saliency_E, domains = saliencies(settings.method, observed)
     owners = [expert for expert, count in enumerate(kept) for _ in range(count)]
     return Decision(
         saliency=tuple(saliency_E.tolist()),

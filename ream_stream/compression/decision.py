@@ -25,7 +25,7 @@ from ream_stream.method.similarity import (
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.settings import Method, Settings
 
-from .observer import Observer, TokenSample
+from .observer import Observed, TokenSample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +56,12 @@ class Decision:
 
 
 def saliencies(
-    method: Method, observer: Observer
+    method: Method, observed: Observed
 ) -> tuple[Tensor, dict[str, tuple[float, ...]]]:
     """Return the saliency of each expert, and on each domain's tokens if there are several."""
-    saliency, domains = SALIENCIES[method.saliency], observer.sums.domains
+    saliency, domains = SALIENCIES[method.saliency], observed.sums.domains
     of_domains = {name: tuple(saliency(sums).tolist()) for name, sums in domains.items()}
-    return saliency(observer.sums.total()), of_domains if len(domains) > 1 else {}
+    return saliency(observed.sums.total()), of_domains if len(domains) > 1 else {}
 
 
 def ranks(groups: Sequence[Sequence[int]]) -> list[int]:
@@ -73,7 +73,7 @@ def ranks(groups: Sequence[Sequence[int]]) -> list[int]:
 def decide(
     settings: Settings,
     routing_groups: int,
-    observer: Observer,
+    observed: Observed,
     mean_EH: Tensor | None,
     layer: int,
 ) -> Decision:
@@ -85,13 +85,13 @@ def decide(
         A statistic is not a finite number.
     """
     method = settings.method
-    saliency_E, domains = saliencies(method, observer)
+    saliency_E, domains = saliencies(method, observed)
     # nothing to compare: experts are pruned, or all of them are kept
     grouping = "none" if mean_EH is None else method.grouping
     distance_EE = None
     if mean_EH is not None:
         gate_EE = (
-            None if observer.gram is None else gate_similarity(observer.gram.gram_EE.cpu())
+            None if observed.gram is None else gate_similarity(observed.gram.gram_EE.cpu())
         )
         distance_EE = distance(expert_similarity(mean_EH), gate_EE)
         if method.similarity == RANDOM:

@@ -18,9 +18,10 @@ from ream_stream.file_access import existing
 from ream_stream.planning.plan import Plan
 
 from .journal import Journal
-from .manifest import MANIFEST, Manifest, manifest_of
+from .manifest import MANIFEST, STATISTICS, Manifest, manifest_of
 from .model_card import card
 from .source_record import check_others
+from .statistics import TOKENS
 from .workspace import Workspace
 
 _PATH_BYTES = 4096
@@ -33,6 +34,8 @@ def output_files(plan: Plan) -> tuple[str, ...]:
     Those of files in folders have slashes, whatever the system.
     """
     shards = [shard for layer in plan.layers for shard in layer.shards]
+    if plan.settings.observes:
+        return (*(shard.name for shard in shards), TOKENS, STATISTICS)
     return (
         *(shard.name for shard in [*shards, *plan.outside]),
         "config.json",

@@ -6,38 +6,35 @@ source's headers, the output folder, the plan, and the calibration text last.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from ream_stream.calibration.packing import Calibration, read_tokens
 from ream_stream.calibration.token_cache import Request, calibration_of, changed, stored
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.checkpoint.config_json import text_config
 from ream_stream.checkpoint.hub import streamed
 from ream_stream.checkpoint.reader import Checkpoint, check_path, open_checkpoint, vocab_size_of
-from ream_stream.errors import OtherRunError, UnsupportedModelError, UsageError
+from ream_stream.errors import OtherRunError, UsageError
 from ream_stream.events import Preparing, Report, no_report
-from ream_stream.file_access import why_not_writable
+from ream_stream.file_access import resolved, why_not_writable
 from ream_stream.host_memory import trim
 from ream_stream.model import device as devices
-from ream_stream.model.dtypes import compute_dtype
-from ream_stream.model.families import TOP_K_KEYS, family_of
 from ream_stream.planning.disk import check_disk
 from ream_stream.planning.gpus import Gpu
 from ream_stream.planning.plan import Plan
-from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Begun, Budgets
 from ream_stream.planning.serving_limits import check_served
-from ream_stream.planning.slice_shape import ExpertLayer
+from ream_stream.planning.size_target import SizeTarget
 from ream_stream.planning.throughput import Forecast, forecast
-from ream_stream.settings import Settings
 
-from .config import RunOptions, candidates, check_usage, settings_for
+from .candidate_plans import PlanInputs, first_that_works
+from .config import RunOptions, check_usage
 from .finalize import check_names, output_files
 from .journal import Journal, check_fingerprint
 from .pipeline import fingerprint
 from .refit_activations import held_back
+from .size_search import target_of
+from .statistics import Statistics, open_statistics
 from .workspace import Workspace, workspace_of
 
 
@@ -61,7 +58,11 @@ class Job:
     """Device that layers run on."""
 
     request: Request | None = None
-    """Text that the tokens were made from; None for a token file."""
+    """Text that the tokens were made from; None for a token file, and with statistics."""
+
+    statistics: Statistics | None = None
+    """Statistics that experts are chosen by; None if the run takes its own."""
+
     gpu: Gpu | None = None
     """GPU that is planned for by its data sheet."""
 
@@ -76,6 +77,9 @@ class Job:
 
     reason: str = ""
     """Reason for the method, if ``--method auto`` chose it."""
+
+    target: SizeTarget | None = None
+    """Size that the experts are kept for; None if their number or share was given."""
 
     @property
     def layer_bytes(self) -> tuple[int, ...]:
@@ -116,19 +120,17 @@ def prepare(
     """
     check_usage(options)
     report(Preparing(part="reading headers"))
-    checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
     device, budgets = _machine(options, gpu, plans_only=not with_data)
     workspace = _workspace(options)
-    if options.remote is not None and workspace is not None:
-        checkpoint = streamed(checkpoint, options.remote, workspace.streamed)
+    checkpoint = _checkpoint(options, workspace, with_data=with_data)
     journal = None if workspace is None else _journal(workspace, restart=restart)
     wanted = calibration_of(options)
-    tokens = _token_file(wanted, checkpoint)
-    begun, of_run = journal.begun() if journal else None, tokens
-    if tokens is None and journal is not None and workspace is not None:
-        of_run = stored(workspace.tokens, journal.fingerprint["calibration"])
-    inputs = _Inputs(options, checkpoint, budgets, workspace, begun)
-    plan, asked, reason = _first_that_works(inputs, device, of_run)
+    statistics = _statistics(options, checkpoint)
+    tokens = statistics.tokens if statistics else _token_file(wanted, checkpoint)
+    begun = journal.begun() if journal else None
+    inputs = PlanInputs(options, checkpoint, budgets, workspace, begun, statistics)
+    known = tokens or _tokens_begun_with(journal, workspace)
+    plan, asked, reason = first_that_works(inputs, device, known)
     torch.set_num_threads(plan.schedule.threads)
     _check_output(plan, options, workspace, begun)
     job = Job(
@@ -136,18 +138,52 @@ def prepare(
         workspace=workspace,
         journal=journal,
         tokens=tokens,
+        statistics=statistics,
         device=device,
         method=asked.method if isinstance(asked.method, str) else "",
         reason=reason,
+        target=target_of(options),
         gpu=gpu,
         unused_gpu=_unused_gpu(options, device),
     )
     job = _with_tokens(job, wanted, report)
-    if job.tokens is not None and job.tokens.num_sequences != plan.sequences:
+    if job.tokens is not None and not _is_of(plan, job.tokens):
         # there was not as much text as was planned with, or more
         job = replace(job, plan=inputs.plan(plan.settings, job.tokens))
         _check_output(job.plan, options, workspace, begun)
     return _with_forecast(job, report)
+
+
+def _checkpoint(
+    options: RunOptions, workspace: Workspace | None, *, with_data: bool
+) -> Checkpoint:
+    """Open the source; with streaming, its shards are fetched to the work folder."""
+    found = open_checkpoint(options.source, with_data=with_data and options.remote is None)
+    if options.remote is None or workspace is None:
+        return found
+    return streamed(found, options.remote, workspace.streamed)
+
+
+def _is_of(plan: Plan, tokens: Tokens) -> bool:
+    """Tell whether a plan is of so many sequences and domains."""
+    found = (tokens.num_sequences, len(tokens.domains))
+    return found == (plan.sequences, plan.domains)
+
+
+def _tokens_begun_with(journal: Journal | None, workspace: Workspace | None) -> Tokens | None:
+    """Return the tokens that a run began with, if they are in its work folder."""
+    if journal is None or workspace is None:
+        return None
+    return stored(workspace.tokens, journal.fingerprint["calibration"])
+
+
+def _statistics(options: RunOptions, checkpoint: Checkpoint) -> Statistics | None:
+    """Return the statistics that were named, if they are of the source."""
+    if options.statistics is None:
+        return None
+    found = open_statistics(resolved(options.statistics))
+    found.check_source(checkpoint)
+    return found
 
 
 def _workspace(options: RunOptions) -> Workspace | None:
@@ -167,106 +203,6 @@ def _check_output(
     check_names(workspace.output if workspace else Path(), output_files(plan))
     if workspace is not None:
         check_disk(plan, workspace.output, workspace.work, begun)
-
-
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """All that a plan is made of but settings and tokens."""
-
-    options: RunOptions
-    checkpoint: Checkpoint
-    budgets: Budgets
-    workspace: Workspace | None
-    begun: Begun | None
-
-    def plan(self, settings: Settings, tokens: Tokens | None) -> Plan:
-        """Return the plan of a run; without tokens, of as many as are asked for."""
-        options, workspace = self.options, self.workspace
-        return make_plan(
-            self.checkpoint,
-            settings,
-            options.planned_sequences if tokens is None else tokens.num_sequences,
-            options.sequence_length if tokens is None else tokens.sequence_length,
-            budgets=self.budgets,
-            threads=options.threads,
-            padded=tokens is None or tokens.attention_mask_SL is not None,
-            output=workspace.output if workspace else None,
-            work=workspace.work if workspace else None,
-            begun=self.begun,
-        )
-
-
-def _first_that_works(
-    inputs: _Inputs, device: torch.device, tokens: Tokens | None
-) -> tuple[Plan, RunOptions, str]:
-    """Return the plan of the first candidate that works, its options, and the reason."""
-    *tried, (last, last_reason) = candidates(inputs.options)
-    why_not: list[str] = []
-    for asked, reason in tried:
-        try:
-            plan = inputs.plan(_settings(asked, inputs.checkpoint, device), tokens)
-        except UsageError as error:
-            why_not.append(str(error))
-        else:
-            return plan, asked, reason
-    plan = inputs.plan(_settings(last, inputs.checkpoint, device), tokens)
-    return plan, last, f"{last_reason}: {why_not[0]}" if why_not else last_reason
-
-
-def num_experts(checkpoint: Checkpoint) -> int:
-    """Return the routed experts of a layer.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The model is of no known family, or dense.
-    """
-    family_of(checkpoint.config)
-    stacks = checkpoint.experts.values()
-    if not stacks:
-        raise UnsupportedModelError(f"{checkpoint.folder} is a dense model: it has no experts")
-    return max(stack.count for stack in stacks)
-
-
-def _settings(options: RunOptions, checkpoint: Checkpoint, device: torch.device) -> Settings:
-    dtype = compute_dtype(options.compute_dtype, checkpoint, device)
-    return settings_for(
-        options,
-        expert_layer(checkpoint, decodes=options.changes.get("dtype") == "bf16"),
-        compute_dtype=str(dtype).removeprefix("torch."),
-        device_kind=device.type,
-    )
-
-
-def expert_layer(checkpoint: Checkpoint, *, decodes: bool = False) -> ExpertLayer:
-    """Return the experts of a layer as headers and config.json tell; the plan checks them.
-
-    Parameters
-    ----------
-    checkpoint
-        The source.
-    decodes
-        Whether quantized tensors are written as floats.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The model is of no known family, or dense.
-    """
-    family, count = family_of(checkpoint.config), num_experts(checkpoint)
-    stack = next(iter(checkpoint.experts.values()))
-    text = text_config(checkpoint.config)
-    numbers = {key: value for key, value in text.items() if type(value) is int}
-    told = SimpleNamespace(**{**numbers, "topk_method": text.get("topk_method")})
-    return ExpertLayer(
-        count=count,
-        inner=stack.inner,
-        top_k=max((numbers[key] for key in TOP_K_KEYS if key in numbers), default=1),
-        multiple=1 if decodes else max(m.stored.codec.multiple for m in stack.matrices),
-        shared=max((numbers.get(key, 0) for key in family.shared_counts), default=0)
-        * stack.inner,
-        routing_groups=max(1, family.groups(told)),
-    )
 
 
 def _machine(
@@ -352,22 +288,23 @@ def _with_tokens(job: Job, calibration: Calibration | None, report: Report) -> J
         The run was begun differently. This is told before any text is read,
         since making tokens of a large one takes minutes.
     """
-    if calibration is None:
-        return job
     tokens, request, differs = job.tokens, None, None
     journal, workspace = job.journal, job.workspace
-    if tokens is None:
+    if calibration is None and tokens is None:
+        return job
+    if calibration is not None and tokens is None:
         request = Request.of(calibration)
         if journal is not None and workspace is not None:
-            tokens = stored(workspace.tokens, journal.fingerprint["calibration"])
+            tokens = _tokens_begun_with(journal, workspace)
             differs = changed(request, workspace.tokens)
-    if tokens is None:
+    if calibration is not None and tokens is None:
         report(Preparing(part="reading calibration text and making tokens"))
         source = job.plan.source
         tokens = read_tokens(
             calibration, source.folder, vocab_size=vocab_size_of(source.config)
         )
         trim()  # a tokenizer takes hundreds of megabytes, which no plan counts
+    assert tokens is not None
     if job.plan.refits:
         held_back(tokens, job.plan.settings.seed)  # refuses too few sequences
     if journal is not None and workspace is not None:

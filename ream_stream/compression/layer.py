@@ -20,17 +20,19 @@ from ream_stream.events import RefitResult, Report
 from ream_stream.files import Written
 from ream_stream.method.alignment import Matched
 from ream_stream.model.attention_cache import AttentionCache
+from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.planning.plan import GRAMS, LayerPlan
 
 from . import refit_layer
 from .context import Context
-from .cutting import ActivationGrams, choose_slices
+from .cutting import ActivationGrams, choose_slices, cut_of
 from .decision import Decision, alignment_orders, decide
 from .layer_passes import LayerPasses
-from .observer import Observer, TokenSample, mean_outputs
+from .observer import Observed, Observer, TokenSample, mean_outputs
 from .output_tensors import Unchanged, finite_content, layer_content
 from .refit_layer import Fitted, RefitJob
+from .statistics_writer import statistics_content
 from .weight_check import check_weights
 
 
@@ -63,13 +65,20 @@ def compress_layer(context: Context, layer: LayerPlan, report: Report) -> LayerR
         Weights, statistics or merged weights are not finite.
     DamagedError
         A table of experts by token id names experts that do not exist.
+    OtherRunError
+        The statistics that experts are chosen by are of other weights.
     InterruptedRunError
         `report` asked to stop.
     """
     with ExitStack() as stores:
         run = _LayerRun(context, layer, stores, report)
         read = check_weights(context, layer, report)
-        result = run.copy() if layer.keys.stack is None else run.compress()
+        if context.statistics is not None and layer.keys.stack is not None:
+            context.statistics.check_read(layer.keys.index, read)
+        if layer.keys.stack is None:
+            result = run.copy()
+        else:
+            result = run.observe() if context.plan.settings.observes else run.compress()
         return replace(result, read=read)
 
 
@@ -96,6 +105,16 @@ class _LayerRun:
         if self.plan.tracks_original_through(self.layer):
             with self.context.source.open_layer(self.index):
                 self._passes.follow(None)
+        return LayerResult(shards=shards)
+
+    def observe(self) -> LayerResult:
+        """Run the source's layer for the next layer, and write what is known of its experts."""
+        playback = self._passes.playback()
+        with self.context.source.open_layer(self.index) as experts:
+            assert experts is not None
+            observed, moments = self._gather(experts, None, playback)
+            content = statistics_content(self.layer, observed, moments)
+            shards = self._write(content, self.context.workspace.output)
         return LayerResult(shards=shards)
 
     def compress(self) -> LayerResult:
@@ -135,28 +154,19 @@ class _LayerRun:
     ) -> tuple[Decision, Written, tuple[Written, ...]]:
         """Return the decision, the file of statistics, and the shards of the layer."""
         source, plan = self.context.source, self.plan
-        observer = self._observer()
         with source.open_layer(self.index) as experts, plan.source.open() as tensors:
             assert experts is not None
-            grams = self._grams(experts) if plan.settings.cuts else None
-            with (
-                observer.attached(source.router(self.index)),
-                nullcontext() if refit is None else refit.capturing(experts),
-            ):
-                self._passes.observe(observer, experts, playback, refit, grams)
-            if plan.tracks_original_through(self.layer):
-                self._passes.follow(refit)
-            observer.finish(self.index)
+            observed, grams = self._gather(experts, refit, playback)
             matched: dict[int, Matched] = {}
             if grams is None:
-                mean_EH = self._compare(experts, observer.sample)
+                mean_EH = self._compare(experts, observed.sample)
                 decision = decide(
-                    plan.settings, plan.routing_groups, observer, mean_EH, self.index
+                    plan.settings, plan.routing_groups, observed, mean_EH, self.index
                 )
                 if mean_EH is not None:
-                    matched = self._align(decision, experts, tensors, observer.sample)
+                    matched = self._align(decision, experts, tensors, observed.sample)
             else:
-                decision = self._cut(observer, experts, tensors, grams)
+                decision = self._cut(observed, experts, tensors, grams)
             stack, output = self.layer.keys.stack, self.layer.stack
             assert stack is not None
             assert output is not None
@@ -168,21 +178,46 @@ class _LayerRun:
                 self.layer.routers,
                 self.layer.table,
                 self._unchanged(tensors),
-                None if grams is None else grams.cut(),
+                None if grams is None else cut_of(plan, grams),
             )
             folder = self.context.workspace.output if refit is None else refit.folder
             shards = self._write(content, folder)
         path = self.context.workspace.statistics(self.index)
-        statistics = files.write_tensors(path, _statistics(observer, decision, matched))
+        statistics = files.write_tensors(path, _statistics(observed, decision, matched))
         return decision, statistics, shards
+
+    def _gather(
+        self, experts: StreamedExperts, refit: RefitJob | None, playback: AttentionCache | None
+    ) -> tuple[Observed, BatchStore | None]:
+        """Return what is known of the experts, and their second moments if those are needed.
+
+        It is observed, or has been by an earlier run.
+        """
+        plan, source = self.plan, self.context.source
+        if self.context.statistics is not None:
+            stored = self._stores.enter_context(
+                self.context.statistics.layer(self.index, plan.settings, source.device)
+            )
+            return stored, stored.moments
+        observer = self._observer()
+        grams = self._grams(experts) if plan.settings.sums_moments else None
+        with (
+            observer.attached(source.router(self.index)),
+            nullcontext() if refit is None else refit.capturing(experts),
+        ):
+            self._passes.observe(observer, experts, playback, refit, grams)
+        if plan.tracks_original_through(self.layer):
+            self._passes.follow(refit)
+        observer.finish(self.index)
+        return observer, None if grams is None else grams.store
 
     def _observer(self) -> Observer:
         """Make an observer of the statistics that the method needs."""
         plan, method = self.plan, self.plan.settings.method
-        compares = plan.merges
+        compares = plan.merges or plan.settings.observes
         sample = None
         if compares:
-            sample = TokenSample(
+            sample = TokenSample.drawn(
                 self.tokens,
                 method.similarity_tokens,
                 seed=plan.settings.seed,
@@ -201,7 +236,8 @@ class _LayerRun:
     def _grams(self, experts: StreamedExperts) -> ActivationGrams:
         """Return the sums of activations that slices are chosen from."""
         context = self.context
-        store = context.open_batch_store(GRAMS, "grams", experts.count)
+        domains = self.plan.domains if self.plan.settings.observes else 1
+        store = context.open_batch_store(GRAMS, "grams", domains * experts.count)
         return ActivationGrams(
             self.plan,
             experts,
@@ -212,17 +248,17 @@ class _LayerRun:
 
     def _cut(
         self,
-        observer: Observer,
+        observed: Observed,
         experts: StreamedExperts,
         tensors: MappedTensors,
-        grams: ActivationGrams,
+        grams: BatchStore,
     ) -> Decision:
         """Choose the slices of the experts that stay."""
         with self.context.timed("cut"):
             return choose_slices(
                 self.plan,
-                observer,
-                grams.store,
+                observed,
+                grams,
                 experts,
                 tensors,
                 self.index,
@@ -304,10 +340,10 @@ class _LayerRun:
 
 
 def _statistics(
-    observer: Observer, decision: Decision, matched: dict[int, Matched]
+    observed: Observed, decision: Decision, matched: dict[int, Matched]
 ) -> dict[str, Tensor]:
     """Return the layer's statistics: sums, distances, and alignment costs."""
-    tensors = observer.sums.tensors()
+    tensors = observed.sums.tensors()
     if decision.distance_EE is not None:
         tensors["distance_EE"] = decision.distance_EE.float()
     if decision.score_EC is not None:

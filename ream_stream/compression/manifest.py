@@ -19,6 +19,10 @@ from ream_stream.files import Written
 from .journal import Journal
 
 MANIFEST = "ream_stream.json"
+
+STATISTICS = "statistics.json"
+"""Last file of statistics that are kept, as `MANIFEST` is of an output."""
+
 FORMAT = 1
 
 

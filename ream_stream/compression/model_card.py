@@ -7,6 +7,7 @@ gives the same bytes. What was measured later is put in by `with_quality`.
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ream_stream import __version__
@@ -20,8 +21,9 @@ from ream_stream.settings import Method, Settings, flag_of, options_of
 from ream_stream.units import format_size, parse_size
 from ream_stream.untrusted import printable, shell_words
 
-from .config import PRESETS, default_group_size
+from .config import PRESETS
 from .journal import Journal
+from .method_settings import default_group_size
 
 PAPERS: Mapping[tuple[str, str], str] = {
     ("grouping", "ream"): "[REAM](https://arxiv.org/abs/2604.04356)",
@@ -53,6 +55,8 @@ def card(plan: Plan, tokens: Tokens, journal: Journal) -> str:
     }
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     shown = printable(source_name(plan.source.folder), most=_MOST_NAME)
+    mix = _domains(tokens)
+    by = "" if settings.runs_layers else ", by statistics of the original model"
     return f"""---
 {front}---
 
@@ -63,7 +67,7 @@ Made by ream-stream {__version__} from {shown}: {len(plan.moe_layers)} layers wi
 {_experts(settings, journal)}{_refit(method, journal)}
 
 Calibrated on {tokens.num_sequences} sequences of {tokens.sequence_length} tokens\
-{_domains(tokens)} (digest `{tokens.digest}`). Tensor names, dtypes and layout are those of the
+{mix} (digest `{tokens.digest}`){by}. Tensor names, dtypes and layout are those of the
 source; groups, saliencies and digests are in `ream_stream.json`.
 {_papers(method)}
 ## Quality
@@ -213,7 +217,11 @@ def _command(plan: Plan, tokens: Tokens, shown: str) -> str:
     def differing(preset: str) -> list[str]:
         usual = Method(**{"group_size": size, **PRESETS[preset]})
         return [
-            name for name in options_of(Method) if getattr(method, name) != getattr(usual, name)
+            name
+            for name in options_of(Method)
+            if getattr(method, name) != getattr(usual, name)
+            # with statistics nothing is refitted
+            and (settings.runs_layers or not name.startswith("refit"))
         ]
 
     preset = min(PRESETS, key=lambda name: len(differing(name)))
@@ -223,12 +231,19 @@ def _command(plan: Plan, tokens: Tokens, shown: str) -> str:
     for name in differing(preset):
         words += _option(options_of(Method)[name], getattr(method, name))
     usual = Settings(experts=settings.experts, method=method)
+    if not settings.runs_layers:
+        usual = replace(usual, sequential=settings.sequential)
     for name, field in options_of(Settings).items():
         if getattr(settings, name) != getattr(usual, name):
             words += _option(field, getattr(settings, name))
     words += [] if _is_served(plan) else ["--any-count"]
-    words += ["--calibration", "TEXT", "--sequences", str(tokens.num_sequences)]
-    words += ["--sequence-length", str(tokens.sequence_length)]
+    if settings.runs_layers:
+        words += ["--calibration", "TEXT", "--sequences", str(tokens.num_sequences)]
+        words += ["--sequence-length", str(tokens.sequence_length)]
+    else:
+        words += ["--statistics", "STATISTICS"]
+        weights = ",".join(f"{name}={each:g}" for name, each in settings.domain_weights)
+        words += ["--weights", weights] if weights else []
     return shell_words(["ream-stream", "compress", shown, "OUTPUT", *words])
 
 

@@ -8,7 +8,7 @@ I inner.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,28 @@ class TokenSample:
 
     Parameters
     ----------
-    tokens
-        The calibration set; padding is never drawn.
-    size
-        Tokens to draw; 0, or more than there are, means all of them.
-    seed, layer
-        What the draw is derived from.
+    position_n
+        Positions of the tokens in the calibration set, ascending.
     """
 
-    def __init__(self, tokens: Tokens, size: int, *, seed: int, layer: int) -> None:
+    def __init__(self, position_n: Tensor) -> None:
+        self.position_n = position_n
+        self.hidden_nH = torch.empty(0)
+        self.score_nE = torch.empty(0)
+
+    @classmethod
+    def drawn(cls, tokens: Tokens, size: int, *, seed: int, layer: int) -> Self:
+        """Draw tokens; padding is never drawn.
+
+        Parameters
+        ----------
+        tokens
+            The calibration set.
+        size
+            Tokens to draw; 0, or more than there are, means all of them.
+        seed, layer
+            What the draw is derived from.
+        """
         mask_SL = tokens.attention_mask_SL
         position_n = torch.arange(tokens.input_ids_SL.numel())
         if mask_SL is not None:
@@ -46,9 +59,7 @@ class TokenSample:
         if 0 < size < len(position_n):
             drawn = torch.randperm(len(position_n), generator=generator(seed, layer, "sample"))
             position_n = position_n[drawn[:size].sort().values]
-        self.position_n = position_n
-        self.hidden_nH = torch.empty(0)
-        self.score_nE = torch.empty(0)
+        return cls(position_n)
 
     def take(self, start: int, hidden_TH: Tensor, score_TE: Tensor) -> None:
         """Keep the rows of a batch whose first token has position `start`."""
@@ -132,6 +143,19 @@ class SumsByDomain:
             for domain, sums in self.domains.items():
                 tensors |= {f"{name}/{domain}": t for name, t in sums.tensors().items()}
         return tensors
+
+
+class Observed(Protocol):
+    """What is known of a layer's experts: from an `Observer`, or kept by an earlier run."""
+
+    sums: SumsByDomain
+    """Sums of routed tokens."""
+
+    sample: TokenSample | None
+    """Tokens that experts are compared on; None if they are not compared."""
+
+    gram: LogitGram | None
+    """Inner products of the router's logit columns; None if they are not compared."""
 
 
 class Observer:

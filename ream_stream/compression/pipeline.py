@@ -42,6 +42,8 @@ from .source_record import (
     compare,
     renewed,
 )
+from .statistics import Statistics
+from .statistics_writer import write_statistics, write_tokens
 from .workspace import Workspace
 
 
@@ -61,14 +63,15 @@ def compress(
     workspace: Workspace,
     *,
     device: torch.device,
+    statistics: Statistics | None = None,
     report: Report = no_report,
 ) -> Finished:
-    """Compress the planned checkpoint, or go on with it.
+    """Compress the planned checkpoint or keep its statistics, or go on with it.
 
     Parameters
     ----------
-    plan, tokens, workspace
-        The run, from `planning.make_plan`, its calibration set, and its folders, locked.
+    plan, tokens, workspace, statistics
+        The run, its calibration set, its folders, locked, and what experts are chosen by.
     device, report
         Where layers are run; what is called with each event.
 
@@ -90,7 +93,7 @@ def compress(
             plan.fetcher.evict_after(len(journal.layers) - 1)
             plan.fetcher.fetch_outside()
             with ExitStack() as stack:
-                context = _open(plan, tokens, workspace, journal, device, stack)
+                context = _open(plan, tokens, workspace, journal, device, statistics, stack)
                 for layer in plan.layers[len(journal.layers) :]:
                     plan.fetcher.fetch(layer.keys.index)
                     done = _layer_that_fits(context, layer, journal, meter, report)
@@ -184,6 +187,7 @@ def _open(  # the parts of a context, each given once
     workspace: Workspace,
     journal: Journal,
     device: torch.device,
+    statistics: Statistics | None,
     stack: ExitStack,
 ) -> Context:
     """Move both models to the device and open what is outside their layers."""
@@ -201,6 +205,7 @@ def _open(  # the parts of a context, each given once
         excluded=ExcludedSequences(
             tokens, (n for layer in journal.layers for n in layer.excluded)
         ),
+        statistics=statistics,
     )
 
 
@@ -261,7 +266,9 @@ def _layer(
     record = LayerRecord(
         index=index,
         shards=result.shards,
-        hidden=None if is_last else context.workspace.hidden(index + 1).name,
+        hidden=None
+        if is_last or not plan.settings.runs_layers
+        else context.workspace.hidden(index + 1).name,
         original=context.workspace.original(index + 1).name
         if plan.tracks_original and not is_last
         else None,
@@ -281,7 +288,7 @@ def _layer(
     groups = decision.groups if decision else ()
     return LayerDone(
         layer=index,
-        experts_before=plan.num_experts if groups else 0,
+        experts_before=plan.num_experts if layer.keys.stack else 0,
         experts_after=len(groups),
         changed=sum(len(group) > 1 for group in groups),
         refitted=result.refitted,
@@ -307,4 +314,10 @@ def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) 
             )
             journal.outside.append(written)
             workspace.save(journal)
-    write_rest(plan, tokens, workspace, journal)
+    if plan.settings.observes:
+        if not journal.outside:
+            journal.outside.append(write_tokens(tokens, workspace.output))
+            workspace.save(journal)
+        write_statistics(plan, tokens, workspace.output, journal)
+    else:
+        write_rest(plan, tokens, workspace, journal)

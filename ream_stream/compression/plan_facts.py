@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from ream_stream.calibration.mix import BUILTIN
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.file_access import free_bytes
 from ream_stream.model import device as devices
@@ -40,8 +41,13 @@ def plan_facts(job: Job) -> dict[str, Any]:
             *notes_of(plan),
             *([job.unused_gpu] if job.unused_gpu else []),
             *_thin(job.tokens),
+            *_built_in(job.tokens),
+            *_by_statistics(job),
         ],
         "settings": plan.settings.fields(),
+        "observes": plan.settings.observes,
+        "statistics": None if job.statistics is None else str(job.statistics.folder),
+        "size_target": None if job.target is None else job.target.facts(plan),
         "method": job.method,
         "method_reason": job.reason,
         "parameters": {
@@ -102,6 +108,26 @@ def _thin(tokens: Tokens | None) -> list[str]:
     return [
         f"{tokens.num_tokens} calibration tokens are few: with fewer than {FEW_TOKENS}, and of "
         "few documents, more is lost; give more text, of what the model is for"
+    ]
+
+
+def _built_in(tokens: Tokens | None) -> list[str]:
+    """Return a note on built-in texts."""
+    if tokens is None or BUILTIN not in tokens.description:
+        return []
+    return [
+        "the built-in texts are for trying things out only: help pages and modules of Python, "
+        "and generated exercises; calibrate on text of what the model is for"
+    ]
+
+
+def _by_statistics(job: Job) -> list[str]:
+    """Return a note on what statistics of an earlier run cannot do."""
+    if job.statistics is None:
+        return []
+    return [
+        "experts are chosen by statistics of the original model: layers are not adjusted to "
+        "those before them, and nothing is refitted, which loses more than a run over the text"
     ]
 
 

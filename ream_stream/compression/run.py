@@ -11,7 +11,7 @@ from ream_stream import files
 from ream_stream.calibration.token_cache import store
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, of_system
-from ream_stream.events import Event, Report, TakenOver, no_report
+from ream_stream.events import Event, Finished, Report, TakenOver, no_report
 
 from .event_log import Log
 from .job import Job
@@ -105,8 +105,7 @@ def run(
         with _logged_end(log, command or "the same call"):
             if left_by is not None:
                 tell(TakenOver(previous=left_by))
-            plan, tokens, device = job.plan, job.tokens, job.device
-            finished = compress(plan, tokens, workspace, device=device, report=tell)
+            finished = _compressed(job, job.tokens, workspace, tell)
         if not keep_work:
             workspace.clean()
     return CompressionResult(
@@ -119,6 +118,17 @@ def run(
         peak_device_bytes=finished.peak_device_bytes,
         already_complete=finished.already_complete,
         plan=known,
+    )
+
+
+def _compressed(job: Job, tokens: Tokens, workspace: Workspace, report: Report) -> Finished:
+    return compress(
+        job.plan,
+        tokens,
+        workspace,
+        device=job.device,
+        statistics=job.statistics,
+        report=report,
     )
 
 

@@ -188,7 +188,7 @@ def changed_shards(source: Checkpoint, record: SourceRecord) -> set[str]:
         if then is None:
             found.add(path.name)
         elif (then.modified, then.changed) != (now.modified, now.changed):
-            if then.size != now.size or then.sample != _sample(path):
+            if then.size != now.size or then.sample != sample_of(path):
                 raise _changed(path)
             found.add(path.name)
     return found
@@ -239,11 +239,12 @@ def _changed(path: Path) -> OtherRunError:
 def _shard(source: Checkpoint, path: Path) -> ShardRecord:
     stamp = source.stamps[path]
     return ShardRecord(
-        size=stamp.size, modified=stamp.modified, changed=stamp.changed, sample=_sample(path)
+        size=stamp.size, modified=stamp.modified, changed=stamp.changed, sample=sample_of(path)
     )
 
 
-def _sample(path: Path) -> str:
+def sample_of(path: Path) -> str:
+    """Return the SHA-256 of `SAMPLE_BLOCKS` blocks of a shard, hex."""
     size = path.stat().st_size
     length = min(size, BLOCK_BYTES)
     # the last block ends with the file

@@ -20,7 +20,7 @@ from ream_stream.errors import DamagedError, OtherRunError, UsageError
 from ream_stream.file_access import read_own_json, regular_size, resolved
 
 from .journal import Journal, load, save
-from .manifest import MANIFEST
+from .manifest import MANIFEST, STATISTICS
 
 HOME = ".ream-stream"
 """Folder in OUTPUT of lock and identity; without --work-dir of all files except shards."""
@@ -102,7 +102,7 @@ class Workspace:
 
     def is_complete(self) -> bool:
         """Tell whether the output is whole: its manifest is the last file written."""
-        return (self.output / MANIFEST).is_file()
+        return any((self.output / name).is_file() for name in (MANIFEST, STATISTICS))
 
     def has_journal(self) -> bool:
         """Tell whether there is a journal, of whatever run."""

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ream_stream.checkpoint import hub
 from ream_stream.compression.config import RunOptions
 from ream_stream.compression.job import prepare
+from ream_stream.compression.observation import ObserveOptions
 from ream_stream.compression.plan_facts import plan_facts
 from ream_stream.compression.run import CompressionResult, run
 from ream_stream.errors import UsageError
@@ -143,7 +144,7 @@ def compress(
         Checkpoint folder, or ``ORG/NAME[@REVISION]`` on the hub; a new folder, or that of the
         run to go on with.
     keep, experts
-        Experts to keep in each layer, as a share (0.75 or "75%") or as their number.
+        Experts to keep in each layer, a share (0.75, "75%") or their number; None for a size.
     method
         Key of `compression.config.PRESETS`, or all parts of a method.
     calibration
@@ -164,22 +165,90 @@ def compress(
     """
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
     asked, remote = _located(source, output, {**given, **options})
-    if not asked.calibration:
-        raise UsageError("say what to run the model on: --calibration")
-    with _threads_kept():
-        if remote is not None and not asked.stream:
-            # what cannot be done is refused before anything large is fetched
-            prepare(replace(asked, calibration=()), restart=restart, with_data=False)
-            asked = replace(asked, source=_fetched(remote, report))
-        job = prepare(asked, restart=restart, report=report)
-        report(Planned(facts=plan_facts(job), layer_bytes=job.layer_bytes))
-        result = run(job, report=report, command=command, restart=restart, keep_work=keep_work)
+    how = _How(restart=restart, keep_work=keep_work, command=command)
+    result, asked = _carried_out(asked, remote, report, how)
     if text is None:
         return result
     against = None if asked.stream else asked.source
     alike = {name: getattr(asked, name) for name in _MEASURED_ALIKE}
     scores = evaluate(result.output, text=text, against=against, report=report, **alike)
     return replace(result, quality=scores.facts())
+
+
+def observe(
+    source: str | Path,
+    statistics: str | Path,
+    *,
+    calibration: Texts | None = None,
+    restart: bool = False,
+    keep_work: bool = True,
+    command: str | None = None,
+    report: Report = no_report,
+    **options: Any,  # noqa: ANN401
+) -> CompressionResult:
+    """Run a checkpoint over text once, and keep what `compress` chooses experts by.
+
+    Parameters
+    ----------
+    source, calibration, restart, keep_work, command, report
+        As in `compress`.
+    statistics
+        New folder of the statistics, or that of the run to go on with; `compress` takes it as
+        ``statistics``.
+    options
+        More of the options of ``observe``.
+
+    Raises
+    ------
+    ReamStreamError
+        The class says why; what was committed stays, and the same call goes on.
+    """
+    given = {"calibration": calibration, **options}
+    asked, remote = _located(source, statistics, given, ObserveOptions)
+    how = _How(restart=restart, keep_work=keep_work, command=command)
+    return _carried_out(asked, remote, report, how)[0]
+
+
+class _How(NamedTuple):
+    """How a run is carried out; see `compress`."""
+
+    restart: bool
+    keep_work: bool
+    command: str | None
+
+
+def _carried_out(
+    asked: RunOptions, remote: "hub.Remote | None", report: Report, how: _How
+) -> tuple[CompressionResult, RunOptions]:
+    """Run what was asked for; return the options with the folder of what was fetched, too."""
+    if not asked.calibration and asked.statistics is None:
+        raise UsageError("say what to run the model on: --calibration")
+    with _threads_kept():
+        if remote is not None and not asked.stream:
+            # what cannot be done is refused before anything large is fetched
+            prepare(replace(asked, calibration=()), restart=how.restart, with_data=False)
+            asked = replace(asked, source=_fetched(remote, report))
+        job = prepare(asked, restart=how.restart, report=report)
+        report(Planned(facts=plan_facts(job), layer_bytes=job.layer_bytes))
+        return run(job, report=report, **how._asdict()), asked
+
+
+def plan_observation(
+    source: str | Path,
+    statistics: str | Path | None = None,
+    *,
+    restart: bool = False,
+    report: Report = no_report,
+    **options: Any,  # noqa: ANN401
+) -> Mapping[str, Any]:
+    """Return what `observe` would do with the same arguments, as facts; write nothing.
+
+    Shards may end after their headers; without calibration only its size counts.
+    """
+    asked, remote = _located(source, statistics, options, ObserveOptions)
+    with _threads_kept():
+        job = prepare(asked, restart=restart, with_data=False, report=report)
+    return plan_facts(job) | {"is_remote": remote is not None}
 
 
 _MEASURED_ALIKE = ("text_field", "sequence_length", "device", "compute_dtype", "ram")
@@ -224,13 +293,16 @@ def evaluate(
 
 
 def _located(
-    source: str | Path, output: str | Path | None, values: Mapping[str, Any]
+    source: str | Path,
+    output: str | Path | None,
+    values: Mapping[str, Any],
+    kind: type[RunOptions] = RunOptions,
 ) -> "tuple[RunOptions, hub.Remote | None]":
     """Return options with the folder of the source, and where it is if that is the hub.
 
     The folder of a source on the hub has its headers, not yet its data.
     """
-    asked = RunOptions.of(source=Path(source), output=output, **values)
+    asked = kind.of(source=Path(source), output=output, **values)
     if Path(source).is_dir():
         if asked.stream:
             raise UsageError(f"--stream is for a SOURCE on the hub, {source} is a folder")

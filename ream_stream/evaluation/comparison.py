@@ -21,6 +21,7 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.compression.file_lock import claimed
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.statistics import Statistics
 from ream_stream.compression.workspace import HOME, Workspace
 from ream_stream.errors import DamagedError
 from ream_stream.events import Comparing, Finished, Report, no_report
@@ -53,6 +54,9 @@ class Trial:
 
     mix: str = ""
     """Name of the calibration mix; empty for a single mix."""
+
+    statistics: Statistics | None = None
+    """Statistics that experts are chosen by, as `settings` say; None to take its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,6 +288,7 @@ def _carry_out(
                 trial.calibration,
                 workspace,
                 device=bench.device,
+                statistics=trial.statistics,
                 report=report,
             )
         checkpoint = open_checkpoint(place)

@@ -5,12 +5,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ream_stream.compression.config import (
-    PRESETS,
-    RunOptions,
-    default_group_size,
-    settings_for,
-)
+from ream_stream.compression.config import PRESETS, RunOptions
+from ream_stream.compression.method_settings import default_group_size, settings_for
 from ream_stream.errors import UsageError
 from ream_stream.planning.serving_rules import DIVISOR
 from ream_stream.planning.slice_shape import ExpertLayer

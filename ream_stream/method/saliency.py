@@ -6,7 +6,7 @@ ranking can be chosen, or compared, afterwards.
 Letters in shapes: T tokens of a batch, E experts, K experts a token is sent to.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -94,6 +94,10 @@ class RoutedSums:
         for name in self.NAMES:
             getattr(self, name).add_(getattr(other, name))
 
+    def scaled(self, factor: float) -> "RoutedSums":
+        """Return the sums as though each token had counted so many times."""
+        return self.from_tensors({name: t * factor for name, t in self.tensors().items()})
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name; `from_tensors` is the inverse."""
         return {name: getattr(self, name) for name in self.NAMES}
@@ -111,6 +115,26 @@ class RoutedSums:
         for name in cls.NAMES:
             getattr(sums, name).copy_(tensors[name])
         return sums
+
+
+def domain_factors(tokens: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Return how many times tokens of each domain count where domains have weights.
+
+    Parameters
+    ----------
+    tokens
+        Tokens of each domain, T_d.
+    weights
+        Weight of each domain, w_d, from 0 on; their sum is above 0.
+
+    Returns
+    -------
+    list[float]
+        (w_d / sum of w) (T / T_d): weighted, all domains count as T tokens together, as
+        before, and each as its share of them. Equal to 1 where weights are as tokens.
+    """
+    total, whole = sum(tokens), sum(weights)
+    return [w / whole * (total / own) for own, w in zip(tokens, weights, strict=True)]
 
 
 def _mean_over_routed(sum_E: Tensor, sums: RoutedSums) -> Tensor:

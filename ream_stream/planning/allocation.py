@@ -147,7 +147,7 @@ class _Chooser:
         parts, budgets = self.parts, self.budgets
         batches = -(-self.parts.workload.sequences // batch)
         # a refit passes over the experts batch by batch in any case
-        if batches == 1 or parts.refits:
+        if batches == 1 or parts.refits or not parts.runs_layers:
             return 1
         taken = sum(memory.values())
         if parts.output_bytes <= budgets.ram - taken:

@@ -73,7 +73,8 @@ class _Layer:
         plan, layer = self.plan, self.layer
         phases = {"check": Cost(read_bytes=self.bytes), "write": self._write()}
         if self.stack is not None:
-            phases["observe"] = self._observe(self.stack)
+            if plan.settings.runs_layers:
+                phases["observe"] = self._observe(self.stack)
             if plan.merges:
                 phases["compare"] = self._compare(self.stack)
                 phases["align"] = self._align(self.stack)
@@ -100,7 +101,7 @@ class _Layer:
             decoded_numbers=self._seen(stack),
         )
         cost += self._passed_again(passes - 1)
-        if plan.settings.cuts:
+        if plan.settings.sums_moments:
             cost += self._passed_again(plan.schedule.gram_blocks - 1)
             cost += Cost(product_flop=2 * self.tokens * plan.top_k * stack.inner**2)
         if not sequential and plan.leads_on(self.layer):
@@ -146,12 +147,14 @@ class _Layer:
 
     def _cut(self, stack: ExpertStack) -> Cost:
         """Find the order in which each expert loses its neurons."""
-        kept = self.plan.scratch.get(GRAMS, 0)
+        kept = written = self.plan.scratch.get(GRAMS, 0)
+        if not self.plan.settings.runs_layers:  # they are read from the statistics
+            kept, written = 4 * stack.count * stack.inner**2 * self.plan.domains, 0
         # a number of float64 is worth two of float32
         flop = 2 * stack.count * removal_flop(stack.inner, stack.hidden)
         return self._again(self.bytes - self.dense_bytes) + Cost(
             read_bytes=kept,
-            written_bytes=kept,
+            written_bytes=written,
             float32_flop=flop,
             decoded_numbers=_coded_numbers(stack) * stack.count,
         )
@@ -159,6 +162,9 @@ class _Layer:
     def _write(self) -> Cost:
         """Copy or decode what stays, merge the rest, and write the shards."""
         plan, source, output = self.plan, self.stack, self.layer.stack
+        if plan.settings.observes:
+            kept = plan.scratch.get(GRAMS, 0) if source else 0
+            return Cost(read_bytes=kept, written_bytes=self.output_bytes)
         cost = self._again(self.bytes) + Cost(written_bytes=self.output_bytes)
         if source is None or output is None:
             decoded = self.coded if plan.settings.decodes else 0

@@ -85,7 +85,7 @@ def _left_to_write(
     shards = layout.output_bytes + layout.listing_bytes
     work = 2 * layout.boundary_bytes + layout.staged_bytes + scratch_bytes
     work += layout.fetcher.peak_bytes
-    others = layout.source.others
+    others = layout.others
     if begun is not None:
         shards -= begun.written_bytes
         if (output / INDEX).exists():

@@ -70,6 +70,9 @@ class Workload:
     padded: bool
     """Whether sequences have padding; models then make masks."""
 
+    domains: int = 1
+    """Domains of the calibration set."""
+
     @property
     def tokens(self) -> int:
         """Number of tokens, padding included."""
@@ -106,25 +109,30 @@ class MemoryModel:
         stacks = [layer.stack for layer in model.layers if layer.stack]
         self._stack = stack = stacks[0]
         self._refit = refit = refit_memory(settings, stack, model.top_k, self._itemsize)
+        self.runs_layers = settings.runs_layers
+        """Whether the calibration set is run through the layers."""
         self.refits = settings.refits(stack.count)
         """Whether experts are refitted."""
         # a device caches no activations
         ways = list(refit.solvers(tokens, remakes=on_device))
         self.solvers = ways if self.refits else ways[:1]
         """Possible solvers of the refit, the fastest first."""
-        self.passes_again = settings.sequential or self.refits
+        self.passes_again = settings.runs_layers and (settings.sequential or self.refits)
         """Whether the layer runs again after its observation."""
         self.kept_bytes = refit.kept(tokens) if self.refits else 0
         self.activation_bytes = refit.activations(tokens) if self.refits else 0
         self.input_bytes = refit.inputs(tokens) if self.refits else 0
         self.norm_bytes = 4 * tokens * model.top_k
         self.sum_bytes = 4 * tokens * stack.hidden
-        self.output_bytes = workload.sequences * max(each.outputs for each in self._runs(1))
+        self.output_bytes = workload.sequences * max(
+            (each.outputs for each in self._runs(1)), default=0
+        )
         self.experts = stack.count
         self.expert_bytes = 3 * stack.hidden * stack.inner * self._itemsize
         self.stored_bytes = max(sum(entries[n].nbytes for n in s.slots()) for s in stacks)
         """Stored bytes of all experts of a layer."""
-        self.gram_bytes = 4 * stack.inner**2 if settings.cuts else 0
+        one = 4 * stack.inner**2 * (workload.domains if settings.observes else 1)
+        self.gram_bytes = one if settings.sums_moments else 0
         """Bytes of the products of activations of one expert; 0 if none are needed."""
         self._held = self._held_by_phase()
         self._compared = self._compared_by_phase()
@@ -141,7 +149,8 @@ class MemoryModel:
         if self._on_device:
             # hidden states of four batches: the one in use, the next two, and the last
             moving = 4 * locked_bytes(self._entering_bytes(batch))
-            phases |= {"observe": moving, "propagate": moving}
+            if self.runs_layers:
+                phases |= {"observe": moving, "propagate": moving}
             held = {}
             fixed[ON_THE_WAY] = TransferLanes.host_bytes(TransferLanes.room(self._stack.sizes))
         else:
@@ -170,7 +179,9 @@ class MemoryModel:
         return batch * self.workload.length * width * self._itemsize
 
     def _runs(self, batch: int) -> list[Footprint]:
-        """Return the footprint of each kind of layer."""
+        """Return the footprint of each kind of layer; none if layers are not run."""
+        if not self._settings.runs_layers:
+            return []
         size, footprints = self.workload, self._footprints
         return [
             footprints.of(index, batch, size.length, padded=size.padded)
@@ -200,12 +211,14 @@ class MemoryModel:
         if self.refits:
             routing = {"routing of all tokens": self._refit.routing(size.tokens)}
             held |= {"refit": routing, "propagate": routing}
-        if self._settings.merges(stack.count):
+        if self._settings.observes or self._settings.merges(stack.count):
             most = self._settings.method.similarity_tokens or size.tokens
             row = stack.hidden * self._itemsize + 4 * stack.count
             sample = {"token sample": min(most, size.tokens) * row}
             means = 8 * stack.count * (stack.hidden + 3 * stack.count)
             held["observe"] = sample
+            if self._settings.observes:
+                return {**held, "write": sample}
             compared = {**sample, "mean outputs": means}
             held |= dict.fromkeys(("compare", "align", "write"), compared)
         return held
@@ -214,8 +227,12 @@ class MemoryModel:
         """Return the transient bytes of comparing, aligning, merging or cutting experts."""
         stack, method, itemsize = self._stack, self._settings.method, self._itemsize
         hidden, inner = stack.hidden, stack.inner
+        if self._settings.observes:  # a shorter sample is filled up
+            return {"write": sum(self._held["write"].values())}
         if self._settings.cuts:
             removal = removal_bytes(inner, hidden)
+            if not self._settings.runs_layers:  # a domain's moments, weighed and added
+                removal += 2 * 4 * inner**2
             return {"cut": self.workload.threads * removal, "write": removal}
         if not self._settings.merges(stack.count):
             return {}
@@ -236,6 +253,8 @@ class MemoryModel:
 
     def _layer_by_phase(self, batch: int, solver: Solver) -> dict[str, int]:
         """Return the transient bytes of a layer's forward and of its refit."""
+        if not self._settings.runs_layers:
+            return {}
         runs, tokens = self._runs(batch), batch * self.workload.length
         # states that enter; on the host, of several batches, also the next and the last output
         states = self._entering_bytes(batch)
@@ -260,5 +279,6 @@ def _largest(
     phases: Mapping[str, int], held: Mapping[str, dict[str, int]]
 ) -> tuple[dict[str, int], int]:
     """Return the parts of the phase with the highest peak, and its transient bytes."""
+    phases = phases or {"write": 0}  # nothing but bytes is copied
     phase = max(phases, key=lambda name: phases[name] + sum(held.get(name, {}).values()))
     return {**held.get(phase, {}), f"work: {phase}": phases[phase]}, phases[phase]

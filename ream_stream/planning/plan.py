@@ -112,6 +112,9 @@ class Layout:
     sequence_length: int
     """Tokens of a sequence."""
 
+    domains: int
+    """Domains of the calibration set."""
+
     hidden_size: int
     """Hidden size, H."""
 
@@ -155,7 +158,8 @@ class Layout:
     def propagates(self, layer: LayerPlan) -> bool:
         """Tell whether a layer is run again, once it was written, for the next."""
         is_moe = layer.keys.stack is not None
-        return self.leads_on(layer) and (self.settings.sequential or not is_moe)
+        again = self.settings.sequential or not is_moe
+        return self.settings.runs_layers and self.leads_on(layer) and again
 
     def tracks_original_through(self, layer: LayerPlan) -> bool:
         """Tell whether a layer is run on the original model's own states."""
@@ -174,7 +178,9 @@ class Layout:
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of the hidden states at one boundary."""
+        """Bytes of the hidden states at one boundary; 0 if layers are not run."""
+        if not self.settings.runs_layers:
+            return 0
         tokens = self.sequences * self.sequence_length
         return tokens * self.hidden_size * self.dtype.itemsize
 
@@ -214,8 +220,11 @@ class Layout:
     def output_checkpoint(self, folder: Path) -> Checkpoint:
         """Return the output as a checkpoint whose layer l is on disk once it was written.
 
-        What is outside the layers is taken from the source.
+        What is outside the layers is taken from the source; all of it, if no checkpoint is
+        written.
         """
+        if self.settings.observes:
+            return self.kept
         entries = {}
         for layer in self.layers:
             for shard in layer.shards:
@@ -243,11 +252,16 @@ class Layout:
         )
 
     @property
+    def others(self) -> Mapping[str, int]:
+        """Bytes of the source's files that are copied, by name: none into statistics."""
+        return {} if self.settings.observes else self.source.others
+
+    @property
     def fixed_disk(self) -> dict[str, int]:
         """Bytes on disk at the high-water mark, by part, but for scratch stores."""
         return {
             "shards": self.output_bytes,
-            "other files": sum(self.source.others.values()),
+            "other files": sum(self.others.values()),
             "index, manifest and journal": self.listing_bytes,
             "hidden states": 2 * self.boundary_bytes,
             "layer before its refit": self.staged_bytes,

@@ -23,13 +23,14 @@ from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.settings import Settings
 
 from .activation_memory import Footprints
-from .allocation import allocate
+from .allocation import Allocation, allocate
 from .disk import scratch_room
 from .memory import MemoryModel, Workload
 from .output_layout import decoded_matrices, lay_out, output_config, output_quantization
 from .plan import Layout, Plan
 from .schedule import Begun, Budgets
 from .settings_check import check_cut, check_settings
+from .statistics_layout import statistics_layers
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,7 @@ def make_plan(
     budgets: Budgets | None = None,
     threads: int | None = None,
     padded: bool = True,
+    domains: int = 1,
     output: Path | None = None,
     work: Path | None = None,
     begun: Begun | None = None,
@@ -54,8 +56,9 @@ def make_plan(
     ----------
     source, settings
         The checkpoint to compress, and what was asked for.
-    sequences, sequence_length, padded
-        Size of the calibration set; whether it has padding, True if that is not known.
+    sequences, sequence_length, padded, domains
+        Size of the calibration set; whether it has padding, True if that is not known; and its
+        domains.
     budgets, threads
         What the run may take of the machine; None for most of what is free, on the processor,
         and for the threads that the run began with, or torch's own number.
@@ -73,22 +76,37 @@ def make_plan(
     """
     budgets = budgets or Budgets.of()
     threads = threads or (begun.schedule.threads if begun else torch.get_num_threads())
-    layout, footprints = _lay_out(source, settings, sequences, sequence_length)
+    workload = Workload(
+        sequences=sequences,
+        length=sequence_length,
+        threads=threads,
+        padded=padded,
+        domains=domains,
+    )
+    layout, footprints = _lay_out(source, settings, workload)
     # builds the compressed config's own class: refuses shapes that would not load
     compressed = StreamedModel(layout.output_checkpoint(source.folder), layout.dtype, CPU)
-    workload = Workload(
-        sequences=sequences, length=sequence_length, threads=threads, padded=padded
-    )
     allocation = allocate(
         MemoryModel(footprints, settings, workload, on_device=budgets.vram is not None),
         budgets,
         scratch_bytes=scratch_room(layout, budgets.disk, output, work, begun),
         begun=begun.schedule if begun else None,
     )
+    return _plan(layout, footprints.model, compressed, budgets, allocation)
+
+
+def _plan(
+    layout: Layout,
+    source_model: StreamedModel,
+    output_model: StreamedModel,
+    budgets: Budgets,
+    allocation: Allocation,
+) -> Plan:
+    """Put a plan together."""
     return Plan(
         **{field.name: getattr(layout, field.name) for field in fields(layout)},
-        source_model=footprints.model,
-        output_model=compressed,
+        source_model=source_model,
+        output_model=output_model,
         budgets=budgets,
         schedule=allocation.schedule,
         memory=allocation.memory,
@@ -98,7 +116,7 @@ def make_plan(
 
 
 def _lay_out(
-    source: Checkpoint, settings: Settings, sequences: int, sequence_length: int
+    source: Checkpoint, settings: Settings, workload: Workload
 ) -> tuple[Layout, Footprints]:
     """Return the layout of the output, and the footprints of the source's layers."""
     family = family_of(source.config)
@@ -145,11 +163,12 @@ def _lay_out(
         num_experts=num_experts,
         top_k=model.top_k,
         routing_groups=routing.groups,
-        layers=layers,
-        outside=outside,
+        layers=statistics_layers(layers, settings, workload) if settings.observes else layers,
+        outside=() if settings.observes else outside,
         decoded=decoded,
-        sequences=sequences,
-        sequence_length=sequence_length,
+        sequences=workload.sequences,
+        sequence_length=workload.length,
+        domains=workload.domains,
         hidden_size=model.hidden_size,
     )
     footprints = Footprints(model)

@@ -12,6 +12,9 @@ from ream_stream.errors import UsageError
 from .serving_rules import DIVISOR
 from .slice_shape import MOST_EXPERTS, MOST_TOP_K
 
+CONTEXT = 32_768
+"""Tokens in the cache of a served model, unless their number is given."""
+
 
 def check_served(experts: int, num_experts: int, routing_groups: int, top_k: int = 1) -> None:
     """Refuse to keep a number of experts that the routing kernels of some servers refuse.

@@ -21,6 +21,7 @@ def check_settings(settings: Settings, num_experts: int) -> None:
     keep, method = settings.experts, settings.method
     check_values(settings)
     check_values(method)
+    _check_statistics(settings, num_experts)
     _check_refit(settings)
     most = num_experts * max(1, method.slices)
     if not 1 <= keep <= most:
@@ -38,6 +39,24 @@ def check_settings(settings: Settings, num_experts: int) -> None:
         raise UsageError(
             f"--group-size {method.group_size}: {keep} groups of at most "
             f"{method.group_size} cannot hold {num_experts} experts; use {smallest} or more"
+        )
+
+
+def _check_statistics(settings: Settings, num_experts: int) -> None:
+    """Refuse what statistics of an earlier run do not hold."""
+    if settings.runs_layers:
+        return
+    if settings.method.refit != "none":
+        raise UsageError(
+            f"--refit {settings.method.refit}: a refit needs the activations of all experts on "
+            "the same tokens, which statistics do not hold; leave it out, or give "
+            "--calibration in place of --statistics"
+        )
+    if settings.domain_weights and settings.merges(num_experts):
+        raise UsageError(
+            "--weights: merging compares experts on tokens of the mix that was observed, which "
+            "weights do not change; leave them out, or give a method that drops experts or "
+            "parts of them"
         )
 
 

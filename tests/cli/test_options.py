@@ -14,7 +14,8 @@ from command_line import call
 
 from ream_stream.calibration.config import CalibrationOptions
 from ream_stream.cli import cli
-from ream_stream.compression.config import RunOptions, candidates, settings_for
+from ream_stream.compression.config import RunOptions
+from ream_stream.compression.method_settings import candidates, settings_for
 from ream_stream.evaluation import variants
 from ream_stream.evaluation.config import ComparisonOptions, ScoreOptions
 from ream_stream.evaluation.verify import verify

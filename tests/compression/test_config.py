@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ream_stream.compression.config import PRESETS, RunOptions, check_usage, settings_for
+from ream_stream.compression.config import PRESETS, RunOptions, check_usage
+from ream_stream.compression.method_settings import settings_for
 from ream_stream.errors import UsageError
 from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.settings import Method, options_of

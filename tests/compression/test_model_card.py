@@ -11,7 +11,8 @@ from tiny_runs import run, settings, some_tokens
 from ream_stream.calibration.tokens import joined
 from ream_stream.checkpoint.source_card import hub_name, source_metadata, source_name
 from ream_stream.cli import cli
-from ream_stream.compression.config import RunOptions, settings_for
+from ream_stream.compression.config import RunOptions
+from ream_stream.compression.method_settings import settings_for
 from ream_stream.compression.model_card import with_quality
 from ream_stream.planning.slice_shape import ExpertLayer
 

@@ -35,8 +35,8 @@ from ream_stream.cli.report.figures import (
     standalone,
 )
 from ream_stream.compression import pipeline
+from ream_stream.compression.candidate_plans import expert_layer
 from ream_stream.compression.file_lock import MARK
-from ream_stream.compression.job import expert_layer
 from ream_stream.errors import InterruptedRunError, UsageError
 from ream_stream.evaluation import comparison
 from ream_stream.evaluation.comparison import (

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from ream_stream.calibration.builtin import documents
 from ream_stream.calibration.packing import load_tokenizer
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.cli.demo import CHECKPOINT
-from ream_stream.cli.demo.texts import documents
 from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.multiple_choice import accuracies, make_quiz, read_questions
 

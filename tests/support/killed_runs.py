@@ -47,6 +47,13 @@ VARIANTS = {
         experts=6,
         method=Method(grouping="none", slices=2, refit="down", refit_target="trajectory"),
     ),
+    "observe": Settings(
+        experts=4,
+        method=Method(similarity_tokens=8),
+        sequential=False,
+        observes=True,
+        moments=True,
+    ),
 }
 
 

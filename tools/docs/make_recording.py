@@ -21,9 +21,9 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 
+from ream_stream.calibration.builtin import DOMAINS
 from ream_stream.cli.demo import CHECKPOINT
 from ream_stream.cli.demo.command import FULL, write_texts
-from ream_stream.cli.demo.texts import DOMAINS
 
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "terminal.svg"
 WIDTH = 96

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ream_stream import files
+from ream_stream.calibration.builtin import DOMAINS, documents
 from ream_stream.calibration.packing import load_tokenizer, pack, pack_up_to
 from ream_stream.calibration.tokens import joined
 from ream_stream.cli.console import columns
@@ -26,7 +27,6 @@ from ream_stream.file_access import resolved
 from ream_stream.units import format_seconds, format_size
 
 from . import CHECKPOINT
-from .texts import DOMAINS, documents
 
 SEQUENCE_LENGTH = 256
 METHODS = {"REAM": "ream", "REAP": "reap", "slices": "slices"}

@@ -1,4 +1,4 @@
-"""Text in the three domains of the demo model, none of it from its training.
+"""Text in three domains for trying things out, none of it from the demo model's training.
 
 general are the help topics of ``pydoc``, code is modules of the standard
 library, math is generated. Nothing is downloaded, and equal Python versions

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from ream_stream.cli.demo import CHECKPOINT, problems, texts
+import ream_stream
+from ream_stream.calibration import builtin as texts
+from ream_stream.calibration.builtin import problems
+from ream_stream.calibration.datasets import digest_of, open_documents
+from ream_stream.calibration.mix import BUILTIN_NAMES, parts_of
+from ream_stream.calibration.packing import load_tokenizer
+from ream_stream.calibration.token_cache import read_test_tokens
+from ream_stream.cli.demo import CHECKPOINT
+from ream_stream.errors import UsageError
 
 SPLITS: tuple[texts.Split, ...] = ("calibration", "test")
 
@@ -61,6 +69,43 @@ def test_generated_roots_solve_their_equations():
     assert len(found) > 50
     for slope, sign, offset, right, root in found:
         assert int(slope) * int(root) + int(sign + offset) == int(right)
+
+
+def test_a_built_in_text_is_named_and_its_test_split_is_what_is_predicted():
+    (code, math) = parts_of(["builtin:code", "sums=builtin:math:0.25"])
+    assert (code.name, code.source, code.weight) == ("code", "builtin:code", 1)
+    assert (math.name, math.weight) == ("sums", 0.25)
+    found = open_documents(code, field="text", min_characters=1000)
+    assert [*found] == [t for t in texts.documents("code", "calibration") if len(t) > 1000]
+    held = open_documents(math, field="text", split="test")
+    assert [*held] == texts.documents("math", "test")
+    assert digest_of(code) == digest_of(code) != digest_of(math)
+    # and of eval it is the other split, of which no document is calibrated on
+    tokens = read_test_tokens(
+        [math],
+        CHECKPOINT,
+        vocab_size=None,
+        text_field="text",
+        sequence_length=64,
+        max_tokens=640,
+    )
+    first = load_tokenizer(CHECKPOINT)(held[0])["input_ids"]
+    assert tokens.input_ids_SL.flatten()[: len(first)].tolist() == first
+
+
+@pytest.mark.parametrize("source", ["builtin:poetry", "builtin:"])
+def test_a_built_in_text_that_there_is_not_is_refused_with_those_there_are(source):
+    with pytest.raises(UsageError, match=r"there are builtin:general, builtin:code, builtin:m"):
+        parts_of([source])
+    assert {*BUILTIN_NAMES} == {*texts.DOMAINS}
+
+
+def test_a_mix_of_built_in_texts_is_told_to_be_for_trying_out():
+    mix = [f"builtin:{name}" for name in BUILTIN_NAMES]
+    known = ream_stream.plan(CHECKPOINT, keep="75%", calibration=mix, sequence_length=256)
+    assert known.details["calibration_sequences"] > 300
+    (note,) = [note for note in known.details["notes"] if "built-in" in note]
+    assert "for trying things out only" in note
 
 
 def test_the_packaged_checkpoint_is_whole():
