@@ -189,6 +189,14 @@ def write_chunk(path: Path, pieces: Sequence[memoryview], *, flush: bool) -> Non
             drop_cached(file)  # of what is not on the disk yet this begins the writing
 
 
+def sync_chunk(path: Path, *, drop: bool) -> None:
+    """Sync a file that `write_chunk` wrote, and `drop` it from the page cache."""
+    with open_regular(path) as file:
+        _sync(file.fileno())
+        if drop:
+            drop_cached(file)
+
+
 def write_bytes(path: Path, data: bytes) -> Written:
     """Write a small file."""
     return write_stream(path, [data])
@@ -247,10 +255,7 @@ def publish_directory(partial: Path, path: Path, *, drop: bool = False) -> None:
     """Sync all files of a folder, `drop` them from the page cache, and give it its name."""
     for folder, _, names in os.walk(partial):
         for name in names:
-            with open_regular(Path(folder, name)) as file:
-                _sync(file.fileno())
-                if drop:
-                    drop_cached(file)
+            sync_chunk(Path(folder, name), drop=drop)
         _sync_directory(Path(folder))
     _publish(partial, path)
 

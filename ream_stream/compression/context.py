@@ -13,6 +13,7 @@ from ream_stream.model.finite import CheckedWriter, ExcludedSequences
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
+from ream_stream.ranks import ALONE, Ranks
 
 from .workspace import Workspace
 
@@ -39,6 +40,9 @@ class Context:
     excluded: ExcludedSequences
     """Excluded calibration sequences."""
 
+    ranks: Ranks = ALONE
+    """Processes of the run."""
+
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase."""
 
@@ -53,8 +57,8 @@ class Context:
 
     @property
     def batches(self) -> Batches:
-        """The calibration set in batches."""
-        return Batches(self.tokens, self.plan.schedule.batch_sequences)
+        """The calibration set in batches, of which this process runs its own."""
+        return Batches(self.tokens, self.plan.schedule.batch_sequences, self.ranks)
 
     def hidden_reader(self, boundary: int) -> HiddenStates | None:
         """Open the states that enter a layer; None for the first, which takes embeddings."""
@@ -86,7 +90,9 @@ class Context:
     def _writer(self, path: Path, boundary: int) -> CheckedWriter:
         plan, batch = self.plan, self.plan.schedule.batch_sequences
         drop = plan.drops_states(plan.layers[boundary])
-        writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch, drop=drop)
+        writer = HiddenWriter(
+            path, plan.hidden_shape, plan.dtype, batch, drop=drop, ranks=self.ranks
+        )
         return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 
     def open_batch_store(

@@ -23,6 +23,7 @@ from ream_stream.method.similarity import (
     random_distance,
 )
 from ream_stream.model.experts import StreamedExperts
+from ream_stream.ranks import ALONE, Ranks
 from ream_stream.settings import Method, Settings
 
 from .observer import Observer, TokenSample
@@ -64,7 +65,7 @@ def saliencies(
     return saliency(observer.sums.total()), of_domains if len(domains) > 1 else {}
 
 
-def ranks(groups: Sequence[Sequence[int]]) -> list[int]:
+def slice_numbers(groups: Sequence[Sequence[int]]) -> list[int]:
     """Return the number of each new expert among the slices of its source expert."""
     first: dict[int, int] = {}
     return [n - first.setdefault(group[0], n) for n, group in enumerate(groups)]
@@ -125,13 +126,18 @@ def alignment_orders(
     sample: TokenSample | None,
     threads: int,
     member_done: Callable[[int, int], None] = lambda _done, _total: None,
+    ranks: Ranks = ALONE,
 ) -> dict[int, Matched]:
     """Return, for every member that joins a centroid, the order its neurons take.
 
-    `member_done` is told how many members are done, and how many there are.
+    `member_done` is told how many members are done, and how many there are. Each of several
+    ranks looks at its share of them.
     """
     alignment = ALIGNMENTS[method.alignment]
-    pairs = [(group[0], member) for group in decision.groups for member in group[1:]]
+    every = [(group[0], member) for group in decision.groups for member in group[1:]]
+    # in a row: a centroid is loaded once for its members
+    first, stop = (len(every) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+    pairs = every[first:stop]
     hidden_nH = (
         sample.spread(method.alignment_tokens) if sample and alignment.activations else None
     )
@@ -155,4 +161,4 @@ def alignment_orders(
     for (_, member), matched in zip(pairs, found, strict=True):
         orders[member] = matched
         member_done(len(orders), len(pairs))
-    return orders
+    return {member: found for part in ranks.gather(orders) for member, found in part.items()}

@@ -31,6 +31,7 @@ from ream_stream.planning.schedule import Begun, Budgets
 from ream_stream.planning.serving_limits import check_served
 from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.planning.throughput import Forecast, forecast
+from ream_stream.ranks import ALONE, Ranks
 from ream_stream.settings import Settings
 
 from .config import RunOptions, candidates, check_usage, settings_for
@@ -65,6 +66,9 @@ class Job:
     gpu: Gpu | None = None
     """GPU that is planned for by its data sheet."""
 
+    ranks: tuple[int, int] = (1, 1)
+    """Processes of the run, and those of them on this machine."""
+
     unused_gpu: str | None = None
     """Note on a GPU of this machine that ``--device auto`` could not choose."""
 
@@ -96,6 +100,7 @@ def prepare(
     with_data: bool = True,
     report: Report = no_report,
     gpu: Gpu | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Work out what the options come to.
 
@@ -108,6 +113,8 @@ def prepare(
         end after their headers.
     report
         Told each part as `Preparing`.
+    ranks
+        Processes of the run, which share what their machine has.
 
     Raises
     ------
@@ -117,7 +124,7 @@ def prepare(
     check_usage(options)
     report(Preparing(part="reading headers"))
     checkpoint = open_checkpoint(options.source, with_data=with_data and options.remote is None)
-    device, budgets = _machine(options, gpu, plans_only=not with_data)
+    device, budgets = _machine(options, gpu, ranks.local_size, plans_only=not with_data)
     workspace = _workspace(options)
     if options.remote is not None and workspace is not None:
         checkpoint = streamed(checkpoint, options.remote, workspace.streamed)
@@ -140,6 +147,7 @@ def prepare(
         method=asked.method if isinstance(asked.method, str) else "",
         reason=reason,
         gpu=gpu,
+        ranks=(ranks.size, ranks.local_size),
         unused_gpu=_unused_gpu(options, device),
     )
     job = _with_tokens(job, wanted, report)
@@ -270,7 +278,7 @@ def expert_layer(checkpoint: Checkpoint, *, decodes: bool = False) -> ExpertLaye
 
 
 def _machine(
-    options: RunOptions, gpu: Gpu | None, *, plans_only: bool
+    options: RunOptions, gpu: Gpu | None, processes: int, *, plans_only: bool
 ) -> tuple[torch.device, Budgets]:
     """Return device and budgets: of this machine, or of one with a named GPU."""
     if gpu is None:
@@ -278,7 +286,11 @@ def _machine(
     else:
         device, vram = _planned_device(options, gpu)
     elsewhere = gpu is not None
-    return device, Budgets.of(options.ram, disk=options.disk, vram=vram, elsewhere=elsewhere)
+    if vram is not None and options.vram is None and str(device) != device.type:
+        vram //= processes  # which all use the GPU that was named
+    return device, Budgets.of(
+        options.ram, disk=options.disk, vram=vram, elsewhere=elsewhere, processes=processes
+    )
 
 
 def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:

@@ -14,7 +14,7 @@ import torch
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.shards import write_shard
-from ream_stream.errors import NumbersError, OverBudgetError
+from ream_stream.errors import DeviceFullError, NumbersError, OverBudgetError, RankError
 from ream_stream.events import (
     BatchHalved,
     Finished,
@@ -28,6 +28,8 @@ from ream_stream.host_memory import Gauge, gauge, return_freed_memory
 from ream_stream.model.device import peak_bytes, release, restart_peak
 from ream_stream.model.finite import ExcludedSequences
 from ream_stream.planning.plan import LayerPlan, Plan
+from ream_stream.planning.schedule import Schedule
+from ream_stream.ranks import ALONE, Ranks
 
 from .context import Context
 from .finalize import check_names, output_files, write_rest
@@ -62,6 +64,7 @@ def compress(
     *,
     device: torch.device,
     report: Report = no_report,
+    ranks: Ranks = ALONE,
 ) -> Finished:
     """Compress the planned checkpoint, or go on with it.
 
@@ -71,6 +74,9 @@ def compress(
         The run, from `planning.make_plan`, its calibration set, and its folders, locked.
     device, report
         Where layers are run; what is called with each event.
+    ranks
+        Processes that do it together, each with its own `workspace` and `device`. Rank 0 alone
+        holds the lock, opens what is there and commits.
 
     Raises
     ------
@@ -79,18 +85,23 @@ def compress(
     InterruptedRunError
         `report` asked to stop; what was committed stays.
     """
-    plan, journal = _begin(plan, tokens, workspace, report)
+    begun: tuple[Schedule, Journal, bool] | None = None
+    if ranks.is_first:
+        plan, journal = _begin(plan, tokens, workspace, report)
+        begun = plan.schedule, journal, workspace.is_complete()
+    schedule, journal, complete = ranks.broadcast(begun)
+    plan = replace(plan, schedule=schedule)
     report(Started(layers=len(plan.layers), committed=len(journal.layers)))
     if plan.budgets.trims_heap:
         return_freed_memory()
     seconds, peak_device_bytes = dict[str, float](), 0
-    complete = workspace.is_complete()
     with gauge() as meter:
         if len(journal.layers) < len(plan.layers):
             plan.fetcher.evict_after(len(journal.layers) - 1)
             plan.fetcher.fetch_outside()
             with ExitStack() as stack:
                 context = _open(plan, tokens, workspace, journal, device, stack)
+                context.ranks = ranks
                 for layer in plan.layers[len(journal.layers) :]:
                     plan.fetcher.fetch(layer.keys.index)
                     done = _layer_that_fits(context, layer, journal, meter, report)
@@ -98,7 +109,7 @@ def compress(
                     report(done)
                     plan.fetcher.evict_after(layer.keys.index)
                 seconds = context.seconds
-        if not complete:
+        if not complete and ranks.is_first:
             start = time.perf_counter()
             plan.fetcher.fetch_outside()
             _finish(plan, tokens, workspace, journal)
@@ -212,16 +223,31 @@ def _layer_that_fits(
     Nothing of the layer is committed by then, so it begins again. The journal gets the
     smaller batch first: it decides last bits, so a run that goes on must keep it.
     """
+    several = context.ranks.size > 1
     while True:
+        schedule = context.plan.schedule
         try:
             return _layer(context, layer, journal, meter, report)
+        except RankError as error:
+            if context.ranks.is_first and error.kind == DeviceFullError.__name__:
+                journal.schedule = schedule.halved()
+                context.workspace.save(journal)
+            raise
         except torch.OutOfMemoryError as error:
-            schedule = context.plan.schedule
             if schedule.batch_sequences == 1 and not schedule.resident_experts:
                 raise OverBudgetError(
                     f"layer {layer.keys.index} does not fit the device with one sequence at a "
                     f"time ({str(error).splitlines()[0]}); run it with shorter sequences "
                     "(--sequence-length) or --device cpu"
+                ) from error
+            if several:  # the others are in the middle of it
+                if context.ranks.is_first:
+                    journal.schedule = schedule.halved()
+                    context.workspace.save(journal)
+                raise DeviceFullError(
+                    f"layer {layer.keys.index} does not fit the device "
+                    f"({str(error).splitlines()[0]}): start all ranks again to go on with half "
+                    "as much at once"
                 ) from error
         # here and not above: the error's traceback holds what was on the device
         release(context.source.device)
@@ -248,7 +274,7 @@ def _layer(
     try:
         result = compress_layer(context, layer, report)
     except NumbersError as error:
-        if error.file in journal.source.shards:
+        if context.ranks.is_first and error.file in journal.source.shards:
             # a better one is welcome: only what was read of it must be the same
             shards = {n: s for n, s in journal.source.shards.items() if n != error.file}
             journal.source = replace(journal.source, shards=shards)
@@ -256,6 +282,7 @@ def _layer(
         raise
     plan.source.check_unchanged(layer.keys.names)
     decision = result.decision
+    context.ranks.agree(f"layer {index}", (decision, result.refitted))
     is_last = index == len(plan.layers) - 1
     known = {number for done in journal.layers for number in done.excluded}
     record = LayerRecord(
@@ -274,10 +301,11 @@ def _layer(
     )
     journal.layers.append(record)
     journal.read.update((part, dict(read)) for part, read in result.read.items())
-    context.workspace.save(journal)
-    files.remove(context.workspace.hidden(index))
-    if plan.tracks_original:
-        files.remove(context.workspace.original(index))
+    if context.ranks.is_first:
+        context.workspace.save(journal)
+        files.remove(context.workspace.hidden(index))
+        if plan.tracks_original:
+            files.remove(context.workspace.original(index))
     groups = decision.groups if decision else ()
     return LayerDone(
         layer=index,

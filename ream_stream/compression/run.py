@@ -11,12 +11,14 @@ from ream_stream import files
 from ream_stream.calibration.token_cache import store
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, of_system
-from ream_stream.events import Event, Report, TakenOver, no_report
+from ream_stream.events import Event, Finished, Report, TakenOver, no_report
+from ream_stream.ranks import ALONE, Ranks
 
 from .event_log import Log
 from .job import Job
 from .pipeline import compress
 from .plan_facts import plan_facts
+from .shared_job import check_shared
 from .workspace import Workspace
 
 
@@ -68,6 +70,7 @@ def run(
     command: str | None = None,
     restart: bool = False,
     keep_work: bool = True,
+    ranks: Ranks = ALONE,
 ) -> CompressionResult:
     """Carry out a job.
 
@@ -79,6 +82,8 @@ def run(
         Is told what happens; it may raise `InterruptedRunError`.
     command, restart, keep_work
         As in `evaluation.api.compress`.
+    ranks
+        Processes that carry it out together, each with its own job.
 
     Raises
     ------
@@ -88,6 +93,12 @@ def run(
     workspace, start = job.workspace, time.monotonic()
     if workspace is None or job.tokens is None:
         raise ValueError("a run needs an output and calibration tokens")
+    if not ranks.is_first:
+        check_shared(workspace, ranks)
+        finished = compress(
+            job.plan, job.tokens, workspace, device=job.device, report=report, ranks=ranks
+        )
+        return _result(workspace, finished, plan_facts(job), start)
     with ExitStack() as stack:
         left_by = stack.enter_context(workspace.locked())
         _make_ready(job, workspace, job.tokens, restart=restart)
@@ -105,10 +116,19 @@ def run(
         with _logged_end(log, command or "the same call"):
             if left_by is not None:
                 tell(TakenOver(previous=left_by))
+            check_shared(workspace, ranks)
             plan, tokens, device = job.plan, job.tokens, job.device
-            finished = compress(plan, tokens, workspace, device=device, report=tell)
+            finished = compress(
+                plan, tokens, workspace, device=device, report=tell, ranks=ranks
+            )
         if not keep_work:
             workspace.clean()
+    return _result(workspace, finished, known, start)
+
+
+def _result(
+    workspace: Workspace, finished: Finished, known: Mapping[str, Any], start: float
+) -> CompressionResult:
     return CompressionResult(
         output=workspace.output,
         source_bytes=finished.source_bytes,

@@ -8,6 +8,7 @@ may be moved, and what else is in a work folder is somebody's and stays.
 
 import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ class Workspace:
 
     work: Path
     """Folder of the journal: `home`, or a folder elsewhere that may hold other files."""
+
+    rank: int = 0
+    """Number of this process among those of the run."""
 
     @property
     def home(self) -> Path:
@@ -97,8 +101,21 @@ class Workspace:
         return self.data / f"statistics-{layer:05d}.safetensors"
 
     def scratch(self, name: str) -> Path:
-        """Return a folder that no journal names: what is in it serves one layer only."""
-        return self.data / f"scratch-{name}"
+        """Return a folder that no journal names: what is in it serves one layer only.
+
+        Each rank has its own.
+        """
+        own = f"-{self.rank}" if self.rank else ""
+        return self.data / f"scratch-{name}{own}"
+
+    def nonce(self) -> str:
+        """Return a part of a `scratch` name that was never used."""
+        return secrets.token_hex(8)
+
+    @property
+    def staged(self) -> Path:
+        """A folder as `scratch`, but of all ranks: a layer before its refit."""
+        return self.data / "scratch-layer"
 
     def is_complete(self) -> bool:
         """Tell whether the output is whole: its manifest is the last file written."""

@@ -16,12 +16,15 @@ import torch
 
 from ream_stream.checkpoint import hub
 from ream_stream.compression.config import RunOptions
-from ream_stream.compression.job import prepare
+from ream_stream.compression.job import Job, prepare
 from ream_stream.compression.plan_facts import plan_facts
 from ream_stream.compression.run import CompressionResult, run
+from ream_stream.compression.shared_job import check_ranks, shared_job
 from ream_stream.errors import UsageError
 from ream_stream.events import Fetching, Planned, Report, no_report
 from ream_stream.planning.gpus import gpu_named
+from ream_stream.rank_group import expected, joined
+from ream_stream.ranks import Ranks
 from ream_stream.settings import Method, Settings, given_options
 
 from .config import ScoreOptions
@@ -98,6 +101,7 @@ def plan(
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
     card = None if gpu is None else gpu_named(gpu)
     asked, remote = _located(source, output, {**given, **options})
+    ranks = expected()
     with _threads_kept():
         job = prepare(
             asked,
@@ -105,7 +109,9 @@ def plan(
             with_data=with_data and remote is None,
             report=report,
             gpu=card,
+            ranks=ranks,
         )
+        check_ranks(job.plan, ranks)
     found = job.plan
     return PlanResult(
         settings=found.settings,
@@ -163,23 +169,48 @@ def compress(
         The class says why; what was committed stays, and the same call goes on.
     """
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
-    asked, remote = _located(source, output, {**given, **options})
-    if not asked.calibration:
-        raise UsageError("say what to run the model on: --calibration")
-    with _threads_kept():
-        if remote is not None and not asked.stream:
-            # what cannot be done is refused before anything large is fetched
-            prepare(replace(asked, calibration=()), restart=restart, with_data=False)
-            asked = replace(asked, source=_fetched(remote, report))
-        job = prepare(asked, restart=restart, report=report)
+    with _threads_kept(), joined() as ranks:
+        prepared = None
+        if ranks.is_first:
+            prepared = _prepared(source, output, {**given, **options}, restart, report, ranks)
+        job = shared_job(prepared, ranks)
         report(Planned(facts=plan_facts(job), layer_bytes=job.layer_bytes))
-        result = run(job, report=report, command=command, restart=restart, keep_work=keep_work)
-    if text is None:
+        result = run(
+            job,
+            report=report,
+            command=command,
+            restart=restart,
+            keep_work=keep_work,
+            ranks=ranks,
+        )
+    if text is None or not ranks.is_first:
         return result
-    against = None if asked.stream else asked.source
+    asked = RunOptions.of(source=Path(source), output=output, **{**given, **options})
+    against = None if asked.stream else job.plan.source.folder
     alike = {name: getattr(asked, name) for name in _MEASURED_ALIKE}
     scores = evaluate(result.output, text=text, against=against, report=report, **alike)
     return replace(result, quality=scores.facts())
+
+
+def _prepared(
+    source: str | Path,
+    output: str | Path,
+    values: Mapping[str, Any],
+    restart: bool,
+    report: Report,
+    ranks: Ranks,
+) -> Job:
+    """Return a job that may begin, with its source on this machine unless that is streamed."""
+    asked, remote = _located(source, output, values)
+    if not asked.calibration:
+        raise UsageError("say what to run the model on: --calibration")
+    if remote is not None and not asked.stream:
+        # what cannot be done is refused before anything large is fetched
+        prepare(replace(asked, calibration=()), restart=restart, with_data=False)
+        asked = replace(asked, source=_fetched(remote, report))
+    job = prepare(asked, restart=restart, report=report, ranks=ranks)
+    check_ranks(job.plan, ranks)
+    return job
 
 
 _MEASURED_ALIKE = ("text_field", "sequence_length", "device", "compute_dtype", "ram")

@@ -1,0 +1,417 @@
+"""Ranks connected by torch.distributed: gloo carries tensors, torchrun's store all else.
+
+Whoever waits for a rank waits at the store, a second at a time, and looks there whether the
+others live and whether one has told why it ended. Only when both sides have come is anything
+transferred, so that no wait is without bounds and none is left to gloo, which cannot be woken.
+
+torch.distributed is imported only where WORLD_SIZE tells of several processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import InterruptedRunError, RankError, ReamStreamError, UsageError, of_system
+from .rank_bytes import byte_pieces
+from .rank_heartbeat import BEAT_SECONDS, SILENT_SECONDS, Heartbeat, SilenceWatch
+from .ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+JOIN_SECONDS = 50.0
+"""Seconds that ranks wait for all to come at the start, and for one transfer."""
+
+_LEAVE_SECONDS = 5.0
+_GO_ON = "nothing committed is lost, start all ranks again to go on"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _End:
+    """Why a rank ended, as it told the others."""
+
+    rank: int
+    message: str
+    kind: str
+    status: int
+    then: str | None
+    interrupted: bool
+
+
+def distributed() -> Any:  # noqa: ANN401 - its parts are not typed
+    """Return torch.distributed, which a single process does not import."""
+    return import_module("torch.distributed")
+
+
+def expected(environment: Mapping[str, str] | None = None) -> Ranks:
+    """Return the processes that `joined` would join, which are not connected.
+
+    Raises
+    ------
+    UsageError
+        Variables are missing or no numbers.
+    """
+    known = os.environ if environment is None else environment
+    ranks = Ranks()
+    if known.get("WORLD_SIZE", "1") != "1":
+        ranks.rank, ranks.size = _number(known, "RANK"), _number(known, "WORLD_SIZE")
+        ranks.local_rank = _number(known, "LOCAL_RANK", "0")
+        ranks.local_size = _number(known, "LOCAL_WORLD_SIZE", "1")
+        if ranks.rank >= ranks.size:
+            raise UsageError(
+                f"RANK is {ranks.rank} and WORLD_SIZE {ranks.size}: ranks go from 0 to "
+                f"{ranks.size - 1}"
+            )
+    return ranks
+
+
+def _number(known: Mapping[str, str], name: str, default: str = "") -> int:
+    value = known.get(name, default)
+    if not value.isdecimal():
+        raise UsageError(
+            f"WORLD_SIZE is {known['WORLD_SIZE']!r} and {name} is {value!r}: start all "
+            "processes with torchrun, or set its variables"
+        )
+    return int(value)
+
+
+@contextmanager
+def joined(environment: Mapping[str, str] | None = None) -> Iterator[Ranks]:
+    """Join the processes that torchrun, or whoever sets its variables, started.
+
+    An error of the block is told to the others, which end with it.
+
+    Parameters
+    ----------
+    environment
+        Variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
+        None for those of this process.
+
+    Yields
+    ------
+    Ranks
+        `ALONE` where WORLD_SIZE is absent or 1.
+
+    Raises
+    ------
+    UsageError
+        Variables are missing or no numbers.
+    RankError
+        Not all ranks came, or one died; the message names it.
+    """
+    known = os.environ if environment is None else environment
+    if known.get("WORLD_SIZE", "1") == "1":
+        yield ALONE
+        return
+    ranks = _connect(known)
+    try:
+        yield ranks
+        ranks.gather(None)
+    except BaseException as error:
+        ranks.tell_end(error)
+        raise
+    finally:
+        ranks.leave()
+
+
+def _connect(known: Mapping[str, str]) -> ConnectedRanks:
+    """Connect to the store and to all ranks."""
+    told, port = expected(known), _number(known, "MASTER_PORT")
+    address = known.get("MASTER_ADDR", "127.0.0.1")
+    # torchrun's agent has one; else it is in the process of rank 0
+    hosts = told.is_first and known.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = distributed().TCPStore(
+            address,
+            port,
+            told.size,
+            hosts,
+            timeout=timedelta(seconds=JOIN_SECONDS),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, OSError) as error:
+        raise RankError(
+            f"rank {told.rank} of {told.size} ({socket.gethostname()}) reaches no store at "
+            f"{address}:{port}: is rank 0 running there, and is the port free?"
+        ) from error
+    start = (
+        f"{known.get('TORCHELASTIC_RUN_ID', '')}/{known.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    )
+    # each group of one process has names of its own
+    session = store.add(f"ream-stream/{start}/{told.rank}", 1)
+    return ConnectedRanks(store, f"ream-stream/{start}/{session}/", told, hosts=hosts)
+
+
+class ConnectedRanks(Ranks):
+    """Several processes, as one of them sees them; from `joined`.
+
+    Parameters
+    ----------
+    store
+        Store that all ranks reach.
+    prefix
+        Beginning of all keys of this group.
+    told
+        Numbers of this process.
+    hosts
+        Whether the store ends with this process.
+    """
+
+    def __init__(self, store: Any, prefix: str, told: Ranks, *, hosts: bool) -> None:  # noqa: ANN401
+        dist = distributed()
+        self.rank, self.size = told.rank, told.size
+        self.local_rank, self.local_size = told.local_rank, told.local_size
+        self.sent_bytes = 0
+        self._root, self._hosts = store, hosts
+        self._store: Any = dist.PrefixStore(prefix, store)
+        self._gathered = 0
+        self._channels = 0
+        self._passed: dict[int, int] = {}
+        self._pending: dict[int, tuple[list[Any], list[Tensor]]] = {}
+        self._failed: BaseException | None = None
+        self.names = [str(number) for number in range(self.size)]
+        self._heartbeat = Heartbeat(
+            dist.PrefixStore(prefix, store.clone()), self.rank, self.size
+        )
+        self._heartbeat.start()
+        try:
+            host = socket.gethostname()
+            found = self.gather((host, os.getpid()))
+            self.names = [
+                f"{number} ({name}, process {pid})" for number, (name, pid) in enumerate(found)
+            ]
+            self._gloo: Any = dist.ProcessGroupGloo(
+                dist.PrefixStore("gloo", self._store),
+                self.rank,
+                self.size,
+                timeout=timedelta(seconds=JOIN_SECONDS),
+            )
+        except BaseException:
+            self._heartbeat.stop()
+            raise
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks in their order; none goes on before all have come."""
+        number, self._gathered = self._gathered, self._gathered + 1
+        self._set(f"gather/{number}/{self.rank}", pickle.dumps(value))
+        found = []
+        for rank in range(self.size):
+            key = f"gather/{number}/{rank}"
+            self._wait(key, rank)
+            found.append(value if rank == self.rank else pickle.loads(self._store.get(key)))
+        if number > 1:  # all have come to the next, so all have read it
+            self._store.delete_key(f"gather/{number - 2}/{self.rank}")
+        return found
+
+    def broadcast(self, value: T | None) -> T:
+        """Return the value of rank 0, which is not None; those of the others do not matter."""
+        found: list[Any] = self.gather(value if self.is_first else None)
+        first: T = found[0]
+        return first
+
+    def broadcast_tensors(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Overwrite tensors with those of rank `source`."""
+        self._settle()
+        self.gather(None)
+        options = distributed().BroadcastOptions()
+        options.rootRank = source
+        for piece, back in byte_pieces(tensors, fill=self.rank == source):
+            with self._transferring(source):
+                self._gloo.broadcast([piece], options).wait()
+            if self.rank == source:
+                self.sent_bytes += piece.numel() * (self.size - 1)
+            else:
+                back()
+
+    def agree(self, what: str, value: object) -> None:
+        """Make sure that all ranks came to the same value."""
+        found = self.gather(hashlib.sha256(repr(value).encode()).hexdigest())
+        others = [self.names[rank] for rank, each in enumerate(found) if each != found[0]]
+        if others:
+            raise RankError(
+                f"{what}: rank {', rank '.join(others)} came to something else than rank "
+                f"{self.names[0]}; all machines must have the same processors or GPUs, versions "
+                "and number of threads"
+            )
+
+    def channel(self) -> int:
+        """Return the number of a new channel; what is sent on one arrives in order."""
+        self._channels += 1
+        return self._channels
+
+    def send(self, tensors: Sequence[Tensor], target: int, channel: int) -> None:
+        """Send tensors, which must not change before they are received again."""
+        works, kept = [], []
+        for piece, _ in byte_pieces(tensors, fill=True):
+            with self._transferring(target):
+                works.append(self._gloo.send([piece], target, channel))
+            kept.append(piece)
+            self.sent_bytes += piece.numel()
+        self._pending[tensors[0].data_ptr()] = works, kept
+        self._set(f"sent/{target}/{channel}/{self._next(-channel)}", b"")
+
+    def receive(self, tensors: Sequence[Tensor], source: int, channel: int) -> None:
+        """Overwrite tensors with those that rank `source` sent."""
+        self._sent(tensors[0].data_ptr(), source)
+        key = f"sent/{self.rank}/{channel}/{self._next(channel)}"
+        self._wait(key, source)
+        self._store.delete_key(key)
+        for piece, back in byte_pieces(tensors, fill=False):
+            with self._transferring(source):
+                self._gloo.recv([piece], source, channel).wait()
+            back()
+
+    def tell_end(self, error: BaseException) -> None:
+        """Tell the others why this rank ends, unless another did before."""
+        self._failed = error
+        if isinstance(error, RankError) and error.known:
+            return
+        known = error if isinstance(error, ReamStreamError) else None
+        if known is None and isinstance(error, Exception):
+            known = of_system(error)
+        told = _End(
+            rank=self.rank,
+            message=str(known or f"{type(error).__name__}: {error}"),
+            kind=type(known or error).__name__,
+            status=known.exit_status if known else 1,
+            then=known.then if known else None,
+            interrupted=isinstance(error, InterruptedRunError),
+        )
+        with suppress(Exception):  # whoever cannot be told finds out by itself
+            self._store.compare_set("end", "", pickle.dumps(told).hex())
+
+    def leave(self) -> None:
+        """Part from the others; who hosts the store waits until they have heard all."""
+        with suppress(Exception):
+            if self._failed is None:
+                self._settle()
+        self._gloo = None
+        self._heartbeat.stop()
+        with suppress(Exception):
+            self._store.set(f"left/{self.rank}", b"")
+            if self._hosts:
+                until = time.monotonic() + _LEAVE_SECONDS
+                keys = [f"left/{rank}" for rank in range(self.size)]
+                while not self._store.check(keys) and time.monotonic() < until:
+                    time.sleep(0.05)
+
+    def _set(self, key: str, value: bytes) -> None:
+        try:
+            self._store.set(key, value)
+        except RuntimeError as error:
+            raise self._lost_store() from error
+
+    def _wait(self, key: str, rank: int) -> None:
+        """Wait until a rank has set a key.
+
+        Raises
+        ------
+        RankError
+            A rank ended or died meanwhile.
+        """
+        watch = self._heartbeat.watch()
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=BEAT_SECONDS))
+            except RuntimeError as error:
+                if not _is_timeout(error):
+                    raise self._lost_store() from error
+            else:
+                return
+            self._check(watch)
+
+    def _check(self, watch: SilenceWatch) -> None:
+        """Raise why another rank ended, if one did."""
+        try:
+            told = self._store.check(["end"])
+            silent = watch.silent()
+        except RuntimeError as error:
+            raise self._lost_store() from error
+        if told:
+            raise self._ended(pickle.loads(bytes.fromhex(self._store.get("end").decode())))
+        if silent:
+            raise self._dead(silent)
+
+    def _ended(self, end: _End) -> ReamStreamError:
+        if end.interrupted:
+            told = InterruptedRunError(
+                end.message, then=end.then, signal_number=end.status - 128
+            )
+            told.told = not self.is_first
+            return told
+        return RankError(
+            f"rank {self.names[end.rank]} ended: {end.message}",
+            then=end.then,
+            exit_status=end.status,
+            kind=end.kind,
+            known=True,
+            told=not self.is_first,
+        )
+
+    def _dead(self, silent: Sequence[int]) -> RankError:
+        names = ", rank ".join(self.names[rank] for rank in silent)
+        living = [rank for rank in range(self.size) if rank not in silent]
+        return RankError(
+            f"rank {names} gave no sign of life for {SILENT_SECONDS:.0f} s: it was killed, or "
+            f"its machine or network failed; {_GO_ON}",
+            known=True,
+            told=self.rank != min(living, default=self.rank),
+        )
+
+    def _lost_store(self) -> RankError:
+        return RankError(
+            f"rank {self.names[self.rank]} has lost the store of the ranks: rank "
+            f"{self.names[0]} or its launcher ended, or the network failed; {_GO_ON}",
+            known=True,
+        )
+
+    @contextmanager
+    def _transferring(self, other: int) -> Iterator[None]:
+        """Say which rank ended if a transfer fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            watch = self._heartbeat.watch()
+            until = time.monotonic() + SILENT_SECONDS + 2 * BEAT_SECONDS
+            while time.monotonic() < until:
+                self._check(watch)
+                time.sleep(BEAT_SECONDS / 4)
+            reason = " ".join(str(error).split())[:200]
+            raise RankError(
+                f"a transfer between rank {self.names[self.rank]} and rank {self.names[other]} "
+                f"failed ({reason}); {_GO_ON}"
+            ) from error
+
+    def _next(self, way: int) -> int:
+        """Return how many messages went a way before: on a channel, or negative, from it."""
+        number = self._passed.get(way, 0)
+        self._passed[way] = number + 1
+        return number
+
+    def _sent(self, key: int, other: int) -> None:
+        """Wait until what was sent of some tensors is gone."""
+        works, _ = self._pending.pop(key, ([], []))
+        for work in works:
+            with self._transferring(other):
+                work.wait()
+
+    def _settle(self) -> None:
+        for key in list(self._pending):
+            self._sent(key, (self.rank + 1) % self.size)
+
+
+def _is_timeout(error: RuntimeError) -> bool:
+    """Tell whether the store answered that it has no such key yet."""
+    return isinstance(error, distributed().DistStoreError) and "timeout" in str(error).lower()
