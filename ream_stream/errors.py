@@ -5,7 +5,7 @@ wrong, where, and what to do. A status that is not listed here means failure.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,15 +91,15 @@ class RankError(ReamStreamError):
         then: str | None = None,
         exit_status: int = 1,
         kind: str = "",
-        known: bool = False,
+        dead: Sequence[int] = (),
         told: bool = False,
     ) -> None:
         super().__init__(message, then=then)
         self.exit_status = exit_status
         self.kind = kind
         """Name of the class of the error that the other rank ended with; empty if it died."""
-        self.known = known
-        """Whether the other ranks find it out by themselves."""
+        self.dead = dead
+        """Ranks that gave no sign of life."""
         self.told = told
 
 

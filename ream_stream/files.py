@@ -180,8 +180,8 @@ def write_stream(
 def write_chunk(path: Path, pieces: Sequence[memoryview], *, flush: bool) -> None:
     """Write a file of a folder that `publish_directory` will sync, or that is scratch.
 
-    Missing folders are made; a file that is there, of the same size, is written over.
-    `flush` lets the kernel begin to write to the disk; nothing waits for it.
+    Missing folders are made; a file of the same size is written over. `flush` lets the kernel
+    begin to write to the disk; nothing waits for it.
     """
     _put(path, pieces)
     if flush:
@@ -286,10 +286,7 @@ def remove_empty(path: Path) -> None:
 
 @contextmanager
 def open_log(path: Path, older: Path) -> Iterator[FileIO]:
-    """Open a log for `append`, for the length of the block.
-
-    A large one is put aside as `older` first, in place of the one that was there.
-    """
+    """Open a log for `append`, for the block; a large one is put aside as `older` first."""
     if (regular_size(path) or 0) > LOG_BYTES:
         _replace(path, older)
     file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)

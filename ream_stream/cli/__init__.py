@@ -8,7 +8,7 @@ Results go to stdout, progress and everything said along the way to stderr.
 import click
 
 from ream_stream import __version__
-from ream_stream.ranks import is_other_rank
+from ream_stream.model.ranks.group import is_other_rank
 
 from .clean import clean
 from .compare import compare, sweep

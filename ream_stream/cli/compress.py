@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from ream_stream.compression.config import RunOptions
-from ream_stream.ranks import is_other_rank
 from ream_stream.settings import Method, Settings
 
 from .options import options_for
@@ -79,8 +78,6 @@ def compress(
         from ream_stream.evaluation import api
 
         from .run import following, say_start, say_summary
-    if dry_run and is_other_rank():
-        return
     if dry_run:
         with following(shown) as report:
             planned = api.plan(

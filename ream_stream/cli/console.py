@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ream_stream.ranks import is_other_rank
+from ream_stream.model.ranks.group import is_other_rank
 from ream_stream.units import format_seconds
 from ream_stream.untrusted import MOST_CHARACTERS, printable
 

@@ -11,9 +11,9 @@ from ream_stream.model.batch_store import BatchStore, open_batch_store
 from ream_stream.model.batches import Batches
 from ream_stream.model.finite import CheckedWriter, ExcludedSequences
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
-from ream_stream.ranks import ALONE, Ranks
 
 from .workspace import Workspace
 

@@ -26,9 +26,9 @@ from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.expert_blocks import cut_experts
 from ream_stream.model.experts import BlockState, InnerListener, StreamedExperts
 from ream_stream.model.finite import ExcludedSequences
+from ream_stream.model.ranks.group import ALONE, Ranks, in_turn
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.plan import Plan
-from ream_stream.ranks import ALONE, Ranks, in_turn
 
 from .decision import Decision, saliencies
 from .observer import Observer
@@ -199,18 +199,14 @@ def choose_slices(
 
     Parameters
     ----------
-    plan
-        Plan of the run.
-    observer
-        Observer of the layer, for the saliencies that are reported.
+    plan, observer
+        Plan of the run; observer of the layer, for the saliencies that are reported.
     grams
         Sums of activations by expert.
     experts, tensors, layer
         Experts of the open source layer, its tensors, and its position.
-    expert_done
-        Called with the number of experts done, and in all.
-    ranks
-        Processes that each look at their share of the experts.
+    expert_done, ranks
+        Called with the number of experts done, and in all; processes that share the experts.
 
     Raises
     ------
@@ -230,7 +226,7 @@ def choose_slices(
         for path in removal_paths(loaded, threads=plan.schedule.threads):
             own.append(path)
             expert_done(len(own), len(ranks.own(stack.count)))
-        paths = in_turn(ranks.gather(own), stack.count)
+        paths = [RemovalPath(order_I=o, error_I=e) for o, e in _of_all(own, stack.count, ranks)]
         score_EC = torch.stack([slice_scores(p.error_I, slices, width) for p in paths])
         kept = slices_kept(score_EC, settings.experts, routing_groups=plan.routing_groups)
     except ValueError as error:
@@ -249,3 +245,13 @@ def choose_slices(
         },
         score_EC=score_EC,
     )
+
+
+def _of_all(
+    own: Sequence[RemovalPath], count: int, ranks: Ranks
+) -> list[tuple[Tensor, Tensor]]:
+    """Return orders and errors of all experts, of which each rank gives its own."""
+    parts = ranks.gather_tensors(
+        [each for path in own for each in (path.order_I, path.error_I)]
+    )
+    return in_turn([list(zip(part[::2], part[1::2], strict=True)) for part in parts], count)

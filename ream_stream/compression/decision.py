@@ -6,6 +6,7 @@ Letters in shapes: n sampled tokens, E experts, H hidden, I inner.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ream_stream.checkpoint.expert_stack import Tensors
@@ -23,7 +24,7 @@ from ream_stream.method.similarity import (
     random_distance,
 )
 from ream_stream.model.experts import StreamedExperts
-from ream_stream.ranks import ALONE, Ranks
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.settings import Method, Settings
 
 from .observer import Observer, TokenSample
@@ -161,4 +162,18 @@ def alignment_orders(
     for (_, member), matched in zip(pairs, found, strict=True):
         orders[member] = matched
         member_done(len(orders), len(pairs))
-    return {member: found for part in ranks.gather(orders) for member, found in part.items()}
+    return _of_all(orders, ranks)
+
+
+def _of_all(own: Mapping[int, Matched], ranks: Ranks) -> dict[int, Matched]:
+    """Return what all ranks found, in the order of ranks."""
+    costs = [[member, found.kept, found.least] for member, found in own.items()]
+    told = [
+        torch.tensor(costs, dtype=torch.float64),
+        *(found.order_I for found in own.values()),
+    ]
+    found = {}
+    for cost_n3, *orders in ranks.gather_tensors(told):
+        for (member, kept, least), order_I in zip(cost_n3.tolist(), orders, strict=True):
+            found[int(member)] = Matched(order_I, kept, least)
+    return found

@@ -23,6 +23,7 @@ from ream_stream.host_memory import trim
 from ream_stream.model import device as devices
 from ream_stream.model.dtypes import compute_dtype
 from ream_stream.model.families import TOP_K_KEYS, family_of
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.planning.disk import check_disk
 from ream_stream.planning.gpus import Gpu
 from ream_stream.planning.plan import Plan
@@ -31,7 +32,6 @@ from ream_stream.planning.schedule import Begun, Budgets
 from ream_stream.planning.serving_limits import check_served
 from ream_stream.planning.slice_shape import ExpertLayer
 from ream_stream.planning.throughput import Forecast, forecast
-from ream_stream.ranks import ALONE, Ranks
 from ream_stream.settings import Settings
 
 from .config import RunOptions, candidates, check_usage, settings_for
@@ -106,15 +106,11 @@ def prepare(
 
     Parameters
     ----------
-    options, gpu
-        As parsed; the GPU that is planned for, whatever there is here.
-    restart, with_data
+    options, gpu, ranks
+        As parsed; the GPU that is planned for, whatever there is here; the run's processes.
+    restart, with_data, report
         Whether a run in the output folder is to be discarded; False if the source's shards may
-        end after their headers.
-    report
-        Told each part as `Preparing`.
-    ranks
-        Processes of the run, which share what their machine has.
+        end after their headers; told each part as `Preparing`.
 
     Raises
     ------

@@ -5,7 +5,7 @@ This module does all work on a layer except its commit, which the pipeline does.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +21,8 @@ from ream_stream.files import Written
 from ream_stream.method.alignment import Matched
 from ream_stream.model.attention_cache import AttentionCache
 from ream_stream.model.experts import StreamedExperts
+from ream_stream.model.ranks.group import in_turn
 from ream_stream.planning.plan import GRAMS, LayerPlan
-from ream_stream.ranks import in_turn
 
 from . import refit_layer
 from .context import Context
@@ -181,13 +181,11 @@ class _LayerRun:
         self, observer: Observer, decision: Decision, matched: dict[int, Matched]
     ) -> Written:
         """Write the layer's statistics, which rank 0 does."""
-        written = None
+        told = None
         if self.context.ranks.is_first:
             path = self.context.workspace.statistics(self.index)
-            written = files.write_tensors(path, _statistics(observer, decision, matched))
-        found = self.context.ranks.broadcast(written)
-        assert found is not None
-        return found
+            told = asdict(files.write_tensors(path, _statistics(observer, decision, matched)))
+        return Written(**self.context.ranks.broadcast(told))
 
     def _observer(self) -> Observer:
         """Make an observer of the statistics that the method needs."""
@@ -320,7 +318,8 @@ class _LayerRun:
                 )
                 if final:
                     self._passes.step("write", number + 1, len(shards))
-            return tuple(in_turn(ranks.gather(own), len(shards)))
+            found = in_turn(ranks.gather([asdict(each) for each in own]), len(shards))
+            return tuple(Written(**each) for each in found)
 
     def _unchanged(self, tensors: MappedTensors) -> Unchanged:
         entries, decoded = self.plan.source.entries, self.plan.decoded

@@ -21,9 +21,9 @@ from ream_stream.method.similarity import LogitGram, MeanActivations
 from ream_stream.model.experts import Routed, StreamedExperts
 from ream_stream.model.families import Family
 from ream_stream.model.finite import ExcludedSequences, is_finite
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.memory import SAMPLE_ROWS
-from ream_stream.ranks import ALONE, Ranks
 
 
 class TokenSample:
@@ -330,6 +330,6 @@ def mean_outputs(
         if loaded.down_bias_H is not None:
             mean_EH[expert] += means.mean_weight_E()[0] * loaded.down_bias_H.double()
         expert_done(expert + 1)
-    for rank, part_EH in enumerate(ranks.gather(mean_EH[own.start :: own.step])):
+    for rank, (part_EH,) in enumerate(ranks.gather_tensors([mean_EH[own.start :: own.step]])):
         mean_EH[rank :: own.step] = part_EH
     return mean_EH

@@ -6,7 +6,7 @@ arguments goes on after the last committed layer and ends in the same bytes.
 
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -27,13 +27,12 @@ from ream_stream.events import (
 from ream_stream.host_memory import Gauge, gauge, return_freed_memory
 from ream_stream.model.device import peak_bytes, release, restart_peak
 from ream_stream.model.finite import ExcludedSequences
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.planning.plan import LayerPlan, Plan
-from ream_stream.planning.schedule import Schedule
-from ream_stream.ranks import ALONE, Ranks
 
 from .context import Context
 from .finalize import check_names, output_files, write_rest
-from .journal import OUTSIDE, Journal, LayerRecord, check_fingerprint
+from .journal import OUTSIDE, Journal, LayerRecord, check_fingerprint, digest, load
 from .layer import compress_layer
 from .output_tensors import Unchanged
 from .source_record import (
@@ -72,11 +71,9 @@ def compress(
     ----------
     plan, tokens, workspace
         The run, from `planning.make_plan`, its calibration set, and its folders, locked.
-    device, report
-        Where layers are run; what is called with each event.
-    ranks
-        Processes that do it together, each with its own `workspace` and `device`. Rank 0 alone
-        holds the lock, opens what is there and commits.
+    device, report, ranks
+        Where layers are run; what is called with each event; processes that do it together,
+        each with its own `workspace` and `device`. Rank 0 alone holds the lock and commits.
 
     Raises
     ------
@@ -85,12 +82,7 @@ def compress(
     InterruptedRunError
         `report` asked to stop; what was committed stays.
     """
-    begun: tuple[Schedule, Journal, bool] | None = None
-    if ranks.is_first:
-        plan, journal = _begin(plan, tokens, workspace, report)
-        begun = plan.schedule, journal, workspace.is_complete()
-    schedule, journal, complete = ranks.broadcast(begun)
-    plan = replace(plan, schedule=schedule)
+    plan, journal, complete = _begin_together(plan, tokens, workspace, report, ranks)
     report(Started(layers=len(plan.layers), committed=len(journal.layers)))
     if plan.budgets.trims_heap:
         return_freed_memory()
@@ -100,8 +92,7 @@ def compress(
             plan.fetcher.evict_after(len(journal.layers) - 1)
             plan.fetcher.fetch_outside()
             with ExitStack() as stack:
-                context = _open(plan, tokens, workspace, journal, device, stack)
-                context.ranks = ranks
+                context = _open(plan, tokens, workspace, journal, device, stack, ranks)
                 for layer in plan.layers[len(journal.layers) :]:
                     plan.fetcher.fetch(layer.keys.index)
                     done = _layer_that_fits(context, layer, journal, meter, report)
@@ -125,6 +116,21 @@ def compress(
     )
     report(finished)
     return finished
+
+
+def _begin_together(
+    plan: Plan, tokens: Tokens, workspace: Workspace, report: Report, ranks: Ranks
+) -> tuple[Plan, Journal, bool]:
+    """Begin on rank 0, and read on the others what it wrote; tell whether all is done."""
+    journal = None
+    if ranks.is_first:
+        plan, journal = _begin(plan, tokens, workspace, report)
+    complete = ranks.broadcast(workspace.is_complete())
+    if journal is None:
+        journal = load(workspace.journal)
+        plan = replace(plan, schedule=plan.schedule.going_on(journal.schedule))
+    ranks.agree("the journal", (digest(asdict(journal)), plan.schedule))
+    return plan, journal, complete
 
 
 def _begin(
@@ -196,6 +202,7 @@ def _open(  # the parts of a context, each given once
     journal: Journal,
     device: torch.device,
     stack: ExitStack,
+    ranks: Ranks,
 ) -> Context:
     """Move both models to the device and open what is outside their layers."""
     source, output = plan.source_model, plan.output_model
@@ -209,6 +216,7 @@ def _open(  # the parts of a context, each given once
         workspace=workspace,
         source=source,
         output=output,
+        ranks=ranks,
         excluded=ExcludedSequences(
             tokens, (n for layer in journal.layers for n in layer.excluded)
         ),

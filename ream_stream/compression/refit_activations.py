@@ -24,9 +24,9 @@ from ream_stream.method.rng import generator
 from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.experts import MAX_ROWS, Loaded, StreamedExperts
 from ream_stream.model.finite import ExcludedSequences
+from ream_stream.model.ranks.group import Relay
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.refit_memory import HELD_BACK_SHARE
-from ream_stream.ranks import Relay
 
 
 def held_back(tokens: Tokens, seed: int) -> Tensor:
@@ -102,8 +102,8 @@ class CachedActivations:
     """Activations of a compressed layer's experts, and the residuals of their outputs.
 
     For each batch of this process: `expect` it, run the layer with `outputs` in place of its
-    experts, and `add` the residual. When the layer is open with new down projections, run the same
-    batches in order with `again` in place of its experts.
+    experts, and `add` the residual. When the layer is open with new down projections, run the
+    same batches in order with `again` in place of its experts.
 
     Parameters
     ----------

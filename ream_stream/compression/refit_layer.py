@@ -28,10 +28,10 @@ from ream_stream.model.batches import Batches, with_states
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.finite import ExcludedSequences
 from ream_stream.model.hidden_states import HiddenStates
+from ream_stream.model.ranks.group import Ranks
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.refit_memory import ACTIVATIONS, KEPT
-from ream_stream.ranks import Ranks
 
 from .refit_activations import CachedActivations, held_back
 from .refit_solver import LayerRefit, RefitSolution
@@ -114,13 +114,11 @@ class RefitJob:
 
         Parameters
         ----------
-        changing
-            Experts that may change, by their number after compression.
+        changing, report
+            Experts that may change, by their number after compression; called with the number
+            of batches passed over so far, and in all.
         batches, entering, playback
-            The calibration set, the hidden states that enter the layer, and its cached
-            attention outputs if they were kept.
-        report
-            Called with the number of batches passed over so far, and in all.
+            The calibration set, states that enter the layer, and its cached attention outputs.
 
         Raises
         ------
@@ -151,8 +149,8 @@ class RefitJob:
                 done += 1
                 report(min(done, total - 1), total)
 
-            relay = self.ranks.relay(len(batches))
-            refit = LayerRefit(tokens, method, plan.schedule.solver, results, relay, batch_done)
+            sums = self.ranks.relay(len(batches))
+            refit = LayerRefit(tokens, method, plan.schedule.solver, results, sums, batch_done)
             total = len(batches.own) * (1 + refit.passes)
             mixers = self.model.mixers(self.index)
             with nullcontext() if playback is None else playback.through(mixers):

@@ -21,8 +21,8 @@ from ream_stream.method.normal_equations import (
 )
 from ream_stream.method.refit import Misfit, Refit, first_direction, select, solve
 from ream_stream.model.batch_store import BatchStore
+from ream_stream.model.ranks.group import Relay
 from ream_stream.planning.schedule import Solver
-from ream_stream.ranks import Relay
 from ream_stream.settings import Method
 
 from .refit_activations import CachedActivations, Portion

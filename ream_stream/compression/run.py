@@ -12,7 +12,7 @@ from ream_stream.calibration.token_cache import store
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, of_system
 from ream_stream.events import Event, Finished, Report, TakenOver, no_report
-from ream_stream.ranks import ALONE, Ranks
+from ream_stream.model.ranks.group import ALONE, Ranks
 
 from .event_log import Log
 from .job import Job
@@ -80,10 +80,8 @@ def run(
         With an output and tokens.
     report
         Is told what happens; it may raise `InterruptedRunError`.
-    command, restart, keep_work
-        As in `evaluation.api.compress`.
-    ranks
-        Processes that carry it out together, each with its own job.
+    command, restart, keep_work, ranks
+        As in `evaluation.api.compress`; processes that each have their own job.
 
     Raises
     ------

@@ -1,12 +1,13 @@
 """A job on several ranks: what rank 0 prepared, and what each rank makes of it."""
 
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
@@ -14,13 +15,14 @@ from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import DamagedError, RankError, ReamStreamError, UsageError
 from ream_stream.file_access import read_own_json
 from ream_stream.model import device as devices
+from ream_stream.model.ranks.group import Ranks
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.planner import make_plan
-from ream_stream.planning.schedule import Begun, Budgets, Schedule
-from ream_stream.ranks import Ranks
-from ream_stream.settings import Settings
+from ream_stream.planning.schedule import Begun, Budgets
+from ream_stream.settings import Method, Settings
 
 from .job import Job
+from .journal import schedule_of
 from .workspace import Workspace
 
 
@@ -28,21 +30,21 @@ from .workspace import Workspace
 class _Prepared:
     """What rank 0 tells of a job; tokens are sent apart."""
 
-    source: Path
-    digest: str
-    settings: Settings
+    source: str
+    settings: dict[str, Any]
     sequences: int
     sequence_length: int
     padded: bool
-    budgets: Budgets
-    schedule: Schedule
+    budgets: dict[str, Any]
+    schedule: dict[str, Any]
     memory: Mapping[str, int]
     device_memory: Mapping[str, int]
     scratch: Mapping[str, int]
-    workspace: Workspace
-    device: torch.device
-    shapes: Mapping[str, tuple[int, ...]]
-    domains: tuple[str, ...]
+    output: str
+    work: str
+    device: str
+    shapes: Mapping[str, list[int]]
+    domains: list[str]
     tokens_digest: str
     description: str
 
@@ -87,14 +89,16 @@ def shared_job(job: Job | None, ranks: Ranks) -> Job:
     if ranks.size == 1:
         assert job is not None
         return job
-    told: _Prepared = ranks.broadcast(_prepared(job))
-    device = own_device(told.device, ranks)
+    told = _Prepared(**ranks.broadcast(None if job is None else asdict(_prepared(job))))
+    device = own_device(torch.device(told.device), ranks)
     _check_alike(ranks, device)
     tokens = _tokens(told, job, ranks)
     if job is None:
         job = Job(
             plan=_plan(told),
-            workspace=replace(told.workspace, rank=ranks.rank),
+            workspace=Workspace(
+                output=Path(told.output), work=Path(told.work), rank=ranks.rank
+            ),
             journal=None,
             tokens=tokens,
             device=device,
@@ -113,7 +117,7 @@ def check_shared(workspace: Workspace, ranks: Ranks) -> None:
     """
     if ranks.size == 1:
         return
-    nonce = ranks.broadcast(workspace.nonce() if ranks.is_first else "")
+    nonce = ranks.broadcast(secrets.token_hex(8))
 
     def path(rank: int) -> Path:
         # a new name: network file systems remember for a while that a file is not there
@@ -137,7 +141,6 @@ def check_shared(workspace: Workspace, ranks: Ranks) -> None:
             raise RankError(
                 f"rank {ranks.names[rank]} does not share {workspace.data}: {what}; OUTPUT and "
                 "work folder must be on a file system that all machines mount",
-                known=True,
                 told=not ranks.is_first,
             )
 
@@ -161,28 +164,26 @@ def own_device(device: torch.device, ranks: Ranks) -> torch.device:
     return own
 
 
-def _prepared(job: Job | None) -> _Prepared | None:
-    if job is None:
-        return None
+def _prepared(job: Job) -> _Prepared:
     plan, tokens = job.plan, job.tokens
     assert tokens is not None
     assert job.workspace is not None
     return _Prepared(
-        source=plan.source.folder.resolve(),
-        digest=plan.source.digest(),
-        settings=plan.settings,
+        source=str(plan.source.folder.resolve()),
+        settings=asdict(plan.settings),
         sequences=plan.sequences,
         sequence_length=plan.sequence_length,
         padded=tokens.attention_mask_SL is not None,
-        budgets=plan.budgets,
-        schedule=plan.schedule,
+        budgets=asdict(plan.budgets),
+        schedule=asdict(plan.schedule),
         memory=dict(plan.memory),
         device_memory=dict(plan.device_memory),
         scratch=dict(plan.scratch),
-        workspace=job.workspace,
-        device=job.device,
-        shapes={name: tuple(t.shape) for name, t in _token_tensors(tokens).items()},
-        domains=tokens.domains,
+        output=str(job.workspace.output),
+        work=str(job.workspace.work),
+        device=str(job.device),
+        shapes={name: list(t.shape) for name, t in _token_tensors(tokens).items()},
+        domains=list(tokens.domains),
         tokens_digest=tokens.digest,
         description=tokens.description,
     )
@@ -210,7 +211,7 @@ def _tokens(told: _Prepared, job: Job | None, ranks: Ranks) -> Tokens:
         input_ids_SL=tensors["ids"],
         attention_mask_SL=tensors.get("mask"),
         domain_S=tensors["domain"],
-        domains=told.domains,
+        domains=tuple(told.domains),
         digest=told.tokens_digest,
         description=told.description,
     )
@@ -218,26 +219,33 @@ def _tokens(told: _Prepared, job: Job | None, ranks: Ranks) -> Tokens:
 
 def _plan(told: _Prepared) -> Plan:
     """Return the plan of rank 0, made anew: what it is made of is not sent."""
-    torch.set_num_threads(told.schedule.threads)
-    if not told.source.is_dir():
-        raise DamagedError(f"{told.source} is not there: all ranks read SOURCE by one path")
+    source, schedule = Path(told.source), schedule_of(told.schedule)
+    torch.set_num_threads(schedule.threads)
+    if not source.is_dir():
+        raise DamagedError(f"{source} is not there: all ranks read SOURCE by one path")
     plan = make_plan(
-        open_checkpoint(told.source),
-        told.settings,
+        open_checkpoint(source),
+        _settings(told.settings),
         told.sequences,
         told.sequence_length,
-        budgets=told.budgets,
-        threads=told.schedule.threads,
+        budgets=Budgets(**told.budgets),
+        threads=schedule.threads,
         padded=told.padded,
-        begun=Begun(schedule=told.schedule, layers=0, written_bytes=0),
+        begun=Begun(schedule=schedule, layers=0, written_bytes=0),
     )
     return replace(
         plan,
-        schedule=told.schedule,
+        schedule=schedule,
         memory=told.memory,
         device_memory=told.device_memory,
         scratch=told.scratch,
     )
+
+
+def _settings(told: Mapping[str, Any]) -> Settings:
+    method = told["method"]
+    method = Method(**{**method, "refit_lambda": tuple(method["refit_lambda"])})
+    return Settings(**{**told, "method": method})
 
 
 def _check_alike(ranks: Ranks, device: torch.device) -> None:
@@ -245,7 +253,7 @@ def _check_alike(ranks: Ranks, device: torch.device) -> None:
     own: dict[str, Any] = {
         "ream-stream": __version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "device": devices.kind(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
     }
@@ -256,7 +264,6 @@ def _check_alike(ranks: Ranks, device: torch.device) -> None:
                 raise RankError(
                     f"rank {ranks.names[rank]} has {name} {value}, rank {ranks.names[0]} has "
                     f"{found[0][name]}: results would depend on the ranks; start alike ones",
-                    known=True,
                     told=not ranks.is_first,
                 )
 

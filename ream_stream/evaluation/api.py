@@ -22,9 +22,9 @@ from ream_stream.compression.run import CompressionResult, run
 from ream_stream.compression.shared_job import check_ranks, shared_job
 from ream_stream.errors import UsageError
 from ream_stream.events import Fetching, Planned, Report, no_report
+from ream_stream.model.ranks.group import Ranks
+from ream_stream.model.ranks.launch import expected, joined
 from ream_stream.planning.gpus import gpu_named
-from ream_stream.rank_group import expected, joined
-from ream_stream.ranks import Ranks
 from ream_stream.settings import Method, Settings, given_options
 
 from .config import ScoreOptions
@@ -100,7 +100,9 @@ def plan(
     """
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
     card = None if gpu is None else gpu_named(gpu)
-    asked, remote = _located(source, output, {**given, **options})
+    asked, remote = _found(
+        RunOptions.of(source=Path(source), output=output, **{**given, **options})
+    )
     ranks = expected()
     with _threads_kept():
         job = prepare(
@@ -169,39 +171,26 @@ def compress(
         The class says why; what was committed stays, and the same call goes on.
     """
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
+    asked = RunOptions.of(source=Path(source), output=output, **{**given, **options})
     with _threads_kept(), joined() as ranks:
         prepared = None
         if ranks.is_first:
-            prepared = _prepared(source, output, {**given, **options}, restart, report, ranks)
+            prepared = _prepared(asked, ranks, restart=restart, report=report)
         job = shared_job(prepared, ranks)
         report(Planned(facts=plan_facts(job), layer_bytes=job.layer_bytes))
-        result = run(
-            job,
-            report=report,
-            command=command,
-            restart=restart,
-            keep_work=keep_work,
-            ranks=ranks,
-        )
+        ways = {"restart": restart, "keep_work": keep_work}
+        result = run(job, report=report, command=command, ranks=ranks, **ways)
     if text is None or not ranks.is_first:
         return result
-    asked = RunOptions.of(source=Path(source), output=output, **{**given, **options})
     against = None if asked.stream else job.plan.source.folder
     alike = {name: getattr(asked, name) for name in _MEASURED_ALIKE}
     scores = evaluate(result.output, text=text, against=against, report=report, **alike)
     return replace(result, quality=scores.facts())
 
 
-def _prepared(
-    source: str | Path,
-    output: str | Path,
-    values: Mapping[str, Any],
-    restart: bool,
-    report: Report,
-    ranks: Ranks,
-) -> Job:
+def _prepared(asked: RunOptions, ranks: Ranks, *, restart: bool, report: Report) -> Job:
     """Return a job that may begin, with its source on this machine unless that is streamed."""
-    asked, remote = _located(source, output, values)
+    asked, remote = _found(asked)
     if not asked.calibration:
         raise UsageError("say what to run the model on: --calibration")
     if remote is not None and not asked.stream:
@@ -254,15 +243,13 @@ def evaluate(
     return measure(Path(checkpoint), asked, report=report, keep_original=keep_original)
 
 
-def _located(
-    source: str | Path, output: str | Path | None, values: Mapping[str, Any]
-) -> "tuple[RunOptions, hub.Remote | None]":
+def _found(asked: RunOptions) -> "tuple[RunOptions, hub.Remote | None]":
     """Return options with the folder of the source, and where it is if that is the hub.
 
     The folder of a source on the hub has its headers, not yet its data.
     """
-    asked = RunOptions.of(source=Path(source), output=output, **values)
-    if Path(source).is_dir():
+    source = asked.source
+    if source.is_dir():
         if asked.stream:
             raise UsageError(f"--stream is for a SOURCE on the hub, {source} is a folder")
         return asked, None

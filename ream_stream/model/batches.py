@@ -6,10 +6,10 @@ from contextlib import closing, contextmanager
 from torch import Tensor
 
 from ream_stream.calibration.tokens import Tokens
-from ream_stream.ranks import ALONE, Ranks
 
 from .finite import CheckedWriter
 from .hidden_states import HiddenStates, HiddenWriter
+from .ranks.group import ALONE, Ranks
 from .streamed_model import Batch, StreamedModel
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import MappedTensors
 from ream_stream.errors import NumbersError
-from ream_stream.ranks import Ranks
 
 from .hidden_states import HiddenWriter
+from .ranks.group import Ranks
 
 BLOCK_ELEMENTS = 1 << 22
 """Numbers that are checked at once; types that are not native floats are copied."""
@@ -112,7 +112,7 @@ class ExcludedSequences:
             As `note` does.
         """
         if ranks.size > 1:
-            self._found = set().union(*ranks.gather(self._found))
+            self._found = set().union(*ranks.gather(sorted(self._found)))
             self._check(layer)
 
     def _check(self, layer: int) -> None:

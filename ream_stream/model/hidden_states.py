@@ -16,11 +16,11 @@ from torch import Tensor
 from ream_stream import files
 from ream_stream.errors import DamagedError, space_for
 from ream_stream.file_access import check_folder, reading, regular_size
-from ream_stream.ranks import ALONE, Ranks
 
 from .background_io import WriteBehind, read_ahead
 from .chunked_array import ChunkedArray
 from .device import to_host
+from .ranks.group import ALONE, Ranks
 
 
 class HiddenWriter:

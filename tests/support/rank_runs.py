@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ream_stream.rank_group import joined
-from ream_stream.ranks import Ranks
+from ream_stream.model.ranks.group import Ranks
+from ream_stream.model.ranks.launch import joined
 
 SECONDS = 100
 """After which a rank counts as hung."""

@@ -6,7 +6,7 @@ operations as a single process. So the sums, and with them the bytes of the outp
 depend on the number of ranks.
 
 A function that may run on several ranks takes a `Ranks`; `ALONE` is a single process, in which
-nothing is sent. Several ranks are a `rank_group.ConnectedRanks`.
+nothing is sent. Several ranks are a `connected.ConnectedRanks`, made by `launch.joined`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,13 +66,19 @@ class Ranks:
         """Return the numbers of this rank among `count` batches, experts or shards."""
         return range(self.rank, count, self.size)
 
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks in their order; none goes on before all have come."""
+    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
+        """Return the values of all ranks in their order; none goes on before all have come.
+
+        They are what JSON can hold: of several ranks tuples become lists.
+        """
         return [value]
 
-    def broadcast(self, value: T | None) -> T:
-        """Return the value of rank 0, which is not None; those of the others do not matter."""
-        assert value is not None
+    def gather_tensors(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return small tensors of all ranks, in the order of ranks, on the processor."""
+        return [[tensor.cpu() for tensor in tensors]]
+
+    def broadcast(self, value: Any) -> Any:  # noqa: ANN401
+        """Return the value of rank 0, as `gather` does; those of the others do not matter."""
         return value
 
     def broadcast_tensors(self, tensors: Sequence[Tensor], source: int) -> None:

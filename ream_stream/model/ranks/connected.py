@@ -10,30 +10,30 @@ torch.distributed is imported only where WORLD_SIZE tells of several processes.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import pickle
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .errors import InterruptedRunError, RankError, ReamStreamError, UsageError, of_system
-from .rank_bytes import byte_pieces
-from .rank_heartbeat import BEAT_SECONDS, SILENT_SECONDS, Heartbeat, SilenceWatch
-from .ranks import ALONE, Ranks
+from ream_stream.errors import InterruptedRunError, RankError, ReamStreamError, of_system
+
+from .group import Ranks
+from .heartbeat import BEAT_SECONDS, SILENT_SECONDS, Heartbeat, SilenceWatch
+from .tensor_bytes import byte_pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")
-
 JOIN_SECONDS = 50.0
 """Seconds that ranks wait for all to come at the start, and for one transfer."""
 
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.005
 _LEAVE_SECONDS = 5.0
 _GO_ON = "nothing committed is lost, start all ranks again to go on"
 
@@ -48,110 +48,16 @@ class _End:
     status: int
     then: str | None
     interrupted: bool
+    names_ranks: bool
+    """Whether the message names the rank that it is about."""
+
+    dead: Sequence[int]
+    """Ranks that gave no sign of life."""
 
 
 def distributed() -> Any:  # noqa: ANN401 - its parts are not typed
     """Return torch.distributed, which a single process does not import."""
     return import_module("torch.distributed")
-
-
-def expected(environment: Mapping[str, str] | None = None) -> Ranks:
-    """Return the processes that `joined` would join, which are not connected.
-
-    Raises
-    ------
-    UsageError
-        Variables are missing or no numbers.
-    """
-    known = os.environ if environment is None else environment
-    ranks = Ranks()
-    if known.get("WORLD_SIZE", "1") != "1":
-        ranks.rank, ranks.size = _number(known, "RANK"), _number(known, "WORLD_SIZE")
-        ranks.local_rank = _number(known, "LOCAL_RANK", "0")
-        ranks.local_size = _number(known, "LOCAL_WORLD_SIZE", "1")
-        if ranks.rank >= ranks.size:
-            raise UsageError(
-                f"RANK is {ranks.rank} and WORLD_SIZE {ranks.size}: ranks go from 0 to "
-                f"{ranks.size - 1}"
-            )
-    return ranks
-
-
-def _number(known: Mapping[str, str], name: str, default: str = "") -> int:
-    value = known.get(name, default)
-    if not value.isdecimal():
-        raise UsageError(
-            f"WORLD_SIZE is {known['WORLD_SIZE']!r} and {name} is {value!r}: start all "
-            "processes with torchrun, or set its variables"
-        )
-    return int(value)
-
-
-@contextmanager
-def joined(environment: Mapping[str, str] | None = None) -> Iterator[Ranks]:
-    """Join the processes that torchrun, or whoever sets its variables, started.
-
-    An error of the block is told to the others, which end with it.
-
-    Parameters
-    ----------
-    environment
-        Variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
-        None for those of this process.
-
-    Yields
-    ------
-    Ranks
-        `ALONE` where WORLD_SIZE is absent or 1.
-
-    Raises
-    ------
-    UsageError
-        Variables are missing or no numbers.
-    RankError
-        Not all ranks came, or one died; the message names it.
-    """
-    known = os.environ if environment is None else environment
-    if known.get("WORLD_SIZE", "1") == "1":
-        yield ALONE
-        return
-    ranks = _connect(known)
-    try:
-        yield ranks
-        ranks.gather(None)
-    except BaseException as error:
-        ranks.tell_end(error)
-        raise
-    finally:
-        ranks.leave()
-
-
-def _connect(known: Mapping[str, str]) -> ConnectedRanks:
-    """Connect to the store and to all ranks."""
-    told, port = expected(known), _number(known, "MASTER_PORT")
-    address = known.get("MASTER_ADDR", "127.0.0.1")
-    # torchrun's agent has one; else it is in the process of rank 0
-    hosts = told.is_first and known.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        store = distributed().TCPStore(
-            address,
-            port,
-            told.size,
-            hosts,
-            timeout=timedelta(seconds=JOIN_SECONDS),
-            wait_for_workers=False,
-        )
-    except (RuntimeError, OSError) as error:
-        raise RankError(
-            f"rank {told.rank} of {told.size} ({socket.gethostname()}) reaches no store at "
-            f"{address}:{port}: is rank 0 running there, and is the port free?"
-        ) from error
-    start = (
-        f"{known.get('TORCHELASTIC_RUN_ID', '')}/{known.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    )
-    # each group of one process has names of its own
-    session = store.add(f"ream-stream/{start}/{told.rank}", 1)
-    return ConnectedRanks(store, f"ream-stream/{start}/{session}/", told, hosts=hosts)
 
 
 class ConnectedRanks(Ranks):
@@ -202,29 +108,38 @@ class ConnectedRanks(Ranks):
             self._heartbeat.stop()
             raise
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
         """Return the values of all ranks in their order; none goes on before all have come."""
+        return [json.loads(data) for data in self._gather(json.dumps(value).encode())]
+
+    def gather_tensors(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return small tensors of all ranks, in the order of ranks, on the processor."""
+        from safetensors.torch import load, save
+
+        named = {f"{place:06d}": each.cpu().contiguous() for place, each in enumerate(tensors)}
+        found = map(load, self._gather(save(named)))
+        return [[each[name] for name in sorted(each)] for each in found]
+
+    def _gather(self, data: bytes) -> list[bytes]:
         number, self._gathered = self._gathered, self._gathered + 1
-        self._set(f"gather/{number}/{self.rank}", pickle.dumps(value))
+        self._set(f"gather/{number}/{self.rank}", data)
         found = []
         for rank in range(self.size):
             key = f"gather/{number}/{rank}"
-            self._wait(key, rank)
-            found.append(value if rank == self.rank else pickle.loads(self._store.get(key)))
+            self._wait(key)
+            found.append(self._store.get(key))
         if number > 1:  # all have come to the next, so all have read it
             self._store.delete_key(f"gather/{number - 2}/{self.rank}")
         return found
 
-    def broadcast(self, value: T | None) -> T:
-        """Return the value of rank 0, which is not None; those of the others do not matter."""
-        found: list[Any] = self.gather(value if self.is_first else None)
-        first: T = found[0]
-        return first
+    def broadcast(self, value: Any) -> Any:  # noqa: ANN401
+        """Return the value of rank 0; those of the others do not matter."""
+        return self.gather(value if self.is_first else None)[0]
 
     def broadcast_tensors(self, tensors: Sequence[Tensor], source: int) -> None:
         """Overwrite tensors with those of rank `source`."""
-        self._settle()
         self.gather(None)
+        self._settle()
         options = distributed().BroadcastOptions()
         options.rootRank = source
         for piece, back in byte_pieces(tensors, fill=self.rank == source):
@@ -242,8 +157,8 @@ class ConnectedRanks(Ranks):
         if others:
             raise RankError(
                 f"{what}: rank {', rank '.join(others)} came to something else than rank "
-                f"{self.names[0]}; all machines must have the same processors or GPUs, versions "
-                "and number of threads"
+                f"{self.names[0]}; machines must have the same processors or GPUs, the same "
+                "versions and number of threads"
             )
 
     def channel(self) -> int:
@@ -264,10 +179,11 @@ class ConnectedRanks(Ranks):
 
     def receive(self, tensors: Sequence[Tensor], source: int, channel: int) -> None:
         """Overwrite tensors with those that rank `source` sent."""
-        self._sent(tensors[0].data_ptr(), source)
         key = f"sent/{self.rank}/{channel}/{self._next(channel)}"
-        self._wait(key, source)
+        self._wait(key)
         self._store.delete_key(key)
+        # has been received, as what comes now was made of it: no wait for a rank that hangs
+        self._sent(tensors[0].data_ptr(), source)
         for piece, back in byte_pieces(tensors, fill=False):
             with self._transferring(source):
                 self._gloo.recv([piece], source, channel).wait()
@@ -276,8 +192,6 @@ class ConnectedRanks(Ranks):
     def tell_end(self, error: BaseException) -> None:
         """Tell the others why this rank ends, unless another did before."""
         self._failed = error
-        if isinstance(error, RankError) and error.known:
-            return
         known = error if isinstance(error, ReamStreamError) else None
         if known is None and isinstance(error, Exception):
             known = of_system(error)
@@ -288,9 +202,11 @@ class ConnectedRanks(Ranks):
             status=known.exit_status if known else 1,
             then=known.then if known else None,
             interrupted=isinstance(error, InterruptedRunError),
+            names_ranks=isinstance(error, RankError),
+            dead=error.dead if isinstance(error, RankError) else (),
         )
         with suppress(Exception):  # whoever cannot be told finds out by itself
-            self._store.compare_set("end", "", pickle.dumps(told).hex())
+            self._store.compare_set("end", "", json.dumps(asdict(told)))
 
     def leave(self) -> None:
         """Part from the others; who hosts the store waits until they have heard all."""
@@ -303,7 +219,8 @@ class ConnectedRanks(Ranks):
             self._store.set(f"left/{self.rank}", b"")
             if self._hosts:
                 until = time.monotonic() + _LEAVE_SECONDS
-                keys = [f"left/{rank}" for rank in range(self.size)]
+                dead = getattr(self._failed, "dead", ())
+                keys = [f"left/{rank}" for rank in range(self.size) if rank not in dead]
                 while not self._store.check(keys) and time.monotonic() < until:
                     time.sleep(0.05)
 
@@ -313,24 +230,26 @@ class ConnectedRanks(Ranks):
         except RuntimeError as error:
             raise self._lost_store() from error
 
-    def _wait(self, key: str, rank: int) -> None:
-        """Wait until a rank has set a key.
+    def _wait(self, key: str) -> None:
+        """Wait until another rank has set a key.
 
         Raises
         ------
         RankError
             A rank ended or died meanwhile.
         """
-        watch = self._heartbeat.watch()
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=BEAT_SECONDS))
-            except RuntimeError as error:
-                if not _is_timeout(error):
-                    raise self._lost_store() from error
-            else:
-                return
-            self._check(watch)
+        watch, pause = self._heartbeat.watch(), _SHORTEST_PAUSE
+        look = time.monotonic() + BEAT_SECONDS
+        try:
+            # a wait of the store itself writes a warning each time that it ends
+            while not self._store.check([key]):
+                time.sleep(pause)
+                pause = min(_LONGEST_PAUSE, 1.5 * pause)
+                if time.monotonic() > look:
+                    self._check(watch)
+                    look = time.monotonic() + BEAT_SECONDS
+        except RuntimeError as error:
+            raise self._lost_store() from error
 
     def _check(self, watch: SilenceWatch) -> None:
         """Raise why another rank ended, if one did."""
@@ -340,7 +259,7 @@ class ConnectedRanks(Ranks):
         except RuntimeError as error:
             raise self._lost_store() from error
         if told:
-            raise self._ended(pickle.loads(bytes.fromhex(self._store.get("end").decode())))
+            raise self._ended(_End(**json.loads(self._store.get("end"))))
         if silent:
             raise self._dead(silent)
 
@@ -351,30 +270,27 @@ class ConnectedRanks(Ranks):
             )
             told.told = not self.is_first
             return told
+        message = end.message
         return RankError(
-            f"rank {self.names[end.rank]} ended: {end.message}",
+            message if end.names_ranks else f"rank {self.names[end.rank]} ended: {message}",
             then=end.then,
             exit_status=end.status,
             kind=end.kind,
-            known=True,
-            told=not self.is_first,
+            told=not self.is_first or end.rank == self.rank or bool(end.dead),
         )
 
     def _dead(self, silent: Sequence[int]) -> RankError:
         names = ", rank ".join(self.names[rank] for rank in silent)
-        living = [rank for rank in range(self.size) if rank not in silent]
         return RankError(
             f"rank {names} gave no sign of life for {SILENT_SECONDS:.0f} s: it was killed, or "
             f"its machine or network failed; {_GO_ON}",
-            known=True,
-            told=self.rank != min(living, default=self.rank),
+            dead=silent,
         )
 
     def _lost_store(self) -> RankError:
         return RankError(
             f"rank {self.names[self.rank]} has lost the store of the ranks: rank "
             f"{self.names[0]} or its launcher ended, or the network failed; {_GO_ON}",
-            known=True,
         )
 
     @contextmanager
@@ -410,8 +326,3 @@ class ConnectedRanks(Ranks):
     def _settle(self) -> None:
         for key in list(self._pending):
             self._sent(key, (self.rank + 1) % self.size)
-
-
-def _is_timeout(error: RuntimeError) -> bool:
-    """Tell whether the store answered that it has no such key yet."""
-    return isinstance(error, distributed().DistStoreError) and "timeout" in str(error).lower()
