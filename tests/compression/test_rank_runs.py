@@ -76,7 +76,11 @@ def test_padded_sets_of_several_domains_in_any_schedule(
 ):
     experts = 12 if method == "slices" else 6
     wanted = settings(experts, dtype="bfloat16", **METHODS[method])
-    check(checkpoints("qwen3_moe"), wanted, tmp_path, SCHEDULES[schedule], keeps=keeps)
+    asked = SCHEDULES[schedule]
+    if wanted.method.refit != "none" and wanted.sequential:
+        # a layer that runs from kept activations has no experts to cut into blocks
+        asked = {**asked, "expert_blocks": 1}
+    check(checkpoints("qwen3_moe"), wanted, tmp_path, asked, keeps=keeps)
 
 
 @pytest.mark.slow
@@ -92,7 +96,7 @@ def check(source, wanted, folder, schedule, *, keeps):
     drawn = some_tokens(5, padded=True)
     tokens = from_tensors(
         {**drawn.tensors(), "domain": torch.tensor([0, 1, 0, 1, 1])},
-        {"domains": '["code", "text"]'},
+        domains=("code", "text"),
         description="drawn",
     )
     plan = scheduled(plan_for(source, tokens, wanted), batch_sequences=1, **schedule)

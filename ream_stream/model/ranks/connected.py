@@ -207,6 +207,8 @@ class ConnectedRanks(Ranks):
         )
         with suppress(Exception):  # whoever cannot be told finds out by itself
             self._store.compare_set("end", "", json.dumps(asdict(told)))
+            if known is not None and not self.is_first and 0 not in told.dead:
+                known.told = True
 
     def leave(self) -> None:
         """Part from the others; who hosts the store waits until they have heard all."""
