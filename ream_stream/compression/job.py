@@ -396,4 +396,4 @@ def _with_forecast(job: Job, report: Report) -> Job:
     here = job.gpu is None and devices.is_here(job.device)
     device = job.device if here else torch.device("cpu")
     found = forecast(job.plan, device, committed=committed, gpu=job.gpu)
-    return replace(job, forecast=found)
+    return replace(job, forecast=replace(found, ranks=job.ranks[0]))

@@ -53,13 +53,16 @@ class CompressionResult:
     plan: Mapping[str, Any]
     """Facts of the plan as `plan_facts` gives them."""
 
+    sent_bytes: int = 0
+    """Bytes of tensors that all ranks sent each other; 0 in a single process."""
+
     quality: Mapping[str, Any] | None = None
     """Scores of the output; None if no evaluation was asked for."""
 
     def facts(self) -> dict[str, Any]:
         """Return the result for ``--json``."""
         names = ("already_complete", "output_bytes", "seconds", "seconds_by_phase")
-        peaks = ("peak_anonymous_bytes", "peak_device_bytes")
+        peaks = ("peak_anonymous_bytes", "peak_device_bytes", "sent_bytes")
         return {**self.plan, **{name: getattr(self, name) for name in (*names, *peaks)}}
 
 
@@ -96,7 +99,7 @@ def run(
         finished = compress(
             job.plan, job.tokens, workspace, device=job.device, report=report, ranks=ranks
         )
-        return _result(workspace, finished, plan_facts(job), start)
+        return _result(workspace, finished, plan_facts(job), start, ranks)
     with ExitStack() as stack:
         left_by = stack.enter_context(workspace.locked())
         _make_ready(job, workspace, job.tokens, restart=restart)
@@ -121,11 +124,15 @@ def run(
             )
         if not keep_work:
             workspace.clean()
-    return _result(workspace, finished, known, start)
+    return _result(workspace, finished, known, start, ranks)
 
 
 def _result(
-    workspace: Workspace, finished: Finished, known: Mapping[str, Any], start: float
+    workspace: Workspace,
+    finished: Finished,
+    known: Mapping[str, Any],
+    start: float,
+    ranks: Ranks,
 ) -> CompressionResult:
     return CompressionResult(
         output=workspace.output,
@@ -137,6 +144,7 @@ def _result(
         peak_device_bytes=finished.peak_device_bytes,
         already_complete=finished.already_complete,
         plan=known,
+        sent_bytes=sum(ranks.gather(ranks.sent_bytes)),
     )
 
 
