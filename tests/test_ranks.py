@@ -9,7 +9,6 @@ import torch
 from rank_runs import environment, on_ranks
 
 from ream_stream.compression.shared_job import check_ranks, check_shared
-from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import InterruptedRunError, OverBudgetError, UsageError
 from ream_stream.model.ranks import connected, heartbeat
 from ream_stream.model.ranks.group import ALONE, Ranks, in_turn, is_other_rank
@@ -206,10 +205,9 @@ def test_a_rank_that_never_comes_ends_the_others(tmp_path, quick_signs):
 def test_a_file_system_that_is_not_shared_is_found_before_anything_is_written(tmp_path):
     def job(ranks):
         folder = tmp_path / ("own" if ranks.rank == 2 else "shared")
-        (folder / ".ream-stream").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         ranks.gather(None)
-        workspace = Workspace(output=folder, work=folder / ".ream-stream", rank=ranks.rank)
-        check_shared(workspace, ranks)
+        check_shared(folder, ranks)
 
     found = on_ranks(3, job, tmp_path / "told")
     for ending in found:

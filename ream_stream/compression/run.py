@@ -95,7 +95,7 @@ def run(
     if workspace is None or job.tokens is None:
         raise ValueError("a run needs an output and calibration tokens")
     if not ranks.is_first:
-        check_shared(workspace, ranks)
+        check_shared(workspace.data, ranks)
         finished = compress(
             job.plan, job.tokens, workspace, device=job.device, report=report, ranks=ranks
         )
@@ -117,7 +117,7 @@ def run(
         with _logged_end(log, command or "the same call"):
             if left_by is not None:
                 tell(TakenOver(previous=left_by))
-            check_shared(workspace, ranks)
+            check_shared(workspace.data, ranks)
             plan, tokens, device = job.plan, job.tokens, job.device
             finished = compress(
                 plan, tokens, workspace, device=device, report=tell, ranks=ranks

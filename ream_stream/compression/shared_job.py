@@ -91,7 +91,7 @@ def shared_job(job: Job | None, ranks: Ranks) -> Job:
         return job
     told = _Prepared(**ranks.broadcast(None if job is None else asdict(_prepared(job))))
     device = own_device(torch.device(told.device), ranks)
-    _check_alike(ranks, device)
+    check_alike(ranks, device)
     tokens = _tokens(told, job, ranks)
     if job is None:
         job = Job(
@@ -107,8 +107,8 @@ def shared_job(job: Job | None, ranks: Ranks) -> Job:
     return replace(job, device=device)
 
 
-def check_shared(workspace: Workspace, ranks: Ranks) -> None:
-    """Make sure that each rank sees what every other writes in the work folder.
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Make sure that each rank sees what every other writes in a work folder.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def check_shared(workspace: Workspace, ranks: Ranks) -> None:
 
     def path(rank: int) -> Path:
         # a new name: network file systems remember for a while that a file is not there
-        return workspace.data / f"scratch-{nonce}-{rank}"
+        return folder / f"scratch-{nonce}-{rank}"
 
     try:
         files.write_json(path(ranks.rank), {"rank": ranks.rank})
@@ -139,10 +139,38 @@ def check_shared(workspace: Workspace, ranks: Ranks) -> None:
         if failed or missing:
             what = failed or f"it does not see what rank {ranks.names[missing[0]]} wrote there"
             raise RankError(
-                f"rank {ranks.names[rank]} does not share {workspace.data}: {what}; OUTPUT and "
+                f"rank {ranks.names[rank]} does not share {folder}: {what}; OUTPUT and "
                 "work folder must be on a file system that all machines mount",
                 told=not ranks.is_first,
             )
+
+
+def check_alike(ranks: Ranks, device: torch.device) -> None:
+    """Refuse ranks whose products would have other last bits.
+
+    Raises
+    ------
+    RankError
+        The message names a rank and what it has.
+    """
+    if ranks.size == 1:
+        return
+    own: dict[str, Any] = {
+        "ream-stream": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "device": devices.kind(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
+    found = ranks.gather(own)
+    for rank, each in enumerate(found):
+        for name, value in each.items():
+            if value != found[0][name]:
+                raise RankError(
+                    f"rank {ranks.names[rank]} has {name} {value}, rank {ranks.names[0]} has "
+                    f"{found[0][name]}: results would depend on the ranks; start alike ones",
+                    told=not ranks.is_first,
+                )
 
 
 def own_device(device: torch.device, ranks: Ranks) -> torch.device:
@@ -246,26 +274,6 @@ def _settings(told: Mapping[str, Any]) -> Settings:
     method = told["method"]
     method = Method(**{**method, "refit_lambda": tuple(method["refit_lambda"])})
     return Settings(**{**told, "method": method})
-
-
-def _check_alike(ranks: Ranks, device: torch.device) -> None:
-    """Refuse ranks whose products would have other last bits."""
-    own: dict[str, Any] = {
-        "ream-stream": __version__,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "device": devices.kind(device),
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
-    }
-    found = ranks.gather(own)
-    for rank, each in enumerate(found):
-        for name, value in each.items():
-            if value != found[0][name]:
-                raise RankError(
-                    f"rank {ranks.names[rank]} has {name} {value}, rank {ranks.names[0]} has "
-                    f"{found[0][name]}: results would depend on the ranks; start alike ones",
-                    told=not ranks.is_first,
-                )
 
 
 def _holds(path: Path, rank: int) -> bool:

@@ -180,12 +180,26 @@ def compress(
         report(Planned(facts=plan_facts(job), layer_bytes=job.layer_bytes))
         ways = {"restart": restart, "keep_work": keep_work}
         result = run(job, report=report, command=command, ranks=ranks, **ways)
-    if text is None or not ranks.is_first:
-        return result
+        if text is not None:
+            result = replace(result, quality=_quality(result, job, asked, text, report, ranks))
+    return result
+
+
+def _quality(
+    result: CompressionResult,
+    job: Job,
+    asked: RunOptions,
+    text: Texts,
+    report: Report,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Return the scores of an output beside its source."""
     against = None if asked.stream else job.plan.source.folder
     alike = {name: getattr(asked, name) for name in _MEASURED_ALIKE}
-    scores = evaluate(result.output, text=text, against=against, report=report, **alike)
-    return replace(result, quality=scores.facts())
+    wanted = ScoreOptions(
+        **given_options({"text": text, "against": against, **alike}, ScoreOptions)
+    )
+    return measure(result.output, wanted, report=report, ranks=ranks).facts()
 
 
 def _prepared(asked: RunOptions, ranks: Ranks, *, restart: bool, report: Report) -> Job:
@@ -240,7 +254,10 @@ def evaluate(
     asked = ScoreOptions(
         **given_options({"text": text, "against": against, **options}, ScoreOptions)
     )
-    return measure(Path(checkpoint), asked, report=report, keep_original=keep_original)
+    with joined() as ranks:
+        return measure(
+            Path(checkpoint), asked, report=report, keep_original=keep_original, ranks=ranks
+        )
 
 
 def _found(asked: RunOptions) -> "tuple[RunOptions, hub.Remote | None]":

@@ -88,6 +88,8 @@ def with_states(
 def _with_states(
     batches: Batches, entering: HiddenStates | None
 ) -> Generator[tuple[int, Batch, Tensor | None], None, None]:
+    if not batches.own:  # there may be fewer batches than ranks
+        return
     if entering is None:
         for number, batch in zip(batches.own, batches, strict=True):
             yield number, batch, None

@@ -225,6 +225,7 @@ class ConnectedRanks(Ranks):
                 keys = [f"left/{rank}" for rank in range(self.size) if rank not in dead]
                 while not self._store.check(keys) and time.monotonic() < until:
                     time.sleep(0.05)
+        self._store = self._root = None  # its port is free for the next group
 
     def _set(self, key: str, value: bytes) -> None:
         try:
