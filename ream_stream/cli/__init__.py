@@ -31,7 +31,7 @@ _SETTINGS = {
 }
 
 
-_DIVIDED = frozenset({"compress", "eval"})
+_DIVIDED = frozenset({"compress", "eval", "compare", "sweep"})
 """Verbs that several ranks work on together; any other is done by rank 0 alone."""
 
 
