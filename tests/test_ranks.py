@@ -180,6 +180,18 @@ def test_a_rank_that_dies_or_hangs_is_named_by_the_others(how, tmp_path, quick_s
         assert ending.seconds < 20
 
 
+def test_a_rank_that_a_launcher_stops_since_another_died_names_that_one(tmp_path, quick_signs):
+    def job(ranks):
+        ranks.gather(None)
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise InterruptedRunError("stopped after 0 of 3 layers", signal_number=15)
+
+    first, _ = on_ranks(2, job, tmp_path)
+    assert "RankError: rank 1 (" in first.error
+    assert first.status == 1
+
+
 def test_rank_0_that_dies_with_the_store_is_named_by_the_others(tmp_path, quick_signs):
     def job(ranks):
         ranks.gather(None)

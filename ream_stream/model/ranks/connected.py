@@ -206,9 +206,28 @@ class ConnectedRanks(Ranks):
             dead=error.dead if isinstance(error, RankError) else (),
         )
         with suppress(Exception):  # whoever cannot be told finds out by itself
+            self._store.set(f"ended/{self.rank}", b"")
             self._store.compare_set("end", "", json.dumps(asdict(told)))
             if known is not None and not self.is_first and 0 not in told.dead:
                 known.told = True
+
+    def dead_before(self, error: BaseException) -> RankError | None:
+        """Return which rank died, if this one was stopped since that had; None if none did.
+
+        Launchers stop the others when one dies, which is told before they find it out.
+        """
+        if not isinstance(error, InterruptedRunError) or error.told:
+            return None
+        with suppress(Exception):
+            watch = self._heartbeat.watch()
+            until = time.monotonic() + SILENT_SECONDS + 2 * BEAT_SECONDS
+            keys = [f"ended/{rank}" for rank in range(self.size)]
+            while not self._store.check(keys) and time.monotonic() < until:
+                silent = [r for r in watch.silent() if not self._store.check([keys[r]])]
+                if silent:
+                    return self._dead(silent)
+                time.sleep(BEAT_SECONDS / 4)
+        return None
 
     def leave(self) -> None:
         """Part from the others; who hosts the store waits until they have heard all."""

@@ -9,7 +9,7 @@ from typing import Any
 BEAT_SECONDS = 1.0
 """Seconds between two signs of life of a rank."""
 
-SILENT_SECONDS = 15.0
+SILENT_SECONDS = 20.0
 """Seconds without a sign of life after which a rank is taken for dead."""
 
 

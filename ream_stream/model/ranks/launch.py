@@ -81,6 +81,8 @@ def joined(environment: Mapping[str, str] | None = None) -> Iterator[Ranks]:
         ranks.gather(None)
     except BaseException as error:
         ranks.tell_end(error)
+        if (dead := ranks.dead_before(error)) is not None:
+            raise dead from error
         raise
     finally:
         ranks.leave()
