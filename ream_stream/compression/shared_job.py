@@ -90,6 +90,7 @@ def shared_job(job: Job | None, ranks: Ranks) -> Job:
         assert job is not None
         return job
     told = _Prepared(**ranks.broadcast(None if job is None else asdict(_prepared(job))))
+    torch.set_num_threads(told.schedule["threads"])
     device = own_device(torch.device(told.device), ranks)
     check_alike(ranks, device)
     tokens = _tokens(told, job, ranks)
@@ -248,7 +249,6 @@ def _tokens(told: _Prepared, job: Job | None, ranks: Ranks) -> Tokens:
 def _plan(told: _Prepared) -> Plan:
     """Return the plan of rank 0, made anew: what it is made of is not sent."""
     source, schedule = Path(told.source), schedule_of(told.schedule)
-    torch.set_num_threads(schedule.threads)
     if not source.is_dir():
         raise DamagedError(f"{source} is not there: all ranks read SOURCE by one path")
     plan = make_plan(

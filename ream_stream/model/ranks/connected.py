@@ -98,12 +98,14 @@ class ConnectedRanks(Ranks):
             self.names = [
                 f"{number} ({name}, process {pid})" for number, (name, pid) in enumerate(found)
             ]
-            self._gloo: Any = dist.ProcessGroupGloo(
-                dist.PrefixStore("gloo", self._store),
-                self.rank,
-                self.size,
-                timeout=timedelta(seconds=JOIN_SECONDS),
-            )
+            with self._transferring(0):
+                self._gloo: Any = dist.ProcessGroupGloo(
+                    dist.PrefixStore("gloo", self._store),
+                    self.rank,
+                    self.size,
+                    timeout=timedelta(seconds=JOIN_SECONDS),
+                )
+            self.gather(None)  # who ends sooner would end the connecting of others
         except BaseException:
             self._heartbeat.stop()
             raise
