@@ -129,9 +129,11 @@ class ConnectedRanks(Ranks):
         for rank in range(self.size):
             key = f"gather/{number}/{rank}"
             self._wait(key)
-            found.append(self._store.get(key))
+            with self._at_store():
+                found.append(self._store.get(key))
         if number > 1:  # all have come to the next, so all have read it
-            self._store.delete_key(f"gather/{number - 2}/{self.rank}")
+            with self._at_store():
+                self._store.delete_key(f"gather/{number - 2}/{self.rank}")
         return found
 
     def broadcast(self, value: Any) -> Any:  # noqa: ANN401
@@ -183,7 +185,8 @@ class ConnectedRanks(Ranks):
         """Overwrite tensors with those that rank `source` sent."""
         key = f"sent/{self.rank}/{channel}/{self._next(channel)}"
         self._wait(key)
-        self._store.delete_key(key)
+        with self._at_store():
+            self._store.delete_key(key)
         # has been received, as what comes now was made of it: no wait for a rank that hangs
         self._sent(tensors[0].data_ptr(), source)
         for piece, back in byte_pieces(tensors, fill=False):
@@ -249,8 +252,14 @@ class ConnectedRanks(Ranks):
         self._store = self._root = None  # its port is free for the next group
 
     def _set(self, key: str, value: bytes) -> None:
-        try:
+        with self._at_store():
             self._store.set(key, value)
+
+    @contextmanager
+    def _at_store(self) -> Iterator[None]:
+        """Say that the store is lost if what the block asks of it fails."""
+        try:
+            yield
         except RuntimeError as error:
             raise self._lost_store() from error
 
