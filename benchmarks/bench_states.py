@@ -79,7 +79,7 @@ def by_ours(path: Path, batches: list[Tensor]) -> tuple[Callable[[], None], Call
             writer.publish()
 
     def read() -> None:
-        for _ in HiddenStates(path, *store).ahead(len(batches)):
+        for _ in HiddenStates(path, *store).ahead(range(len(batches))):
             pass
 
     return write, read

@@ -10,6 +10,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # threads that spin while they wait make a run 8 times as long where others use the
     # processors too (2 threads, load 11: 317 s, or 37 s asleep); torch reads it when imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "WORLD_SIZE" in os.environ:
+        # of a rank that ended the others tell in a sentence
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if sys.stderr is None or not sys.stderr.isatty():
         # bars of a download are codes for a terminal, which a log keeps
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -5,7 +5,7 @@ wrong, where, and what to do. A status that is not listed here means failure.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,9 @@ class ReamStreamError(Exception):
     """The run failed; `then` is the line that says how to go on, shown as it is."""
 
     exit_status = 1
+
+    told = False
+    """Whether another rank prints the message."""
 
     def __init__(self, message: str, *, then: str | None = None) -> None:
         super().__init__(message)
@@ -53,6 +56,10 @@ class OverBudgetError(ReamStreamError):
     exit_status = 12
 
 
+class DeviceFullError(OverBudgetError):
+    """A layer does not fit the device of one of several ranks."""
+
+
 class NumbersError(ReamStreamError):
     """Weights, states or statistics are NaN or infinite."""
 
@@ -72,6 +79,28 @@ class InterruptedRunError(ReamStreamError):
     ) -> None:
         super().__init__(message, then=then)
         self.exit_status = 128 + signal_number
+
+
+class RankError(ReamStreamError):
+    """Another of several ranks ended, or came to something else."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        then: str | None = None,
+        exit_status: int = 1,
+        kind: str = "",
+        dead: Sequence[int] = (),
+        told: bool = False,
+    ) -> None:
+        super().__init__(message, then=then)
+        self.exit_status = exit_status
+        self.kind = kind
+        """Name of the class of the error that the other rank ended with; empty if it died."""
+        self.dead = dead
+        """Ranks that gave no sign of life."""
+        self.told = told
 
 
 _SHORT_OF_MEMORY = (

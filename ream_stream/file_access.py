@@ -257,6 +257,14 @@ def digest(ranges: Iterable[FileRange]) -> str:
     return found.hexdigest()
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Tell whether a path is a folder or lies in it, whatever either is called."""
+    return any(
+        each == folder or (each.exists() and folder.exists() and each.samefile(folder))
+        for each in (path, *path.parents)
+    )
+
+
 def is_inside(name: str) -> bool:
     """Tell whether a relative name, written the one usual way, stays in its folder."""
     path = PurePosixPath(name)

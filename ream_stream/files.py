@@ -180,13 +180,21 @@ def write_stream(
 def write_chunk(path: Path, pieces: Sequence[memoryview], *, flush: bool) -> None:
     """Write a file of a folder that `publish_directory` will sync, or that is scratch.
 
-    Missing folders are made; a file that is there, of the same size, is written over.
-    `flush` lets the kernel begin to write to the disk; nothing waits for it.
+    Missing folders are made; a file of the same size is written over. `flush` lets the kernel
+    begin to write to the disk; nothing waits for it.
     """
     _put(path, pieces)
     if flush:
         with open_regular(path) as file:
             drop_cached(file)  # of what is not on the disk yet this begins the writing
+
+
+def sync_chunk(path: Path, *, drop: bool) -> None:
+    """Sync a file that `write_chunk` wrote, and `drop` it from the page cache."""
+    with open_regular(path) as file:
+        _sync(file.fileno())
+        if drop:
+            drop_cached(file)
 
 
 def write_bytes(path: Path, data: bytes) -> Written:
@@ -247,10 +255,7 @@ def publish_directory(partial: Path, path: Path, *, drop: bool = False) -> None:
     """Sync all files of a folder, `drop` them from the page cache, and give it its name."""
     for folder, _, names in os.walk(partial):
         for name in names:
-            with open_regular(Path(folder, name)) as file:
-                _sync(file.fileno())
-                if drop:
-                    drop_cached(file)
+            sync_chunk(Path(folder, name), drop=drop)
         _sync_directory(Path(folder))
     _publish(partial, path)
 
@@ -281,10 +286,7 @@ def remove_empty(path: Path) -> None:
 
 @contextmanager
 def open_log(path: Path, older: Path) -> Iterator[FileIO]:
-    """Open a log for `append`, for the length of the block.
-
-    A large one is put aside as `older` first, in place of the one that was there.
-    """
+    """Open a log for `append`, for the block; a large one is put aside as `older` first."""
     if (regular_size(path) or 0) > LOG_BYTES:
         _replace(path, older)
     file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)

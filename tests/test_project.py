@@ -155,7 +155,7 @@ def test_the_services_of_compose_are_built_and_run_as_the_image_is_made():
     dockerfile = text("Dockerfile")
     arguments = set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
     volumes = set(re.findall(r'"(/\w+)"', re.search(r"^VOLUME.*$", dockerfile, re.M)[0]))
-    assert set(compose["services"]) == {"ream-stream", "gpu"}
+    assert set(compose["services"]) == {"ream-stream", "gpu", "gpus"}
     for service in compose["services"].values():
         assert service["build"]["context"] == "."
         assert set(service["build"]["args"]) == arguments
@@ -163,10 +163,13 @@ def test_the_services_of_compose_are_built_and_run_as_the_image_is_made():
                    for volume in service["volumes"]}  # fmt: skip
         assert volumes <= {each.rpartition(":")[2] for each in mounted}
         assert service["user"].startswith("${")
-    gpu = compose["services"]["gpu"]
-    assert gpu["build"]["args"]["PIP_EXTRA_INDEX_URL"] == ""
-    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
-    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    for name, count in (("gpu", 1), ("gpus", "all")):
+        gpu = compose["services"][name]
+        assert gpu["build"]["args"]["PIP_EXTRA_INDEX_URL"] == ""
+        (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+        assert device["count"] == count
+    assert compose["services"]["gpus"]["entrypoint"][-2:] == ["-m", "ream_stream"]
 
 
 def test_the_script_of_ci_can_be_run():

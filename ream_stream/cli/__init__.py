@@ -8,6 +8,7 @@ Results go to stdout, progress and everything said along the way to stderr.
 import click
 
 from ream_stream import __version__
+from ream_stream.model.ranks.group import is_other_rank
 
 from .clean import clean
 from .compare import compare, sweep
@@ -31,9 +32,14 @@ _SETTINGS = {
 }
 
 
+_DIVIDED = frozenset({"compress", "eval", "compare", "sweep"})
+"""Verbs that several ranks work on together; any other is done by rank 0 alone."""
+
+
 @click.group(cls=Root, context_settings=_SETTINGS)
 @click.version_option(__version__, prog_name="ream-stream")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Make a Mixture-of-Experts checkpoint smaller, one layer at a time.
 
     Example:
@@ -42,6 +48,8 @@ def cli() -> None:
         ream-stream demo
         ream-stream compress ./Qwen3-30B-A3B ./Qwen3-23B --keep 75% --calibration text.jsonl
     """
+    if is_other_rank() and ctx.invoked_subcommand not in _DIVIDED:
+        ctx.exit()
 
 
 for _verb in (

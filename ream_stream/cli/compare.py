@@ -8,6 +8,7 @@ import click
 
 from ream_stream.calibration.mix import MIXES
 from ream_stream.evaluation.config import ComparisonOptions
+from ream_stream.model.ranks.group import is_other_rank
 
 from .options import options_for
 from .params import (
@@ -71,7 +72,6 @@ def compare(
 
     from .comparison_view import (
         as_csv,
-        carry_out,
         comparison_facts,
         comparison_table,
         markdown,
@@ -79,12 +79,11 @@ def compare(
         write_files,
     )
     from .console import console, print_json
-    from .signals import stop_requests
 
     check_names(output, (*(f"comparison.{end}" for end in ("json", "csv", "md")), _SIZES))
-    with stop_requests() as asked:
-        bench, trials = _prepare(source, output, ("",), ComparisonOptions(**values))
-        outcomes = carry_out(bench, trials, console(stderr=True, quiet=quiet), asked)
+    bench, outcomes = _carried_out(source, output, ("",), values, quiet=quiet)
+    if is_other_rank():
+        return
     known = comparison_facts(bench, outcomes)
     told = recommendation(known)
     write_files(
@@ -141,7 +140,6 @@ def sweep(
     from ream_stream.errors import UsageError
 
     from .comparison_view import (
-        carry_out,
         recommendation,
         sweep_facts,
         sweep_tables,
@@ -149,16 +147,15 @@ def sweep(
     )
     from .console import console, print_json
     from .report.figures import pareto_picture, standalone
-    from .signals import stop_requests
 
     names = tuple(name.strip() for name in mixes.split(","))
     unknown = [name for name in names if name not in MIXES]
     if unknown:
         raise UsageError(f"--mixes: {unknown[0]!r} is not one of {', '.join(MIXES)}")
     check_names(output, ("sweep.json", "sweep.svg", _SIZES))
-    with stop_requests() as asked:
-        bench, trials = _prepare(source, output, names, ComparisonOptions(**values))
-        outcomes = carry_out(bench, trials, console(stderr=True, quiet=quiet), asked)
+    bench, outcomes = _carried_out(source, output, names, values, quiet=quiet)
+    if is_other_rank():
+        return
     known = sweep_facts(outcomes)
     drawn = {"sweep.svg": standalone(pareto_picture(known)), **_sizes_drawn(known)}
     write_files(bench.folder, {"sweep.json": known, **drawn})
@@ -179,15 +176,24 @@ def _sizes_drawn(known: Mapping[str, Any]) -> dict[str, str]:
     return {_SIZES: standalone(size_picture(known["curve"]))} if known["curve"] else {}
 
 
-def _prepare(
+def _carried_out(
     source: Path,
     output: Path,
     mixes: tuple[str, ...],
-    options: ComparisonOptions,
+    values: Mapping[str, Any],
+    *,
+    quiet: bool,
 ) -> tuple[Any, Any]:
-    """Return bench and trials."""
-    from .comparison_view import Grid, bench_of, token_maker, trials_of
+    """Return the bench and the outcomes of all trials, which ranks divide."""
+    from ream_stream.model.ranks.launch import joined
 
-    bench = bench_of(source, output, options)
-    grid = Grid.of(options, mixes, bench.source)
-    return bench, trials_of(bench, grid, token_maker(bench.source, options))
+    from .comparison_view import Grid, bench_of, carry_out, token_maker, trials_of
+    from .console import console
+    from .signals import stop_requests
+
+    options = ComparisonOptions(**values)
+    with stop_requests() as asked, joined() as ranks:
+        bench = bench_of(source, output, options, ranks)
+        grid = Grid.of(options, mixes, bench.source)
+        trials = trials_of(bench, grid, token_maker(bench.source, options))
+        return bench, carry_out(bench, trials, console(stderr=True, quiet=quiet), asked)

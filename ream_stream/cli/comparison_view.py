@@ -18,6 +18,7 @@ from ream_stream.calibration.token_cache import calibration_of, read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
 from ream_stream.compression.candidate_plans import expert_layer
+from ream_stream.compression.shared_job import check_alike, own_device
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.comparison import (
     ALL,
@@ -36,6 +37,7 @@ from ream_stream.evaluation.variants import named, settings_of
 from ream_stream.file_access import resolved
 from ream_stream.model.device import choose_device
 from ream_stream.model.dtypes import compute_dtype
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.planning.schedule import Budgets
 from ream_stream.planning.serving_limits import served_count
 from ream_stream.settings import check_values
@@ -98,9 +100,12 @@ def bench_of(
     source: Path,
     folder: Path,
     options: ComparisonOptions,
+    ranks: Ranks = ALONE,
 ) -> ComparisonSetup:
     """Read headers and test tokens."""
-    checkpoint, where = open_checkpoint(source), choose_device(options.device)
+    checkpoint = open_checkpoint(source)
+    where = own_device(choose_device(options.device), ranks)
+    check_alike(ranks, where)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tests = read_test_tokens(
@@ -118,7 +123,8 @@ def bench_of(
         device=where,
         dtype=compute_dtype(options.compute_dtype, checkpoint, where),
         threads=torch.get_num_threads(),
-        budgets=Budgets.of(options.ram),
+        budgets=Budgets.of(options.ram, processes=ranks.local_size),
+        ranks=ranks,
     )
 
 

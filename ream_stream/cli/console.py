@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ream_stream.model.ranks.group import is_other_rank
 from ream_stream.units import format_seconds
 from ream_stream.untrusted import MOST_CHARACTERS, printable
 
@@ -26,6 +27,7 @@ class _Console(Console):
 
 def console(*, stderr: bool, quiet: bool = False) -> Console:
     """Return a console for one of the streams; a quiet one prints nothing."""
+    quiet = quiet or is_other_rank()
     # what is asked for goes to stdout and ends with its reader; a run goes on without one
     file = beneath(sys.stderr if stderr else sys.stdout, lasting=stderr)
     return _Console(
@@ -34,8 +36,9 @@ def console(*, stderr: bool, quiet: bool = False) -> Console:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON object to stdout."""
-    click.echo(json.dumps(value, indent=2))
+    """Print one JSON object to stdout, which one of several ranks does."""
+    if not is_other_rank():
+        click.echo(json.dumps(value, indent=2))
 
 
 def facts(rows: Iterable[tuple[str, str]], *, title: str | None = None) -> Table:

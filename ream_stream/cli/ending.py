@@ -34,6 +34,8 @@ def end(error: BaseException) -> int:
     known = error if isinstance(error, ReamStreamError) else of_system(error)
     if known is None:
         known = ReamStreamError(f"{_told(error)}; {_details(error)}")
+    if known.told:
+        return known.exit_status
     # who stopped a run knows that it is no error
     head = "" if isinstance(known, InterruptedRunError) else "error: "
     click.echo(f"{head}{printable(str(known), most=MOST_CHARACTERS)}", err=True)

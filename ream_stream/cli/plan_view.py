@@ -88,6 +88,7 @@ def _rows(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str,
             f"{format_size(known['memory_bytes'])} of "
             f"{format_size(known['memory_budget_bytes'])} allowed",
         ),
+        *_ranks(known),
         *_parts(known["memory_parts"]),
         *_device_memory(known),
         (
@@ -139,6 +140,26 @@ def _blocks(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     kept = f", {resident} kept on the device" if resident else ""
     text = f"{blocks} of up to {size}, each run on all batches before the next"
     return [("blocks of experts", text + kept)]
+
+
+def _ranks(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a row if several processes divide the work."""
+    count, here, batches = known["ranks"], known["ranks_here"], known["batches"]
+    if count == 1:
+        return []
+    memory = format_size(known["machine_memory_bytes"])
+    each = (
+        f"{batches // count} to {-(-batches // count)}"
+        if batches % count
+        else f"{batches // count}"
+    )
+    return [
+        (
+            "ranks",
+            f"{count}, of {each} batches each; {here} on this machine, which take {memory} "
+            "together and read each layer once if the page cache holds it",
+        )
+    ]
 
 
 def _device_memory(known: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import click
 
 from ream_stream.errors import InterruptedRunError
 from ream_stream.events import Event, Finished, LayerDone, Report, Started
+from ream_stream.model.ranks.group import is_other_rank
 
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -24,6 +25,8 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
             # every commit is durable: leaving here loses no more than the layer in flight
             os._exit(128 + number)
         caught.append(number)
+        if is_other_rank():
+            return
         with suppress(OSError):  # whoever read this may be gone
             click.echo("stopping at the next safe point; once more to stop at once", err=True)
 

@@ -127,6 +127,7 @@ def gather(workspace: "Workspace") -> dict[str, Any]:
         "left_seconds": _left(log) if state == "running" else None,
         "anonymous_bytes": log.get("last", {}).get("anonymous_bytes"),
         "last_event": log.get("last"),
+        "ranks": log.get("plan", {}).get("ranks"),
         "directory": command.get("directory"),
         "resume": None if state == "complete" else command.get("command"),
     }
@@ -160,6 +161,8 @@ def _rows(known: dict[str, Any]) -> list[tuple[str, str]]:
         ("layers", "all; its work files were removed" if known["is_cleaned"] else layers),
         ("written", format_size(known["written_bytes"])),
     ]
+    if known["state"] == "running" and (known["ranks"] or 1) > 1:
+        rows.append(("ranks", f"{known['ranks']}, the state is that of rank 0"))
     if known["left_seconds"] is not None:
         rows.append(("left", f"about {format_seconds(known['left_seconds'])}"))
     if known["state"] == "running" and known["anonymous_bytes"] is not None:

@@ -11,6 +11,7 @@ from ream_stream.model.batch_store import BatchStore, open_batch_store
 from ream_stream.model.batches import Batches
 from ream_stream.model.finite import CheckedWriter, ExcludedSequences
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
 
@@ -43,6 +44,9 @@ class Context:
     statistics: Statistics | None = None
     """Statistics that experts are chosen by; None if the run takes its own."""
 
+    ranks: Ranks = ALONE
+    """Processes of the run."""
+
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase."""
 
@@ -57,8 +61,8 @@ class Context:
 
     @property
     def batches(self) -> Batches:
-        """The calibration set in batches."""
-        return Batches(self.tokens, self.plan.schedule.batch_sequences)
+        """The calibration set in batches, of which this process runs its own."""
+        return Batches(self.tokens, self.plan.schedule.batch_sequences, self.ranks)
 
     def hidden_reader(self, boundary: int) -> HiddenStates | None:
         """Open the states that enter a layer.
@@ -95,7 +99,9 @@ class Context:
     def _writer(self, path: Path, boundary: int) -> CheckedWriter:
         plan, batch = self.plan, self.plan.schedule.batch_sequences
         drop = plan.drops_states(plan.layers[boundary])
-        writer = HiddenWriter(path, plan.hidden_shape, plan.dtype, batch, drop=drop)
+        writer = HiddenWriter(
+            path, plan.hidden_shape, plan.dtype, batch, drop=drop, ranks=self.ranks
+        )
         return CheckedWriter(writer, self.excluded, boundary - 1, batch)
 
     def open_batch_store(

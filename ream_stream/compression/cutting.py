@@ -4,7 +4,7 @@ Letters in shapes: T tokens of a batch, R rows of one expert, E experts, S seque
 L tokens of a sequence, H hidden, I inner.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,6 +26,7 @@ from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.expert_blocks import cut_experts
 from ream_stream.model.experts import BlockState, InnerListener, StreamedExperts
 from ream_stream.model.finite import ExcludedSequences
+from ream_stream.model.ranks.group import ALONE, Ranks, in_turn
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.plan import Plan
 
@@ -53,6 +54,8 @@ class ActivationGrams:
         Excluded calibration sequences.
     store
         Store of the sums, (I, I) float32, by expert, domain after domain.
+    ranks
+        Processes that run batches; each ends with all sums in its store.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ActivationGrams:
         tokens: Tokens,
         excluded: ExcludedSequences,
         store: BatchStore,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.blocks = cut_experts(experts.count, plan.schedule.gram_blocks)
         """Blocks of experts; each is summed in a pass over the calibration set."""
@@ -70,6 +74,7 @@ class ActivationGrams:
         self._plan = plan
         self._experts, self._excluded = experts, excluded
         self._batch_sequences = plan.schedule.batch_sequences
+        self._relay = ranks.relay(plan.num_batches)
         mask_SL = tokens.attention_mask_SL
         counts_SL = torch.ones_like(tokens.input_ids_SL) if mask_SL is None else mask_SL
         self._counts_SL = counts_SL.bool()
@@ -77,22 +82,37 @@ class ActivationGrams:
             self._counts_SL &= ~held_back(tokens, plan.settings.seed)[:, None]
         self._domain_S = tokens.domain_S
         self._domains = len(tokens.domains) if plan.settings.observes else 1
+        self._starts = range(0, self._domains * experts.count, experts.count)
         self._sums: dict[int, Tensor] = {}
+        self._parts: Sequence[range] = ()
+        self._visits: dict[int, int] = {}
+        self._number = 0
+        self._to_come: list[int] = []
+        self._taken: int | None = None
 
     @contextmanager
-    def summing(self, block: range) -> Iterator[Callable[[int, Batch], None]]:
-        """Yield a function to call with the number of each batch before it runs.
+    def summing(self, block: range, parts: Sequence[range]) -> Iterator[None]:
+        """Sum over the batches that are run in the block, each between `begin` and `end`.
 
-        At the end of the block the sums of these experts are in the store.
+        At the end of the block the sums of the experts are in the store.
+
+        Parameters
+        ----------
+        block
+            Experts that are summed.
+        parts
+            Experts that are run each time that a batch comes again.
         """
         weights = self._experts.weights
         inner = weights.stack.inner
         # one after another, so that each can be let go of
-        starts = range(0, self._domains * self._experts.count, self._experts.count)
-        numbers = [start + expert for start in starts for expert in block]
+        numbers = [start + expert for start in self._starts for expert in block]
         self._sums = {n: torch.zeros(inner, inner, device=weights.device) for n in numbers}
+        self._parts, self._visits = parts, {}
         try:
-            yield self._listen
+            yield
+            for expert in block:
+                self._relay.finish(self._of(expert))
             for number in numbers:
                 self.store.put(number, self._sums.pop(number))
         finally:
@@ -108,8 +128,36 @@ class ActivationGrams:
         finally:
             self._experts.part = None
 
-    def _listen(self, number: int, batch: Batch) -> None:
+    def begin(self, number: int, batch: Batch) -> None:
+        """Sum over a batch from now on."""
+        visit = self._visits.get(number, 0)
+        self._visits[number] = visit + 1
+        self._number = number
+        self._to_come = [e for e in reversed(self._parts[visit]) if e in self._sums]
         self._experts.inner_listener = self._listener(number * self._batch_sequences, batch)
+
+    def end(self) -> None:
+        """Carry on what is left of the batch."""
+        self._carry(None)
+        self._experts.inner_listener = None
+
+    def _carry(self, expert: int | None) -> None:
+        """Carry sums on until it is the turn of an expert; None for the end of the batch.
+
+        Experts are run in order, so the next rank adds to a sum while later ones are run here.
+        """
+        while self._taken != expert or expert is None:
+            if self._taken is not None:
+                self._relay.pass_on(self._number, self._of(self._taken))
+            if not self._to_come:
+                self._taken = None
+                return
+            self._taken = self._to_come.pop()
+            self._relay.take(self._number, self._of(self._taken))
+
+    def _of(self, expert: int) -> list[Tensor]:
+        """Return the sums of an expert, domain after domain."""
+        return [self._sums[start + expert] for start in self._starts]
 
     def _listener(self, first: int, batch: Batch) -> InnerListener:
         """Return the listener of a batch whose first sequence is number `first`."""
@@ -134,6 +182,7 @@ class ActivationGrams:
     ) -> None:
         if expert not in self._sums:
             return
+        self._carry(expert)
         gated_RI = inner_RI * weight_R[:, None].to(inner_RI.dtype)
         # a sequence with numbers that are not finite is excluded once the layer has run
         counts_R = gated_RI.isfinite().all(dim=1) & counts_T[token_R]
@@ -173,6 +222,7 @@ def choose_slices(
     tensors: Tensors,
     layer: int,
     expert_done: Callable[[int, int], None],
+    ranks: Ranks = ALONE,
 ) -> Decision:
     """Choose the slices of a layer that stay.
 
@@ -186,8 +236,8 @@ def choose_slices(
         Sums of activations by expert.
     experts, tensors, layer
         Experts of the open source layer, its tensors, and its position.
-    expert_done
-        Called with the number of experts done, and in all.
+    expert_done, ranks
+        Called with the number of experts done, and in all; processes that share the experts.
 
     Raises
     ------
@@ -200,13 +250,14 @@ def choose_slices(
 
     loaded = (
         (grams.get(expert).to(device), stack.read(tensors, expert).down_HI.to(device))
-        for expert in range(stack.count)
+        for expert in ranks.own(stack.count)
     )
-    paths: list[RemovalPath] = []
+    own: list[RemovalPath] = []
     try:
         for path in removal_paths(loaded, threads=plan.schedule.threads):
-            paths.append(path)
-            expert_done(len(paths), stack.count)
+            own.append(path)
+            expert_done(len(own), len(ranks.own(stack.count)))
+        paths = [RemovalPath(order_I=o, error_I=e) for o, e in _of_all(own, stack.count, ranks)]
         score_EC = torch.stack([slice_scores(p.error_I, slices, width) for p in paths])
         kept = slices_kept(score_EC, settings.experts, routing_groups=plan.routing_groups)
     except ValueError as error:
@@ -225,3 +276,13 @@ def choose_slices(
         },
         score_EC=score_EC,
     )
+
+
+def _of_all(
+    own: Sequence[RemovalPath], count: int, ranks: Ranks
+) -> list[tuple[Tensor, Tensor]]:
+    """Return orders and errors of all experts, of which each rank gives its own."""
+    parts = ranks.gather_tensors(
+        [each for path in own for each in (path.order_I, path.error_I)]
+    )
+    return in_turn([list(zip(part[::2], part[1::2], strict=True)) for part in parts], count)

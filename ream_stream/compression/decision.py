@@ -6,6 +6,7 @@ Letters in shapes: n sampled tokens, E experts, H hidden, I inner.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ream_stream.checkpoint.expert_stack import Tensors
@@ -23,6 +24,7 @@ from ream_stream.method.similarity import (
     random_distance,
 )
 from ream_stream.model.experts import StreamedExperts
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.settings import Method, Settings
 
 from .observer import Observed, TokenSample
@@ -64,7 +66,7 @@ def saliencies(
     return saliency(observed.sums.total()), of_domains if len(domains) > 1 else {}
 
 
-def ranks(groups: Sequence[Sequence[int]]) -> list[int]:
+def slice_numbers(groups: Sequence[Sequence[int]]) -> list[int]:
     """Return the number of each new expert among the slices of its source expert."""
     first: dict[int, int] = {}
     return [n - first.setdefault(group[0], n) for n, group in enumerate(groups)]
@@ -125,13 +127,18 @@ def alignment_orders(
     sample: TokenSample | None,
     threads: int,
     member_done: Callable[[int, int], None] = lambda _done, _total: None,
+    ranks: Ranks = ALONE,
 ) -> dict[int, Matched]:
     """Return, for every member that joins a centroid, the order its neurons take.
 
-    `member_done` is told how many members are done, and how many there are.
+    `member_done` is told how many members are done, and how many there are. Each of several
+    ranks looks at its share of them.
     """
     alignment = ALIGNMENTS[method.alignment]
-    pairs = [(group[0], member) for group in decision.groups for member in group[1:]]
+    every = [(group[0], member) for group in decision.groups for member in group[1:]]
+    # in a row: a centroid is loaded once for its members
+    first, stop = (len(every) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+    pairs = every[first:stop]
     hidden_nH = (
         sample.spread(method.alignment_tokens) if sample and alignment.activations else None
     )
@@ -155,4 +162,18 @@ def alignment_orders(
     for (_, member), matched in zip(pairs, found, strict=True):
         orders[member] = matched
         member_done(len(orders), len(pairs))
-    return orders
+    return _of_all(orders, ranks)
+
+
+def _of_all(own: Mapping[int, Matched], ranks: Ranks) -> dict[int, Matched]:
+    """Return what all ranks found, in the order of ranks."""
+    costs = [[member, found.kept, found.least] for member, found in own.items()]
+    told = [
+        torch.tensor(costs, dtype=torch.float64),
+        *(found.order_I for found in own.values()),
+    ]
+    found = {}
+    for cost_n3, *orders in ranks.gather_tensors(told):
+        for (member, kept, least), order_I in zip(cost_n3.tolist(), orders, strict=True):
+            found[int(member)] = Matched(order_I, kept, least)
+    return found

@@ -19,6 +19,7 @@ from ream_stream.events import Preparing, Report, no_report
 from ream_stream.file_access import resolved, why_not_writable
 from ream_stream.host_memory import trim
 from ream_stream.model import device as devices
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.planning.disk import check_disk
 from ream_stream.planning.gpus import Gpu
 from ream_stream.planning.plan import Plan
@@ -66,6 +67,9 @@ class Job:
     gpu: Gpu | None = None
     """GPU that is planned for by its data sheet."""
 
+    ranks: tuple[int, int] = (1, 1)
+    """Processes of the run, and those of them on this machine."""
+
     unused_gpu: str | None = None
     """Note on a GPU of this machine that ``--device auto`` could not choose."""
 
@@ -100,18 +104,17 @@ def prepare(
     with_data: bool = True,
     report: Report = no_report,
     gpu: Gpu | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Work out what the options come to.
 
     Parameters
     ----------
-    options, gpu
-        As parsed; the GPU that is planned for, whatever there is here.
-    restart, with_data
+    options, gpu, ranks
+        As parsed; the GPU that is planned for, whatever there is here; the run's processes.
+    restart, with_data, report
         Whether a run in the output folder is to be discarded; False if the source's shards may
-        end after their headers.
-    report
-        Told each part as `Preparing`.
+        end after their headers; told each part as `Preparing`.
 
     Raises
     ------
@@ -120,7 +123,7 @@ def prepare(
     """
     check_usage(options)
     report(Preparing(part="reading headers"))
-    device, budgets = _machine(options, gpu, plans_only=not with_data)
+    device, budgets = _machine(options, gpu, ranks.local_size, plans_only=not with_data)
     workspace = _workspace(options)
     checkpoint = _checkpoint(options, workspace, with_data=with_data)
     journal = None if workspace is None else _journal(workspace, restart=restart)
@@ -144,6 +147,7 @@ def prepare(
         reason=reason,
         target=target_of(options),
         gpu=gpu,
+        ranks=(ranks.size, ranks.local_size),
         unused_gpu=_unused_gpu(options, device),
     )
     job = _with_tokens(job, wanted, report)
@@ -206,7 +210,7 @@ def _check_output(
 
 
 def _machine(
-    options: RunOptions, gpu: Gpu | None, *, plans_only: bool
+    options: RunOptions, gpu: Gpu | None, processes: int, *, plans_only: bool
 ) -> tuple[torch.device, Budgets]:
     """Return device and budgets: of this machine, or of one with a named GPU."""
     if gpu is None:
@@ -214,7 +218,11 @@ def _machine(
     else:
         device, vram = _planned_device(options, gpu)
     elsewhere = gpu is not None
-    return device, Budgets.of(options.ram, disk=options.disk, vram=vram, elsewhere=elsewhere)
+    if vram is not None and options.vram is None and str(device) != device.type:
+        vram //= processes  # which all use the GPU that was named
+    return device, Budgets.of(
+        options.ram, disk=options.disk, vram=vram, elsewhere=elsewhere, processes=processes
+    )
 
 
 def _device(options: RunOptions, *, plans_only: bool) -> tuple[torch.device, int | None]:
@@ -325,4 +333,4 @@ def _with_forecast(job: Job, report: Report) -> Job:
     here = job.gpu is None and devices.is_here(job.device)
     device = job.device if here else torch.device("cpu")
     found = forecast(job.plan, device, committed=committed, gpu=job.gpu)
-    return replace(job, forecast=found)
+    return replace(job, forecast=replace(found, ranks=job.ranks[0]))

@@ -142,7 +142,7 @@ def load(path: Path) -> Journal:
             run=value["run"],
             output=value["output"],
             fingerprint=value["fingerprint"],
-            schedule=_schedule(value["schedule"]),
+            schedule=schedule_of(value["schedule"]),
             source=SourceRecord.from_json(value["source"]),
             read={part: dict(files) for part, files in value["read"].items()},
             files=tuple(value["files"]),
@@ -189,7 +189,8 @@ def digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _schedule(value: Mapping[str, Any]) -> Schedule:
+def schedule_of(value: Mapping[str, Any]) -> Schedule:
+    """Return a schedule from its fields, as `asdict` gives them."""
     return Schedule(**{**value, "solver": Solver(**value["solver"])})
 
 

@@ -5,7 +5,7 @@ This module does all work on a layer except its commit, which the pipeline does.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from ream_stream.method.alignment import Matched
 from ream_stream.model.attention_cache import AttentionCache
 from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.experts import StreamedExperts
+from ream_stream.model.ranks.group import in_turn
 from ream_stream.planning.plan import GRAMS, LayerPlan
 
 from . import refit_layer
@@ -72,7 +73,8 @@ def compress_layer(context: Context, layer: LayerPlan, report: Report) -> LayerR
     """
     with ExitStack() as stores:
         run = _LayerRun(context, layer, stores, report)
-        read = check_weights(context, layer, report)
+        # once: what it reads stays in the page cache, and one must name what is wrong
+        read = check_weights(context, layer, report) if context.ranks.is_first else {}
         if context.statistics is not None and layer.keys.stack is not None:
             context.statistics.check_read(layer.keys.index, read)
         if layer.keys.stack is None:
@@ -131,6 +133,7 @@ class _LayerRun:
                         context.excluded,
                         context.output,
                         self.index,
+                        context.ranks,
                     )
                 )
             playback = self._passes.playback()
@@ -182,9 +185,17 @@ class _LayerRun:
             )
             folder = self.context.workspace.output if refit is None else refit.folder
             shards = self._write(content, folder)
-        path = self.context.workspace.statistics(self.index)
-        statistics = files.write_tensors(path, _statistics(observed, decision, matched))
-        return decision, statistics, shards
+        return decision, self._keep_statistics(observed, decision, matched), shards
+
+    def _keep_statistics(
+        self, observed: Observed, decision: Decision, matched: dict[int, Matched]
+    ) -> Written:
+        """Write the layer's statistics, which rank 0 does."""
+        told = None
+        if self.context.ranks.is_first:
+            path = self.context.workspace.statistics(self.index)
+            told = asdict(files.write_tensors(path, _statistics(observed, decision, matched)))
+        return Written(**self.context.ranks.broadcast(told))
 
     def _gather(
         self, experts: StreamedExperts, refit: RefitJob | None, playback: AttentionCache | None
@@ -231,6 +242,8 @@ class _LayerRun:
             self.context.excluded,
             gate_term=compares and method.gate_term,
             device=self.context.source.device,
+            batch_sequences=plan.schedule.batch_sequences,
+            ranks=self.context.ranks,
         )
 
     def _grams(self, experts: StreamedExperts) -> ActivationGrams:
@@ -244,6 +257,7 @@ class _LayerRun:
             self.tokens,
             context.excluded,
             self._stores.enter_context(store),
+            context.ranks,
         )
 
     def _cut(
@@ -263,6 +277,7 @@ class _LayerRun:
                 tensors,
                 self.index,
                 lambda done, total: self._passes.step("cut", done, total),
+                self.context.ranks,
             )
 
     def _compare(self, experts: StreamedExperts, sample: TokenSample | None) -> Tensor | None:
@@ -276,6 +291,7 @@ class _LayerRun:
                 sample,
                 self.plan.settings.method.similarity,
                 lambda done: self._passes.step("compare", done, count),
+                self.context.ranks,
             )
         if (bad_E := ~mean_EH.isfinite().all(dim=1)).any():
             raise NumbersError(
@@ -300,6 +316,7 @@ class _LayerRun:
                 sample,
                 self.plan.schedule.threads,
                 lambda done, total: self._passes.step("align", done, total),
+                self.context.ranks,
             )
 
     def _fit(
@@ -324,15 +341,21 @@ class _LayerRun:
             )
 
     def _write(self, content: Callable[[str], Content], folder: Path) -> tuple[Written, ...]:
-        """Write the layer's shards; a refitted layer is also written before its refit."""
-        final = folder == self.context.workspace.output
-        shards: list[Written] = []
+        """Write the layer's shards; a refitted layer is also written before its refit.
+
+        Each rank writes its share, and goes on when all are written.
+        """
+        final, ranks = folder == self.context.workspace.output, self.context.ranks
+        shards, own = self.layer.shards, list[Written]()
         with self.context.timed("write"):
-            for shard in self.layer.shards:
-                shards.append(write_shard(folder, shard, finite_content(content, self.index)))
+            for number in ranks.own(len(shards)):
+                own.append(
+                    write_shard(folder, shards[number], finite_content(content, self.index))
+                )
                 if final:
-                    self._passes.step("write", len(shards), len(self.layer.shards))
-        return tuple(shards)
+                    self._passes.step("write", number + 1, len(shards))
+            found = in_turn(ranks.gather([asdict(each) for each in own]), len(shards))
+            return tuple(Written(**each) for each in found)
 
     def _unchanged(self, tensors: MappedTensors) -> Unchanged:
         entries, decoded = self.plan.source.entries, self.plan.decoded

@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing, nullcontext
 from ream_stream.events import Phase, Report, Step
 from ream_stream.model.attention_cache import AttentionCache
 from ream_stream.model.batches import with_states
-from ream_stream.model.expert_blocks import ExpertBlockPasses, Listeners
+from ream_stream.model.expert_blocks import ExpertBlockPasses, Listeners, cut_experts
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.finite import CheckedWriter
 from ream_stream.model.streamed_model import Batch, StreamedModel
@@ -67,16 +67,17 @@ class LayerPasses:
         writer = None
         if not self._plan.settings.sequential and self._leads_on:
             writer = self._context.hidden_writer(self._index + 1)
-        size = self._plan.schedule.batch_sequences
-
         with (
             self._context.timed("observe"),
-            nullcontext(_ignore) if grams is None else grams.summing(grams.blocks[0]) as sums,
+            nullcontext()
+            if grams is None
+            else grams.summing(grams.blocks[0], self._parts(experts)),
         ):
 
             def listeners(number: int, batch: Batch) -> Callable[..., None]:
-                sums(number, batch)
-                return observer.listener(number * size, batch)
+                if grams is not None:
+                    grams.begin(number, batch)
+                return observer.listener(number, batch)
 
             self._run(
                 "observe",
@@ -86,6 +87,7 @@ class LayerPasses:
                 playback,
                 listeners,
                 captures_sums=refit is not None and not self._plan.tracks_original,
+                batch_done=None if grams is None else grams.end,
             )
         if grams is not None:
             for block in grams.blocks[1:]:
@@ -99,14 +101,15 @@ class LayerPasses:
         mixers = source.mixers(self._index)
         with (
             self._context.timed("observe"),
-            grams.summing(block) as sums,
+            grams.summing(block, [block]),
             nullcontext() if playback is None else playback.through(mixers),
             with_states(batches, self.entering) as states,
         ):
             for number, batch, hidden_BLH in states:
-                sums(number, batch)
+                grams.begin(number, batch)
                 with grams.only(block):
                     source.observe_layer(self._index, batch, hidden_BLH)
+                grams.end()
                 self.step("observe", number + 1, len(batches))
 
     def follow(self, refit: RefitJob | None) -> None:
@@ -122,10 +125,11 @@ class LayerPasses:
             for number, batch, hidden_BLH in states:
                 leaving_BLH = context.source.run_layer(index, batch, hidden_BLH)
                 if refit is not None:
-                    refit.targets.put(number, leaving_BLH)
+                    refit.targets.put(batches.own.index(number), leaving_BLH)
                 if writer is not None:
                     writer.write(number, leaving_BLH)
                 self.step("follow", number + 1, len(batches))
+            self._settle()
             if writer is not None:
                 writer.publish()
 
@@ -150,6 +154,7 @@ class LayerPasses:
         listeners: Listeners | None = None,
         *,
         captures_sums: bool = False,
+        batch_done: Callable[[], None] | None = None,
     ) -> None:
         """Run the layer on all batches; the whole layer if a writer takes its outputs."""
         context, batches = self._context, self._context.batches
@@ -170,22 +175,29 @@ class LayerPasses:
                 sums=sums,
                 captures_sums=captures_sums,
             )
-            total = len(passes) * len(batches)
+            total = len(passes) * len(batches.own)
             run = passes.run(
                 batches, self.entering, listeners=listeners, captures_only=not writer
             )
             stack.enter_context(closing(run))
             for done, (number, leaving_BLH) in enumerate(run, start=1):
+                if batch_done is not None:
+                    batch_done()
                 if writer is not None and leaving_BLH is not None:
                     writer.write(number, leaving_BLH)
                 self.step(phase, done, total)
+            self._settle()
             if writer is not None:
                 writer.publish()
+
+    def _parts(self, experts: StreamedExperts) -> list[range]:
+        """Return the experts of each pass over the batches."""
+        return cut_experts(experts.count, self._plan.schedule.expert_blocks)
+
+    def _settle(self) -> None:
+        """Leave out the sequences that any process leaves out."""
+        self._context.excluded.join(self._index, self._context.ranks)
 
     def step(self, phase: Phase, done: int, total: int) -> None:
         """Report the progress of a phase."""
         self._report(Step(layer=self._index, phase=phase, done=done, total=total))
-
-
-def _ignore(_number: int, _batch: Batch) -> None:
-    """Take no sums of activations."""

@@ -21,6 +21,7 @@ from ream_stream.method.similarity import LogitGram, MeanActivations
 from ream_stream.model.experts import Routed, StreamedExperts
 from ream_stream.model.families import Family
 from ream_stream.model.finite import ExcludedSequences, is_finite
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.memory import SAMPLE_ROWS
 
@@ -72,6 +73,17 @@ class TokenSample:
         row = (self.position_n[first:last] - start).to(hidden_TH.device)
         self.hidden_nH[first:last] = hidden_TH[row]
         self.score_nE[first:last] = score_TE[row]
+
+    def gather(self, ranks: Ranks, batch_tokens: int) -> None:
+        """Give every rank the rows that the others took, in batches of so many tokens."""
+        if ranks.size == 1:
+            return
+        owner_n = self.position_n // batch_tokens % ranks.size
+        for rank in range(ranks.size):
+            row = (owner_n == rank).nonzero().squeeze(1).to(self.hidden_nH.device)
+            parts = [self.hidden_nH[row], self.score_nE[row]]
+            ranks.broadcast_tensors(parts, rank)
+            self.hidden_nH[row], self.score_nE[row] = parts
 
     def drop(self, excluded: ExcludedSequences, length: int) -> None:
         """Forget the tokens of excluded sequences, each of `length` tokens."""
@@ -128,6 +140,10 @@ class SumsByDomain:
             elif len(row := (domain_T == number).nonzero().squeeze(1).to(topk_TK.device)):
                 sums.update(*(part[row] for part in parts))
 
+    def running(self) -> list[Tensor]:
+        """Return the sums themselves, to be carried from batch to batch."""
+        return [tensor for sums in self.domains.values() for tensor in sums.tensors().values()]
+
     def total(self) -> RoutedSums:
         """Return the sums of all tokens."""
         first, *others = self.domains.values()
@@ -177,6 +193,10 @@ class Observer:
         Whether the router's logits are compared.
     device
         Where sums over tokens are kept.
+    batch_sequences
+        Sequences of a batch.
+    ranks
+        Processes that run batches; each ends with the sums of all.
     """
 
     def __init__(
@@ -189,6 +209,8 @@ class Observer:
         *,
         gate_term: bool,
         device: torch.device,
+        batch_sequences: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.sums = SumsByDomain(tokens, num_experts)
         self.sample = sample
@@ -198,6 +220,8 @@ class Observer:
         self._mask_SL = tokens.attention_mask_SL
         self._late: dict[int, Tensor] = {}
         self._logits_TE = torch.empty(0)
+        self._batch_sequences, self._ranks = batch_sequences, ranks
+        self._relay = ranks.relay(-(-tokens.num_sequences // batch_sequences))
 
     @contextmanager
     def attached(self, router: nn.Module) -> Iterator[None]:
@@ -212,14 +236,15 @@ class Observer:
         finally:
             handle.remove()
 
-    def listener(self, first: int, batch: Batch) -> Callable[[Routed], None]:
-        """Return the listener of a batch whose first sequence is number `first`."""
+    def listener(self, number: int, batch: Batch) -> Callable[[Routed], None]:
+        """Return the listener of batch `number`."""
+        first = number * self._batch_sequences
         count = len(batch.input_ids_BL)
         keep_T = None
         if self._mask_SL is not None:
             keep_T = self._mask_SL[first : first + count].reshape(-1).bool()
         keep_T = self._without(keep_T, self._excluded.kept(first, count))
-        return partial(self._take, first, keep_T)
+        return partial(self._take, number, keep_T)
 
     def finish(self, layer: int) -> None:
         """Forget what was sampled of excluded sequences, and check the sums.
@@ -231,7 +256,10 @@ class Observer:
         """
         for first, bad_B in self._late.items():
             self._excluded.note(layer, first, bad_B)
+        self._excluded.join(layer, self._ranks)
+        self._relay.finish(self._running())
         if self.sample is not None:
+            self.sample.gather(self._ranks, self._batch_sequences * self._length)
             self.sample.drop(self._excluded, self._length)
         for name, sum_E in self.sums.tensors().items():
             if not is_finite(sum_E):
@@ -244,7 +272,12 @@ class Observer:
         kept_T = kept_B.repeat_interleave(self._length)
         return kept_T if keep_T is None else keep_T & kept_T
 
-    def _take(self, first: int, keep_T: Tensor | None, routed: Routed) -> None:
+    def _running(self) -> list[Tensor]:
+        gram = [] if self.gram is None else [self.gram.gram_EE]
+        return self.sums.running() + gram
+
+    def _take(self, number: int, keep_T: Tensor | None, routed: Routed) -> None:
+        first = number * self._batch_sequences
         bad_B = self._bad_rows(first, routed.hidden_TH, routed.norm_TK, self._logits_TE)
         keep_T = self._without(keep_T, None if bad_B is None else ~bad_B)
         score_TE = self._family.score(self._logits_TE)
@@ -259,12 +292,13 @@ class Observer:
             logits_TE, score_TE = logits_TE[here_T], score_TE[here_T]
         # where the score is in the input already, it does not count once more
         scored_TK = weight_TK if self._family.scales_inputs else score_TE.gather(1, index_TK)
-        self.sums.update(start, index_TK, weight_TK, scored_TK, norm_TK, keep_T)
-        if self.gram is not None:
+        if self.gram is not None and self._family.gives_scores:
             # of probabilities the logarithm; tiny ones round to zero
-            smallest = torch.finfo(torch.float32).tiny
-            log = self._family.gives_scores
-            self.gram.update(logits_TE.clamp_min(smallest).log() if log else logits_TE)
+            logits_TE = logits_TE.clamp_min(torch.finfo(torch.float32).tiny).log()
+        with self._relay.turn(number, self._running()):
+            self.sums.update(start, index_TK, weight_TK, scored_TK, norm_TK, keep_T)
+            if self.gram is not None:
+                self.gram.update(logits_TE)
 
     def _bad_rows(self, first: int, *state_TX: Tensor) -> Tensor | None:
         """Return the sequences of a batch with a number that is not finite; None for none.
@@ -288,6 +322,7 @@ def mean_outputs(
     sample: TokenSample,
     similarity: str,
     expert_done: Callable[[int], None] = lambda _done: None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Run every expert on the sampled tokens, and return its mean output, (E, H) float64.
 
@@ -301,11 +336,13 @@ def mean_outputs(
         Key of `method.similarity.SIMILARITIES`.
     expert_done
         Told the number of experts done.
+    ranks
+        Processes that each run their share of the experts.
     """
     hidden_nH, score_nE = sample.hidden_nH, sample.score_nE
     stack = experts.weights.stack
     mean_EH = torch.zeros(stack.count, stack.hidden).double()
-    for expert in range(stack.count):
+    for expert in (own := ranks.own(stack.count)):
         loaded = experts.weights.load(expert)
         inner = loaded.down_HI.shape[1]
         means = MeanActivations(1, inner, similarity=similarity, device=hidden_nH.device)
@@ -317,4 +354,6 @@ def mean_outputs(
         if loaded.down_bias_H is not None:
             mean_EH[expert] += means.mean_weight_E()[0] * loaded.down_bias_H.double()
         expert_done(expert + 1)
+    for rank, (part_EH,) in enumerate(ranks.gather_tensors([mean_EH[own.start :: own.step]])):
+        mean_EH[rank :: own.step] = part_EH
     return mean_EH

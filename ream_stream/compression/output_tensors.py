@@ -23,7 +23,7 @@ from ream_stream.method.slices import distinct_rows, narrowed_down
 from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.finite import is_finite
 
-from .decision import Decision, ranks
+from .decision import Decision, slice_numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +171,7 @@ def slice_rows(
     all_stay = output.count * output.inner == source.count * source.inner
     if all_stay or ((name not in biases) if biases else tensor.dim() < 2):
         return tensor
-    row_EX, rank_S = tensor.movedim(routers[name], 0), ranks(groups)
+    row_EX, rank_S = tensor.movedim(routers[name], 0), slice_numbers(groups)
     rank_E = [*rank_S, *[0] * (len(row_EX) - len(rank_S))]
     changed_EX = distinct_rows(row_EX, rank_E, additive=bool(biases))
     return changed_EX.movedim(0, routers[name]).contiguous()
@@ -259,7 +259,7 @@ class _Sliced(_Merged):
         tensors: Tensors,
     ) -> None:
         super().__init__(decision, {}, source, output, tensors)
-        self._source, self._cut, self._ranks = source, cut, ranks(decision.groups)
+        self._source, self._cut, self._ranks = source, cut, slice_numbers(decision.groups)
         self._down: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def _matrix(self, matrix: int, number: int) -> Tensor:

@@ -6,7 +6,7 @@ arguments goes on after the last committed layer and ends in the same bytes.
 
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from ream_stream import __version__, files
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.shards import write_shard
-from ream_stream.errors import NumbersError, OverBudgetError
+from ream_stream.errors import DeviceFullError, NumbersError, OverBudgetError, RankError
 from ream_stream.events import (
     BatchHalved,
     Finished,
@@ -27,11 +27,12 @@ from ream_stream.events import (
 from ream_stream.host_memory import Gauge, gauge, return_freed_memory
 from ream_stream.model.device import peak_bytes, release, restart_peak
 from ream_stream.model.finite import ExcludedSequences
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.planning.plan import LayerPlan, Plan
 
 from .context import Context
 from .finalize import check_names, output_files, write_rest
-from .journal import OUTSIDE, Journal, LayerRecord, check_fingerprint
+from .journal import OUTSIDE, Journal, LayerRecord, check_fingerprint, digest, load
 from .layer import compress_layer
 from .output_tensors import Unchanged
 from .source_record import (
@@ -65,15 +66,18 @@ def compress(
     device: torch.device,
     statistics: Statistics | None = None,
     report: Report = no_report,
+    ranks: Ranks = ALONE,
 ) -> Finished:
     """Compress the planned checkpoint or keep its statistics, or go on with it.
 
     Parameters
     ----------
     plan, tokens, workspace, statistics
-        The run, its calibration set, its folders, locked, and what experts are chosen by.
-    device, report
-        Where layers are run; what is called with each event.
+        The run, from `planning.make_plan`, its calibration set, its folders, locked, and what
+        experts are chosen by.
+    device, report, ranks
+        Where layers are run; what is called with each event; processes that do it together,
+        each with its own `workspace` and `device`. Rank 0 alone holds the lock and commits.
 
     Raises
     ------
@@ -82,18 +86,19 @@ def compress(
     InterruptedRunError
         `report` asked to stop; what was committed stays.
     """
-    plan, journal = _begin(plan, tokens, workspace, report)
+    plan, journal, complete = _begin_together(plan, tokens, workspace, report, ranks)
     report(Started(layers=len(plan.layers), committed=len(journal.layers)))
     if plan.budgets.trims_heap:
         return_freed_memory()
     seconds, peak_device_bytes = dict[str, float](), 0
-    complete = workspace.is_complete()
     with gauge() as meter:
         if len(journal.layers) < len(plan.layers):
             plan.fetcher.evict_after(len(journal.layers) - 1)
             plan.fetcher.fetch_outside()
             with ExitStack() as stack:
-                context = _open(plan, tokens, workspace, journal, device, statistics, stack)
+                context = _open(
+                    plan, tokens, workspace, journal, device, statistics, stack, ranks
+                )
                 for layer in plan.layers[len(journal.layers) :]:
                     plan.fetcher.fetch(layer.keys.index)
                     done = _layer_that_fits(context, layer, journal, meter, report)
@@ -101,7 +106,7 @@ def compress(
                     report(done)
                     plan.fetcher.evict_after(layer.keys.index)
                 seconds = context.seconds
-        if not complete:
+        if not complete and ranks.is_first:
             start = time.perf_counter()
             plan.fetcher.fetch_outside()
             _finish(plan, tokens, workspace, journal)
@@ -117,6 +122,21 @@ def compress(
     )
     report(finished)
     return finished
+
+
+def _begin_together(
+    plan: Plan, tokens: Tokens, workspace: Workspace, report: Report, ranks: Ranks
+) -> tuple[Plan, Journal, bool]:
+    """Begin on rank 0, and read on the others what it wrote; tell whether all is done."""
+    journal = None
+    if ranks.is_first:
+        plan, journal = _begin(plan, tokens, workspace, report)
+    complete = ranks.broadcast(workspace.is_complete())
+    if journal is None:
+        journal = load(workspace.journal)
+        plan = replace(plan, schedule=plan.schedule.going_on(journal.schedule))
+    ranks.agree("the journal", (digest(asdict(journal)), plan.schedule))
+    return plan, journal, complete
 
 
 def _begin(
@@ -189,6 +209,7 @@ def _open(  # the parts of a context, each given once
     device: torch.device,
     statistics: Statistics | None,
     stack: ExitStack,
+    ranks: Ranks,
 ) -> Context:
     """Move both models to the device and open what is outside their layers."""
     source, output = plan.source_model, plan.output_model
@@ -202,6 +223,7 @@ def _open(  # the parts of a context, each given once
         workspace=workspace,
         source=source,
         output=output,
+        ranks=ranks,
         excluded=ExcludedSequences(
             tokens, (n for layer in journal.layers for n in layer.excluded)
         ),
@@ -217,16 +239,31 @@ def _layer_that_fits(
     Nothing of the layer is committed by then, so it begins again. The journal gets the
     smaller batch first: it decides last bits, so a run that goes on must keep it.
     """
+    several = context.ranks.size > 1
     while True:
+        schedule = context.plan.schedule
         try:
             return _layer(context, layer, journal, meter, report)
+        except RankError as error:
+            if context.ranks.is_first and error.kind == DeviceFullError.__name__:
+                journal.schedule = schedule.halved()
+                context.workspace.save(journal)
+            raise
         except torch.OutOfMemoryError as error:
-            schedule = context.plan.schedule
             if schedule.batch_sequences == 1 and not schedule.resident_experts:
                 raise OverBudgetError(
                     f"layer {layer.keys.index} does not fit the device with one sequence at a "
                     f"time ({str(error).splitlines()[0]}); run it with shorter sequences "
                     "(--sequence-length) or --device cpu"
+                ) from error
+            if several:  # the others are in the middle of it
+                if context.ranks.is_first:
+                    journal.schedule = schedule.halved()
+                    context.workspace.save(journal)
+                raise DeviceFullError(
+                    f"layer {layer.keys.index} does not fit the device "
+                    f"({str(error).splitlines()[0]}): start all ranks again to go on with half "
+                    "as much at once"
                 ) from error
         # here and not above: the error's traceback holds what was on the device
         release(context.source.device)
@@ -253,7 +290,7 @@ def _layer(
     try:
         result = compress_layer(context, layer, report)
     except NumbersError as error:
-        if error.file in journal.source.shards:
+        if context.ranks.is_first and error.file in journal.source.shards:
             # a better one is welcome: only what was read of it must be the same
             shards = {n: s for n, s in journal.source.shards.items() if n != error.file}
             journal.source = replace(journal.source, shards=shards)
@@ -261,6 +298,7 @@ def _layer(
         raise
     plan.source.check_unchanged(layer.keys.names)
     decision = result.decision
+    context.ranks.agree(f"layer {index}", (decision, result.refitted))
     is_last = index == len(plan.layers) - 1
     known = {number for done in journal.layers for number in done.excluded}
     record = LayerRecord(
@@ -281,10 +319,11 @@ def _layer(
     )
     journal.layers.append(record)
     journal.read.update((part, dict(read)) for part, read in result.read.items())
-    context.workspace.save(journal)
-    files.remove(context.workspace.hidden(index))
-    if plan.tracks_original:
-        files.remove(context.workspace.original(index))
+    if context.ranks.is_first:
+        context.workspace.save(journal)
+        files.remove(context.workspace.hidden(index))
+        if plan.tracks_original:
+            files.remove(context.workspace.original(index))
     groups = decision.groups if decision else ()
     return LayerDone(
         layer=index,

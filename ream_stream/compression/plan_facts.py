@@ -65,6 +65,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
         "calibration_sequence_length": plan.sequence_length,
         "batch_sequences": plan.schedule.batch_sequences,
         **_machine_facts(plan),
+        **_rank_facts(job),
         "disk_free_bytes": free_bytes(output) if output else None,
         "device": str(job.device),
         "device_is_here": devices.is_here(job.device),
@@ -90,6 +91,17 @@ def _machine_facts(plan: Plan) -> dict[str, Any]:
         "device_memory_budget_bytes": plan.budgets.vram,
         "disk_bytes": plan.disk_bytes,
         "disk_parts": plan.disk,
+    }
+
+
+def _rank_facts(job: Job) -> dict[str, Any]:
+    """Return the processes of a run, and what those of this machine take together."""
+    size, here = job.ranks
+    return {
+        "ranks": size,
+        "ranks_here": here,
+        "machine_memory_bytes": here * job.plan.memory_bytes,
+        "batches": job.plan.num_batches,
     }
 
 

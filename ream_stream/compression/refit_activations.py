@@ -24,6 +24,7 @@ from ream_stream.method.rng import generator
 from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.experts import MAX_ROWS, Loaded, StreamedExperts
 from ream_stream.model.finite import ExcludedSequences
+from ream_stream.model.ranks.group import Relay
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.refit_memory import HELD_BACK_SHARE
 
@@ -63,6 +64,9 @@ class Portion:
     tokens: int
     """Number of tokens, T."""
 
+    number: int
+    """Number of the batch."""
+
     residual: Callable[[], Tensor]
     """Reads the residual, target minus output, (T, H)."""
 
@@ -97,9 +101,9 @@ class _Visit(NamedTuple):
 class CachedActivations:
     """Activations of a compressed layer's experts, and the residuals of their outputs.
 
-    For each batch: `expect` it, run the layer with `outputs` in place of its experts, and
-    `add` the residual. When the layer is open with new down projections, run the same
-    batches in order with `again` in place of its experts.
+    For each batch of this process: `expect` it, run the layer with `outputs` in place of its
+    experts, and `add` the residual. When the layer is open with new down projections, run the
+    same batches in order with `again` in place of its experts.
 
     Parameters
     ----------
@@ -120,6 +124,8 @@ class CachedActivations:
         the activations.
     residuals
         Store of residuals.
+    relay
+        Carries sums over all batches.
     keeps_fitted
         Whether residuals of the fitted tokens are kept too, to be read again.
     """
@@ -134,6 +140,7 @@ class CachedActivations:
         layer: int,
         inputs: BatchStore | None,
         residuals: BatchStore,
+        relay: Relay,
         *,
         keeps_fitted: bool = True,
     ) -> None:
@@ -142,16 +149,27 @@ class CachedActivations:
         self._held_S, self._mask_SL = held_S, mask_SL
         self._excluded, self._layer = excluded, layer
         self._inputs, self._residuals, self._keeps_fitted = inputs, residuals, keeps_fitted
+        self._relay = relay
         self._batch: Batch
-        self._first = self._count = self._repeated = 0
+        self._first = self._repeated = 0
+        self._numbers: list[int] = []
         self._given: tuple[Tensor, Tensor, Tensor]
         self._now: list[_Rows]
         self._sent: list[list[_Rows]] = []
         self._served: list[list[dict[int, RoutedActivations]]] = []
         self.output_TH = torch.empty(0)
         """Summed expert outputs of the last batch, float32."""
-        self.energy = self.residual_energy = 0.0
-        """Sums of squared targets and of squared residuals over the held-back tokens."""
+        self._energies = torch.zeros(2, dtype=torch.float64)
+
+    @property
+    def energy(self) -> float:
+        """Sum of squared targets over the held-back tokens."""
+        return self._energies[0].item()
+
+    @property
+    def residual_energy(self) -> float:
+        """Sum of squared residuals over the held-back tokens."""
+        return self._energies[1].item()
 
     @property
     def experts(self) -> StreamedExperts:
@@ -163,11 +181,14 @@ class CachedActivations:
         """Set the experts of the layer that was opened again; None if it was closed."""
         self._experts = experts
 
-    def expect(self, batch: Batch) -> None:
-        """Announce the next batch."""
-        self._batch = batch
-        self._first += self._count
-        self._count = len(batch.input_ids_BL)
+    def expect(self, number: int, first: int, batch: Batch) -> None:
+        """Announce batch `number`, whose first sequence is number `first`."""
+        self._batch, self._first = batch, first
+        self._numbers.append(number)
+
+    def finish(self) -> None:
+        """Take in what the other processes added, once all batches are."""
+        self._relay.finish([self._energies])
 
     def outputs(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Replace the experts: return their outputs, (T, H); zeros for padding."""
@@ -206,15 +227,17 @@ class CachedActivations:
             self._served[number] = self._serve(self._now, hidden_TH, range(self.experts.count))
         fitted, held = self._now
         held_RH = residual_TH.index_select(0, held.row_R)
-        self.residual_energy += held_RH.square().sum(dtype=torch.float64).item()
         target_RH = held_RH + self.output_TH.index_select(0, held.row_R)
-        self.energy += target_RH.square().sum(dtype=torch.float64).item()
+        squares = [each.square().sum(dtype=torch.float64) for each in (target_RH, held_RH)]
+        with self._relay.turn(self._numbers[-1], [self._energies]):
+            self._energies += torch.stack(squares).cpu()
         fitted_RH = residual_TH.index_select(0, fitted.row_R)
         kept_RH = torch.cat([held_RH, fitted_RH]) if self._keeps_fitted else held_RH
         self._residuals.put(number, kept_RH.to(hidden_TH.dtype))
         portion = Portion(
             served=self._that_change(self._served[number][0]),
             tokens=len(fitted.row_R),
+            number=self._numbers[-1],
             residual=lambda: fitted_RH,
         )
         if self._inputs is not None:
@@ -243,6 +266,7 @@ class CachedActivations:
         return Portion(
             served=self._that_change(served),
             tokens=len(rows.row_R),
+            number=self._numbers[number],
             residual=lambda: self._residuals.get(number)[place].to(device).float(),
         )
 

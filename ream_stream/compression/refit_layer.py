@@ -28,6 +28,7 @@ from ream_stream.model.batches import Batches, with_states
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.finite import ExcludedSequences
 from ream_stream.model.hidden_states import HiddenStates
+from ream_stream.model.ranks.group import Ranks
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
 from ream_stream.planning.refit_memory import ACTIVATIONS, KEPT
@@ -76,6 +77,9 @@ class RefitJob:
     store: Callable[[str, int], BatchStore]
     """Opens a store by name and number of batches; `opened` closes it after its block."""
 
+    ranks: Ranks
+    """Processes that run batches; stores hold those of this one."""
+
     @contextmanager
     def capturing(self, experts: nn.Module) -> Iterator[None]:
         """Keep the outputs of the source's experts, batch after batch, as the targets.
@@ -110,13 +114,11 @@ class RefitJob:
 
         Parameters
         ----------
-        changing
-            Experts that may change, by their number after compression.
+        changing, report
+            Experts that may change, by their number after compression; called with the number
+            of batches passed over so far, and in all.
         batches, entering, playback
-            The calibration set, the hidden states that enter the layer, and its cached
-            attention outputs if they were kept.
-        report
-            Called with the number of batches passed over so far, and in all.
+            The calibration set, states that enter the layer, and its cached attention outputs.
 
         Raises
         ------
@@ -136,6 +138,7 @@ class RefitJob:
                 self.index,
                 None if plan.memory.get(ACTIVATIONS) else self.store("inputs", len(batches)),
                 self.targets,
+                self.ranks.relay(len(batches)),
                 keeps_fitted=plan.schedule.solver.column_blocks > 1,
             )
             results = self.store("results", plan.schedule.solver.column_blocks * len(changing))
@@ -146,8 +149,9 @@ class RefitJob:
                 done += 1
                 report(min(done, total - 1), total)
 
-            refit = LayerRefit(tokens, method, plan.schedule.solver, results, batch_done)
-            total = len(batches) * (1 + refit.passes)
+            sums = self.ranks.relay(len(batches))
+            refit = LayerRefit(tokens, method, plan.schedule.solver, results, sums, batch_done)
+            total = len(batches.own) * (1 + refit.passes)
             mixers = self.model.mixers(self.index)
             with nullcontext() if playback is None else playback.through(mixers):
                 self._route(tokens, refit, batches, entering, batch_done)
@@ -200,17 +204,20 @@ class RefitJob:
             _replaced(tokens.experts, tokens.outputs),
             with_states(batches, entering) as states,
         ):
-            for number, batch, hidden_BLH in states:
-                tokens.expect(batch)
+            for place, (number, batch, hidden_BLH) in enumerate(states):
+                tokens.expect(number, number * batches.size, batch)
                 if self.plan.tracks_original:
                     leaving_BLH = self.model.run_layer(self.index, batch, hidden_BLH)
                     found_TH = leaving_BLH.flatten(0, 1).float()
                 else:
                     self.model.observe_layer(self.index, batch, hidden_BLH)
                     found_TH = tokens.output_TH
-                target_TH = self.targets.get(number).to(found_TH.device).view_as(found_TH)
+                target_TH = self.targets.get(place).to(found_TH.device).view_as(found_TH)
                 refit.add(tokens.add(target_TH.float() - found_TH))
                 batch_done()
+        self.excluded.join(self.index, self.ranks)
+        tokens.finish()
+        refit.finish()
 
 
 @contextmanager
@@ -221,14 +228,17 @@ def opened(
     excluded: ExcludedSequences,
     model: StreamedModel,
     index: int,
+    ranks: Ranks,
 ) -> Iterator[RefitJob]:
     """Yield the refit of a layer with its scratch files, which are removed after the block.
 
     Within the block the layer runs for the next layer, from the cached activations.
     """
-    folder = workspace.scratch("layer")
-    files.remove(folder)
-    files.make_directory(folder)
+    folder = workspace.staged
+    if ranks.is_first:
+        files.remove(folder)
+        files.make_directory(folder)
+    ranks.gather(None)
     with ExitStack() as stack:
 
         def store(name: str, batches: int) -> BatchStore:
@@ -244,8 +254,11 @@ def opened(
             folder=folder,
             targets=store("wanted", plan.num_batches),
             store=store,
+            ranks=ranks,
         )
-    files.remove(folder)
+    ranks.gather(None)
+    if ranks.is_first:
+        files.remove(folder)
 
 
 @contextmanager

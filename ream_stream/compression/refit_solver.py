@@ -21,6 +21,7 @@ from ream_stream.method.normal_equations import (
 )
 from ream_stream.method.refit import Misfit, Refit, first_direction, select, solve
 from ream_stream.model.batch_store import BatchStore
+from ream_stream.model.ranks.group import Relay
 from ream_stream.planning.schedule import Solver
 from ream_stream.settings import Method
 
@@ -30,24 +31,30 @@ from .refit_activations import CachedActivations, Portion
 class _Passes:
     """Products with the normal matrix, each computed in a pass over the fitted tokens."""
 
-    def __init__(self, tokens: CachedActivations, batch_done: Callable[[], None]) -> None:
-        self._tokens, self._batch_done = tokens, batch_done
+    def __init__(
+        self, tokens: CachedActivations, relay: Relay, batch_done: Callable[[], None]
+    ) -> None:
+        self._tokens, self._relay, self._batch_done = tokens, relay, batch_done
 
     def product(self, change_EIH: Tensor) -> Tensor:
         total_EIH = torch.zeros_like(change_EIH)
         for portion in self._tokens.fitted():
             predicted_TH = predict(portion.served, change_EIH, portion.tokens)
-            project(portion.served, predicted_TH, total_EIH)
+            with self._relay.turn(portion.number, [total_EIH]):
+                project(portion.served, predicted_TH, total_EIH)
             self._batch_done()
+        self._relay.finish([total_EIH])
         return total_EIH
 
     def power(self, change_EIH: Tensor) -> Tensor:
         power_H = change_EIH.new_zeros(change_EIH.shape[2], dtype=torch.float64)
         for portion in self._tokens.fitted():
             predicted_TH = predict(portion.served, change_EIH, portion.tokens)
-            for some_RH in torch.split(predicted_TH, WIDENED_ROWS):
-                power_H += torch.linalg.vecdot(some_RH, some_RH, dim=0)
+            with self._relay.turn(portion.number, [power_H]):
+                for some_RH in torch.split(predicted_TH, WIDENED_ROWS):
+                    power_H += torch.linalg.vecdot(some_RH, some_RH, dim=0)
             self._batch_done()
+        self._relay.finish([power_H])
         return power_H
 
 
@@ -107,6 +114,8 @@ class LayerRefit:
         Solver of the equations.
     results
         Store of the new down projections.
+    relay
+        Carries sums over all batches.
     batch_done
         Called after each batch of each pass.
     """
@@ -117,10 +126,11 @@ class LayerRefit:
         method: Method,
         solver: Solver,
         results: BatchStore,
+        relay: Relay,
         batch_done: Callable[[], None] = lambda: None,
     ) -> None:
         self._tokens, self._method, self._solver = tokens, method, solver
-        self._results, self._batch_done = results, batch_done
+        self._results, self._relay, self._batch_done = results, relay, batch_done
         self._weights = weights = tokens.experts.weights
         # codes are encoded from the float32 solution
         plain = weights.stack.scheme == "plain"
@@ -134,7 +144,7 @@ class LayerRefit:
             blocks=solver.preconditioner == "blocks",
             device=weights.device,
         )
-        self._operator: _Passes | _ExplicitOperator = _Passes(tokens, batch_done)
+        self._operator: _Passes | _ExplicitOperator = _Passes(tokens, relay, batch_done)
         if solver.gathered:
             self._operator = _ExplicitOperator(
                 NormalMatrix(count, inner, device=weights.device)
@@ -170,9 +180,18 @@ class LayerRefit:
 
     def add(self, portion: Portion) -> None:
         """Add the fitted tokens of a batch to the normal equations."""
-        self._sums.add(portion.served, portion.residual()[:, self._columns[0]])
+        residual_TH = portion.residual()[:, self._columns[0]]
+        with self._relay.turn(portion.number, self._sums.running()):
+            self._sums.add(portion.served, residual_TH)
         if isinstance(self._operator, _ExplicitOperator):
-            self._operator.matrix.add(portion.served, portion.tokens)
+            with self._relay.turn(portion.number, self._operator.matrix.running()):
+                self._operator.matrix.add(portion.served, portion.tokens)
+
+    def finish(self) -> None:
+        """Take in what the other processes added, once all batches are."""
+        self._relay.finish(self._sums.running())
+        if isinstance(self._operator, _ExplicitOperator):
+            self._relay.finish(self._operator.matrix.running())
 
     def solve(self) -> RefitSolution:
         """Choose the penalty, solve every column, and measure the held-back error.
@@ -215,8 +234,11 @@ class LayerRefit:
         """Sum the right-hand sides of other columns in a pass."""
         self._sums.turn_to(columns.stop - columns.start)
         for portion in self._tokens.fitted():
-            self._sums.add_target(portion.served, portion.residual()[:, columns])
+            residual_TH = portion.residual()[:, columns]
+            with self._relay.turn(portion.number, self._sums.running_target()):
+                self._sums.add_target(portion.served, residual_TH)
             self._batch_done()
+        self._relay.finish(self._sums.running_target())
 
     def _choose(self, columns: slice) -> None:
         """Try the first direction of each penalty, scaled to the lowest error."""
@@ -253,5 +275,8 @@ class LayerRefit:
             residual_TH = portion.residual()[:, columns]
             for misfit, change_EIH in changes.items():
                 predicted_TH = predict(portion.served, change_EIH, portion.tokens)
-                misfit.add(residual_TH, predicted_TH)
+                with self._relay.turn(portion.number, [misfit.sums]):
+                    misfit.add(residual_TH, predicted_TH)
             self._batch_done()
+        for misfit in changes:
+            self._relay.finish([misfit.sums])

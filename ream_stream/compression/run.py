@@ -12,11 +12,13 @@ from ream_stream.calibration.token_cache import store
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.errors import InterruptedRunError, OtherRunError, ReamStreamError, of_system
 from ream_stream.events import Event, Finished, Report, TakenOver, no_report
+from ream_stream.model.ranks.group import ALONE, Ranks
 
 from .event_log import Log
 from .job import Job
 from .pipeline import compress
 from .plan_facts import plan_facts
+from .shared_job import check_shared
 from .workspace import Workspace
 
 
@@ -51,13 +53,16 @@ class CompressionResult:
     plan: Mapping[str, Any]
     """Facts of the plan as `plan_facts` gives them."""
 
+    sent_bytes: int = 0
+    """Bytes of tensors that all ranks sent each other; 0 in a single process."""
+
     quality: Mapping[str, Any] | None = None
     """Scores of the output; None if no evaluation was asked for."""
 
     def facts(self) -> dict[str, Any]:
         """Return the result for ``--json``."""
         names = ("already_complete", "output_bytes", "seconds", "seconds_by_phase")
-        peaks = ("peak_anonymous_bytes", "peak_device_bytes")
+        peaks = ("peak_anonymous_bytes", "peak_device_bytes", "sent_bytes")
         return {**self.plan, **{name: getattr(self, name) for name in (*names, *peaks)}}
 
 
@@ -68,6 +73,7 @@ def run(
     command: str | None = None,
     restart: bool = False,
     keep_work: bool = True,
+    ranks: Ranks = ALONE,
 ) -> CompressionResult:
     """Carry out a job.
 
@@ -77,8 +83,8 @@ def run(
         With an output and tokens.
     report
         Is told what happens; it may raise `InterruptedRunError`.
-    command, restart, keep_work
-        As in `evaluation.api.compress`.
+    command, restart, keep_work, ranks
+        As in `evaluation.api.compress`; processes that each have their own job.
 
     Raises
     ------
@@ -88,6 +94,10 @@ def run(
     workspace, start = job.workspace, time.monotonic()
     if workspace is None or job.tokens is None:
         raise ValueError("a run needs an output and calibration tokens")
+    if not ranks.is_first:
+        check_shared(workspace.data, ranks)
+        finished = _compressed(job, job.tokens, workspace, report, ranks)
+        return _result(workspace, finished, plan_facts(job), start, ranks)
     with ExitStack() as stack:
         left_by = stack.enter_context(workspace.locked())
         _make_ready(job, workspace, job.tokens, restart=restart)
@@ -105,9 +115,20 @@ def run(
         with _logged_end(log, command or "the same call"):
             if left_by is not None:
                 tell(TakenOver(previous=left_by))
-            finished = _compressed(job, job.tokens, workspace, tell)
+            check_shared(workspace.data, ranks)
+            finished = _compressed(job, job.tokens, workspace, tell, ranks)
         if not keep_work:
             workspace.clean()
+    return _result(workspace, finished, known, start, ranks)
+
+
+def _result(
+    workspace: Workspace,
+    finished: Finished,
+    known: Mapping[str, Any],
+    start: float,
+    ranks: Ranks,
+) -> CompressionResult:
     return CompressionResult(
         output=workspace.output,
         source_bytes=finished.source_bytes,
@@ -118,10 +139,13 @@ def run(
         peak_device_bytes=finished.peak_device_bytes,
         already_complete=finished.already_complete,
         plan=known,
+        sent_bytes=sum(ranks.gather(ranks.sent_bytes)),
     )
 
 
-def _compressed(job: Job, tokens: Tokens, workspace: Workspace, report: Report) -> Finished:
+def _compressed(
+    job: Job, tokens: Tokens, workspace: Workspace, report: Report, ranks: Ranks
+) -> Finished:
     return compress(
         job.plan,
         tokens,
@@ -129,6 +153,7 @@ def _compressed(job: Job, tokens: Tokens, workspace: Workspace, report: Report) 
         device=job.device,
         statistics=job.statistics,
         report=report,
+        ranks=ranks,
     )
 
 

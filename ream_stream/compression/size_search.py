@@ -11,7 +11,7 @@ from math import floor, lcm
 
 from ream_stream.errors import UsageError
 from ream_stream.planning.plan import Plan
-from ream_stream.planning.serving_limits import DIVISOR
+from ream_stream.planning.serving_rules import DIVISOR
 from ream_stream.planning.size_target import SizeTarget
 from ream_stream.planning.slice_shape import MOST_EXPERTS, ExpertLayer
 from ream_stream.settings import Method

@@ -17,7 +17,7 @@ from typing import Any
 from ream_stream import files
 from ream_stream.compression.file_lock import LOCK, lock, lock_holder
 from ream_stream.errors import DamagedError, OtherRunError, UsageError
-from ream_stream.file_access import read_own_json, regular_size, resolved
+from ream_stream.file_access import lies_in, read_own_json, regular_size, resolved
 
 from .journal import Journal, load, save
 from .manifest import MANIFEST, STATISTICS
@@ -48,6 +48,9 @@ class Workspace:
 
     work: Path
     """Folder of the journal: `home`, or a folder elsewhere that may hold other files."""
+
+    rank: int = 0
+    """Number of this process among those of the run."""
 
     @property
     def home(self) -> Path:
@@ -97,8 +100,13 @@ class Workspace:
         return self.data / f"statistics-{layer:05d}.safetensors"
 
     def scratch(self, name: str) -> Path:
-        """Return a folder that no journal names: what is in it serves one layer only."""
-        return self.data / f"scratch-{name}"
+        """Return a folder of this rank that no journal names: it serves one layer only."""
+        return self.data / (f"scratch-{name}" + (f"-{self.rank}" if self.rank else ""))
+
+    @property
+    def staged(self) -> Path:
+        """A folder as `scratch`, but of all ranks: a layer before its refit."""
+        return self.data / "scratch-layer"
 
     def is_complete(self) -> bool:
         """Tell whether the output is whole: its manifest is the last file written."""
@@ -378,23 +386,15 @@ def workspace_of(output: Path, work_dir: Path | None, source: Path | None = None
     work = output / HOME if work_dir is None else resolved(work_dir)
     made = Workspace(output=output, work=work)
     if work != made.home:
-        if _is_in(work, output):
+        if lies_in(work, output):
             raise UsageError(
                 f"--work-dir {work_dir} lies in OUTPUT: leave it out, as the work folder is in "
                 "OUTPUT then, or give a folder elsewhere"
             )
-        if _is_in(output, made.journal) or _is_in(output, made.data):
+        if lies_in(output, made.journal) or lies_in(output, made.data):
             raise UsageError(f"{output} would lie among the work files in {work}")
     if source is not None and output != resolved(source):
-        inside = next((path for path in (work, output) if _is_in(path, source)), None)
+        inside = next((path for path in (work, output) if lies_in(path, source)), None)
         if inside is not None:
             raise UsageError(f"{inside} lies in SOURCE, which is only read; choose another")
     return made
-
-
-def _is_in(path: Path, folder: Path) -> bool:
-    """Tell whether a path is a folder or lies in it, whatever either is called."""
-    return any(
-        each == folder or (each.exists() and folder.exists() and each.samefile(folder))
-        for each in (path, *path.parents)
-    )

@@ -16,12 +16,15 @@ import torch
 
 from ream_stream.checkpoint import hub
 from ream_stream.compression.config import RunOptions
-from ream_stream.compression.job import prepare
+from ream_stream.compression.job import Job, prepare
 from ream_stream.compression.observation import ObserveOptions
 from ream_stream.compression.plan_facts import plan_facts
 from ream_stream.compression.run import CompressionResult, run
+from ream_stream.compression.shared_job import check_ranks, shared_job
 from ream_stream.errors import UsageError
 from ream_stream.events import Fetching, Planned, Report, no_report
+from ream_stream.model.ranks.group import Ranks
+from ream_stream.model.ranks.launch import expected, joined
 from ream_stream.planning.gpus import gpu_named
 from ream_stream.settings import Method, Settings, given_options
 
@@ -98,7 +101,10 @@ def plan(
     """
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
     card = None if gpu is None else gpu_named(gpu)
-    asked, remote = _located(source, output, {**given, **options})
+    asked, remote = _found(
+        RunOptions.of(source=Path(source), output=output, **{**given, **options})
+    )
+    ranks = expected()
     with _threads_kept():
         job = prepare(
             asked,
@@ -106,7 +112,9 @@ def plan(
             with_data=with_data and remote is None,
             report=report,
             gpu=card,
+            ranks=ranks,
         )
+        check_ranks(job.plan, ranks)
     found = job.plan
     return PlanResult(
         settings=found.settings,
@@ -164,15 +172,9 @@ def compress(
         The class says why; what was committed stays, and the same call goes on.
     """
     given = {"keep": keep, "experts": experts, "method": method, "calibration": calibration}
-    asked, remote = _located(source, output, {**given, **options})
+    asked = RunOptions.of(source=Path(source), output=output, **{**given, **options})
     how = _How(restart=restart, keep_work=keep_work, command=command)
-    result, asked = _carried_out(asked, remote, report, how)
-    if text is None:
-        return result
-    against = None if asked.stream else asked.source
-    alike = {name: getattr(asked, name) for name in _MEASURED_ALIKE}
-    scores = evaluate(result.output, text=text, against=against, report=report, **alike)
-    return replace(result, quality=scores.facts())
+    return _carried_out(asked, report, how, text)
 
 
 def observe(
@@ -204,9 +206,9 @@ def observe(
         The class says why; what was committed stays, and the same call goes on.
     """
     given = {"calibration": calibration, **options}
-    asked, remote = _located(source, statistics, given, ObserveOptions)
+    asked = ObserveOptions.of(source=Path(source), output=statistics, **given)
     how = _How(restart=restart, keep_work=keep_work, command=command)
-    return _carried_out(asked, remote, report, how)[0]
+    return _carried_out(asked, report, how)
 
 
 class _How(NamedTuple):
@@ -218,19 +220,54 @@ class _How(NamedTuple):
 
 
 def _carried_out(
-    asked: RunOptions, remote: "hub.Remote | None", report: Report, how: _How
-) -> tuple[CompressionResult, RunOptions]:
-    """Run what was asked for; return the options with the folder of what was fetched, too."""
+    asked: RunOptions, report: Report, how: _How, text: Texts | None = None
+) -> CompressionResult:
+    """Run what was asked for, and measure the output if there is text."""
+    with _threads_kept(), joined() as ranks:
+        prepared = None
+        if ranks.is_first:
+            prepared = _prepared(asked, ranks, restart=how.restart, report=report)
+        job = shared_job(prepared, ranks)
+        report(Planned(facts=plan_facts(job), layer_bytes=job.layer_bytes))
+        result = run(job, report=report, ranks=ranks, **how._asdict())
+        if text is not None:
+            result = replace(result, quality=_quality(result, job, asked, text, report, ranks))
+    return result
+
+
+def _quality(
+    result: CompressionResult,
+    job: Job,
+    asked: RunOptions,
+    text: Texts,
+    report: Report,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Return the scores of an output beside its source."""
+    against = None if asked.stream else job.plan.source.folder
+    alike = {name: getattr(asked, name) for name in _MEASURED_ALIKE}
+    wanted = ScoreOptions(
+        **given_options({"text": text, "against": against, **alike}, ScoreOptions)
+    )
+    return measure(result.output, wanted, report=report, ranks=ranks).facts()
+
+
+def _prepared(asked: RunOptions, ranks: Ranks, *, restart: bool, report: Report) -> Job:
+    """Return a job that may begin, with its source on this machine unless that is streamed."""
+    asked, remote = _found(asked)
     if not asked.calibration and asked.statistics is None:
         raise UsageError("say what to run the model on: --calibration")
-    with _threads_kept():
-        if remote is not None and not asked.stream:
-            # what cannot be done is refused before anything large is fetched
-            prepare(replace(asked, calibration=()), restart=how.restart, with_data=False)
-            asked = replace(asked, source=_fetched(remote, report))
-        job = prepare(asked, restart=how.restart, report=report)
-        report(Planned(facts=plan_facts(job), layer_bytes=job.layer_bytes))
-        return run(job, report=report, **how._asdict()), asked
+    if remote is not None and not asked.stream:
+        # what cannot be done is refused before anything large is fetched
+        prepare(replace(asked, calibration=()), restart=restart, with_data=False)
+        asked = replace(asked, source=_fetched(remote, report))
+    job = prepare(asked, restart=restart, report=report, ranks=ranks)
+    check_ranks(job.plan, ranks)
+    if ranks.size > 1 and asked.statistics is not None:
+        raise UsageError(
+            "a run by --statistics has no batches that ranks could divide: start one process"
+        )
+    return job
 
 
 def plan_observation(
@@ -245,7 +282,7 @@ def plan_observation(
 
     Shards may end after their headers; without calibration only its size counts.
     """
-    asked, remote = _located(source, statistics, options, ObserveOptions)
+    asked, remote = _found(ObserveOptions.of(source=Path(source), output=statistics, **options))
     with _threads_kept():
         job = prepare(asked, restart=restart, with_data=False, report=report)
     return plan_facts(job) | {"is_remote": remote is not None}
@@ -289,21 +326,19 @@ def evaluate(
     asked = ScoreOptions(
         **given_options({"text": text, "against": against, **options}, ScoreOptions)
     )
-    return measure(Path(checkpoint), asked, report=report, keep_original=keep_original)
+    with joined() as ranks:
+        return measure(
+            Path(checkpoint), asked, report=report, keep_original=keep_original, ranks=ranks
+        )
 
 
-def _located(
-    source: str | Path,
-    output: str | Path | None,
-    values: Mapping[str, Any],
-    kind: type[RunOptions] = RunOptions,
-) -> "tuple[RunOptions, hub.Remote | None]":
+def _found(asked: RunOptions) -> "tuple[RunOptions, hub.Remote | None]":
     """Return options with the folder of the source, and where it is if that is the hub.
 
     The folder of a source on the hub has its headers, not yet its data.
     """
-    asked = kind.of(source=Path(source), output=output, **values)
-    if Path(source).is_dir():
+    source = asked.source
+    if source.is_dir():
         if asked.stream:
             raise UsageError(f"--stream is for a SOURCE on the hub, {source} is a folder")
         return asked, None

@@ -10,6 +10,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint
 from ream_stream.compression.file_lock import claimed
 from ream_stream.compression.pipeline import compress
+from ream_stream.compression.shared_job import check_shared
 from ream_stream.compression.statistics import Statistics
 from ream_stream.compression.workspace import HOME, Workspace
 from ream_stream.errors import DamagedError
 from ream_stream.events import Comparing, Finished, Report, no_report
 from ream_stream.file_access import read_own_json, regular_size
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import Settings
@@ -35,6 +38,7 @@ from .forward import identity
 from .memory import plan_evaluation
 
 ORIGINAL = "original"
+_RANK = "rank-"
 ALL = "all"
 """Name of the scores over all domains."""
 
@@ -123,6 +127,15 @@ class ComparisonSetup:
     budgets: Budgets
     """Limits on the memory and disk that runs and evaluations use."""
 
+    ranks: Ranks = ALONE
+    """Processes that divide the trials; each does its own alone."""
+
+    @property
+    def work(self) -> Path:
+        """Folder of this rank's evaluations."""
+        rank = self.ranks.rank
+        return self.folder / f"{_RANK}{rank}" if rank else self.folder
+
 
 def run_trials(
     bench: ComparisonSetup, trials: Sequence[Trial], report: Report = no_report
@@ -136,16 +149,17 @@ def run_trials(
     OverBudgetError, InterruptedRunError, ReamStreamError
         As the runs and evaluations that it is made of.
     """
-    with claimed(bench.folder):
-        files.make_directory(bench.folder / "results")
-        outcomes, batch, every = [], 0, [None, *trials]
+    with _claimed(bench):
+        every, batch = [None, *trials], 0
         paths = [bench.folder / "results" / f"{_key(bench, trial)}.json" for trial in every]
-        left = sum(regular_size(path) is None for path in paths)
-        for number, (trial, path) in enumerate(zip(every, paths, strict=True), start=1):
+        own = bench.ranks.own(len(every))
+        left = sum(regular_size(paths[number]) is None for number in own)
+        for number in own:
+            trial, path = every[number], paths[number]
             if regular_size(path) is None:
                 report(
                     Comparing(
-                        number=number,
+                        number=number + 1,
                         trials=len(every),
                         to_do=left,
                         name=trial.name if trial else ORIGINAL,
@@ -159,9 +173,24 @@ def run_trials(
                 files.write_json(path, asdict(outcome))
             # made or not: what a kill left after the numbers were written goes too
             files.remove(_place(bench, path.stem))
-            outcomes.append(_outcome(path))
-        files.remove(bench.folder / "evaluate")
-        return tuple(outcomes)
+        files.remove(bench.work / "evaluate")
+        bench.ranks.gather(None)
+        return tuple(map(_outcome, paths))
+
+
+@contextmanager
+def _claimed(bench: ComparisonSetup) -> Iterator[None]:
+    """Keep others out of the folder for the block, which rank 0 does for all."""
+    if not bench.ranks.is_first:
+        check_shared(bench.folder / "results", bench.ranks)
+        yield
+        return
+    with claimed(bench.folder):
+        files.make_directory(bench.folder / "results")
+        check_shared(bench.folder / "results", bench.ranks)
+        yield
+        for path in bench.folder.glob(f"{_RANK}*"):  # of earlier calls with more ranks too
+            files.remove(path)
 
 
 def _outcome(path: Path) -> Outcome:
@@ -299,7 +328,7 @@ def _carry_out(
     result = evaluate(
         checkpoint,
         bench.tests,
-        bench.folder,
+        bench.work,
         dtype=bench.dtype,
         device=bench.device,
         original=None if trial is None else bench.source,

@@ -28,6 +28,7 @@ from ream_stream.events import Report, Step, no_report
 from ream_stream.model.batches import Batches
 from ream_stream.model.families import family_of
 from ream_stream.model.hidden_states import HiddenStates
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.allocation import MAX_BATCH_TOKENS
 
@@ -84,6 +85,7 @@ def evaluate(
     batch_sequences: int | None = None,
     keep_original: bool = False,
     report: Report = no_report,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Score a checkpoint on tokens; stopped or killed, the same call goes on.
 
@@ -91,31 +93,29 @@ def evaluate(
     ----------
     checkpoint
         A source or an output.
-    tokens
-        What it is to predict.
-    work
-        Folder for hidden states: for each checkpoint two boundaries at most, in a folder
-        of their own that is removed at the end.
+    tokens, work
+        What it is to predict; folder for hidden states, two boundaries of each checkpoint, in a
+        folder that goes.
     dtype, device
-        What the model is run in and where; the result is that of
-        ``from_pretrained(..., dtype=dtype)``.
+        What the model is run in and where, as ``from_pretrained(..., dtype=dtype)``.
     original
         The checkpoint it is compared with, on the same tokens.
     target_SL
         Which tokens are scored; by default those that `scored` gives.
     batch_sequences
-        Sequences that are run together; by default as many as give `MAX_BATCH_TOKENS`.
+        Sequences run together; by default as many as give `MAX_BATCH_TOKENS`.
     keep_original
-        Leave what the original's last layer gave in the work folder, or the checkpoint's
-        if it is alone, for the next evaluation beside it; the caller removes it.
-    report
-        Told each checkpoint, its phase ``propagate`` by batch, and ``score`` by sequence.
+        Leave what the original's last layer gave, or the checkpoint's if it is alone, in the
+        work folder for the next evaluation; the caller removes it.
+    report, ranks
+        Told each checkpoint, its phase ``propagate`` by batch, and ``score`` by sequence;
+        processes that divide the batches, and see the same folder.
 
     Raises
     ------
     ReamStreamError
-        The model cannot be driven layer by layer or gives numbers that are not finite; the
-        tokens are not of its vocabulary; the folder is in use; `report` asked to stop.
+        The model cannot be run or gives numbers that are not finite; the tokens are not of its
+        vocabulary; the folder is in use; `report` asked to stop.
     """
     checkpoints = [checkpoint] if original is None else [checkpoint, original]
     for each in checkpoints:
@@ -127,11 +127,12 @@ def evaluate(
     batch = min(tokens.num_sequences, rows)
     folder = work / "evaluate"
     passages = [
-        ForwardRun(each, tokens, folder, batch=batch, dtype=dtype, device=device)
+        ForwardRun(each, tokens, folder, batch=batch, dtype=dtype, device=device, ranks=ranks)
         for each in checkpoints
     ]
-    with _scratch(folder, passages, keep=passages[-1:] if keep_original else []):
-        return _Job(passages, tokens, target_SL).run(report)
+    kept = passages[-1:] if keep_original else []
+    with _scratch(folder, passages, keep=kept, ranks=ranks):
+        return _Job(passages, tokens, target_SL, ranks).run(report)
 
 
 def scored(tokens: Tokens) -> Tensor:
@@ -151,14 +152,17 @@ class _Job:
     """The passages of one evaluation, and the scores of what leaves them."""
 
     def __init__(
-        self, passages: Sequence[ForwardRun], tokens: Tokens, target_SL: Tensor
+        self, passages: Sequence[ForwardRun], tokens: Tokens, target_SL: Tensor, ranks: Ranks
     ) -> None:
         self.passages, self.tokens, self.target_SL = passages, tokens, target_SL
+        self.ranks = ranks
         vocabulary = max(passage.vocabulary for passage in passages)
         self.block = max(1, LOGITS_BYTES // (4 * vocabulary))
         self.stride = -(-int(target_SL.sum()) // RANK_TOKENS)
-        self.seen = 0
-        self.sampled: list[Tensor] = []
+        count_S = target_SL.sum(dim=1)
+        self.before = (count_S.cumsum(0) - count_S).tolist()
+        self.seen = self.row = 0
+        self.sampled: list[tuple[int, Tensor]] = []
 
     def run(self, report: Report) -> Result:
         """Run all layers, then score what leaves the last."""
@@ -168,17 +172,25 @@ class _Job:
                 leaving.append(passage.run(report))
         sequences, last = self.tokens.num_sequences, self.passages[0].model.num_layers - 1
         # nats and correct of each checkpoint; divergence and agreement of both
-        sums: list[list[float]] = []
+        own: list[tuple[int, list[float]]] = []
         with ExitStack() as stack:
             for passage in self.passages:
                 stack.enter_context(passage.model.open_outside())
             stack.enter_context(self._capturing())
-            for row, (sequence, hidden) in enumerate(
-                _sequences(self.passages[0].batches, leaving)
-            ):
-                sums.append(self._sums(sequence, hidden, self.target_SL[row], row))
+            for row, sequence, hidden in _sequences(self.passages[0].batches, leaving):
+                self.row, self.seen = row, self.before[row]
+                own.append((row, self._sums(sequence, hidden, self.target_SL[row], row)))
                 report(Step(layer=last, phase="score", done=row + 1, total=sequences))
-        return self._result(sums)
+        found = sorted(each for part in self.ranks.gather(own) for each in part)
+        return self._result([sums for _, sums in found], self._all_sampled())
+
+    def _all_sampled(self) -> Tensor:
+        """Return what all ranks sampled, in the order of sequences."""
+        told = [torch.tensor([row for row, _ in self.sampled]), *(t for _, t in self.sampled)]
+        found: list[tuple[int, int, Tensor]] = []
+        for row_n, *parts in self.ranks.gather_tensors(told):
+            found += zip(row_n.tolist(), range(len(parts)), parts, strict=True)
+        return torch.cat([part for *_, part in sorted(found, key=lambda each: each[:2])])
 
     @contextmanager
     def _capturing(self) -> Iterator[None]:
@@ -189,7 +201,8 @@ class _Job:
         def take(_module: Any, args: Any) -> None:  # noqa: ANN401
             hidden_PH = args[0][0]
             first = -self.seen % self.stride
-            self.sampled.append(hidden_PH[first :: self.stride].to("cpu", torch.float32))
+            some_PH = hidden_PH[first :: self.stride].to("cpu", torch.float32)
+            self.sampled.append((self.row, some_PH))
             self.seen += len(hidden_PH)
 
         handle = head.register_forward_pre_hook(take)
@@ -222,13 +235,13 @@ class _Job:
             )
         return sums
 
-    def _result(self, sums: Sequence[Sequence[float]]) -> Result:
+    def _result(self, sums: Sequence[Sequence[float]], sampled_nH: Tensor) -> Result:
         count_S = tuple(self.target_SL.sum(dim=1).tolist())
         means = [
             Mean(total_S=tuple(total_S), count_S=count_S) for total_S in zip(*sums, strict=True)
         ]
         evaluation = Evaluation(
-            loss=means[0], accuracy=means[1], rank=effective_rank(torch.cat(self.sampled))
+            loss=means[0], accuracy=means[1], rank=effective_rank(sampled_nH)
         )
         if len(means) == 2:
             return Result(evaluation=evaluation, against=None)
@@ -243,9 +256,9 @@ class _Job:
 
 def _sequences(
     batches: Batches, states: Sequence[HiddenStates]
-) -> Iterator[tuple[Batch, list[Tensor]]]:
-    """Yield every sequence as a batch of its own, with what leaves the last layers (L, H)."""
-    for number, batch in enumerate(batches):
+) -> Iterator[tuple[int, Batch, list[Tensor]]]:
+    """Yield own sequences by number, each a batch, with what leaves the last layers (L, H)."""
+    for number, batch in zip(batches.own, batches, strict=True):
         mask_BL = batch.attention_mask_BL
         read = [each.read(number) for each in states]
         for row in range(len(batch.input_ids_BL)):
@@ -254,23 +267,30 @@ def _sequences(
                 input_ids_BL=batch.input_ids_BL[one],
                 attention_mask_BL=None if mask_BL is None else mask_BL[one],
             )
-            yield sequence, [hidden_BLH[row] for hidden_BLH in read]
+            yield number * batches.size + row, sequence, [each_BLH[row] for each_BLH in read]
 
 
 @contextmanager
 def _scratch(
-    folder: Path, passages: Sequence[ForwardRun], *, keep: Sequence[ForwardRun]
+    folder: Path, passages: Sequence[ForwardRun], *, keep: Sequence[ForwardRun], ranks: Ranks
 ) -> Iterator[None]:
     """Lock the folder for the block, which may go on with what an earlier one left there.
 
     At the end all is removed but what is to be kept, or, if the block was interrupted,
-    what it may go on with. What belongs to other evaluations goes at once.
+    what it may go on with. What belongs to other evaluations goes at once. Rank 0 does it.
     """
+    if not ranks.is_first:
+        ranks.gather(None)
+        yield
+        ranks.gather(None)
+        return
     with claimed(folder):
         stays = {passage.folder for passage in passages}
         try:
             _remove_others(folder, stays)
+            ranks.gather(None)
             yield
+            ranks.gather(None)
         except InterruptedRunError:
             raise
         except BaseException:

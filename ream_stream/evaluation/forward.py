@@ -24,6 +24,7 @@ from ream_stream.file_access import read_own_json, regular_size
 from ream_stream.model.batches import Batches, advance
 from ream_stream.model.hidden_states import HiddenStates, HiddenWriter
 from ream_stream.model.meta_model import get_tensor
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.model.streamed_model import StreamedModel
 
 _JOURNAL = "journal.json"
@@ -44,6 +45,8 @@ class States:
         Of the states.
     batch
         Sequences of a batch.
+    ranks
+        Processes that write the states together; rank 0 keeps the record.
     """
 
     def __init__(
@@ -53,11 +56,18 @@ class States:
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         batch: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._folder, self._fingerprint = folder, dict(fingerprint)
-        self._store = (shape, dtype, batch)
+        self._store, self._ranks = (shape, dtype, batch), ranks
         self.records: list[Any] = []
-        path = folder / _JOURNAL
+        if ranks.is_first:
+            self._open(folder / _JOURNAL)
+        self.records = list(ranks.broadcast(self.records))
+
+    def _open(self, path: Path) -> None:
+        """Read the records that are there, or discard the folder."""
+        folder = self._folder
         if regular_size(path) is not None:
             found = read_own_json(path, finite=False)
             if not (isinstance(found, dict) and isinstance(found.get("records"), list)):
@@ -74,11 +84,13 @@ class States:
 
     def writer(self, run: str, boundary: int) -> HiddenWriter:
         """Begin the states that enter a layer."""
-        return HiddenWriter(self._path(run, boundary), *self._store)
+        return HiddenWriter(self._path(run, boundary), *self._store, ranks=self._ranks)
 
     def commit(self, record: object, runs: Sequence[str]) -> None:
         """Record that a layer is done, and delete what entered it."""
         self.records.append(record)
+        if not self._ranks.is_first:
+            return
         value = {"fingerprint": self._fingerprint, "records": self.records}
         durable.write_json(self._folder / _JOURNAL, value)
         for run in runs:
@@ -103,6 +115,8 @@ class ForwardRun:
         Sequences of a batch.
     dtype, device
         What the layers are run in, and where.
+    ranks
+        Processes that divide the batches.
 
     Raises
     ------
@@ -121,10 +135,11 @@ class ForwardRun:
         batch: int,
         dtype: torch.dtype,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.name = checkpoint.folder.name
         self.model = StreamedModel(checkpoint, dtype, device)
-        self.batches = Batches(tokens, batch)
+        self.batches = Batches(tokens, batch, ranks)
         embedding = self.model.model.get_input_embeddings()
         self.vocabulary = len(get_tensor(embedding, "weight"))
         check_vocabulary(tokens, self.vocabulary)
@@ -137,7 +152,8 @@ class ForwardRun:
     def run(self, report: Report) -> HiddenStates:
         """Run the layers that are left, and return what leaves the last."""
         model, size, batches = self.model, self.batches.size, len(self.batches)
-        states = States(self.folder, self._told, self._shape, model.dtype, size)
+        ranks = self.batches.ranks
+        states = States(self.folder, self._told, self._shape, model.dtype, size, ranks)
         done = len(states.records)
         report(Evaluating(name=self.name, layers=model.num_layers, skipped=done))
         for index in range(done, model.num_layers):

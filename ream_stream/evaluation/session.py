@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
+from ream_stream import files
 from ream_stream.calibration.mix import parts_of
 from ream_stream.calibration.packing import load_tokenizer
 from ream_stream.calibration.token_cache import read_test_tokens
 from ream_stream.calibration.tokens import Tokens
 from ream_stream.checkpoint.reader import Checkpoint, open_checkpoint, vocab_size_of
+from ream_stream.compression.shared_job import check_alike, check_shared, own_device
 from ream_stream.errors import UsageError
 from ream_stream.events import Evaluating, Event, Report, no_report
 from ream_stream.file_access import resolved
 from ream_stream.model.device import choose_device
 from ream_stream.model.dtypes import compute_dtype
+from ream_stream.model.ranks.group import ALONE, Ranks
 from ream_stream.planning.schedule import Budgets
 from ream_stream.settings import check_values
 
@@ -90,6 +93,7 @@ def measure(
     *,
     report: Report = no_report,
     keep_original: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Measure a checkpoint.
 
@@ -103,6 +107,8 @@ def measure(
         Is told what happens; it may raise `InterruptedRunError`.
     keep_original
         Whether what the original makes of the text stays in the work folder.
+    ranks
+        Processes that divide the batches; layers are compared by rank 0 alone.
 
     Raises
     ------
@@ -112,21 +118,18 @@ def measure(
     OverBudgetError
         The budget is too small.
     """
-    bench = _Bench.of(checkpoint, options, report)
+    bench = _Bench.of(checkpoint, options, report, ranks)
     tokens, original = bench.tokens, bench.original
     if options.layers and (original is None or tokens is None):
         raise UsageError("--layers compares checkpoints on a text: give --against and --text")
     result: Result | None = None
     errors: tuple[LayerError, ...] = ()
     with ExitStack() as stack:
-        given = options.work_dir or Path(
-            stack.enter_context(TemporaryDirectory(prefix="ream-stream-"))
-        )
-        work = resolved(given)
+        work = _work_folder(options, stack, ranks)
         if tokens is not None:
             batch = bench.batch(tokens, bench.checkpoint, original)
             result = _predict(bench, tokens, work, batch, keep_original=keep_original)
-            if options.layers and original is not None:
+            if options.layers and original is not None and ranks.is_first:
                 errors = _compare_layers(bench, original, tokens, work, batch)
         questions = {path.stem: _ask(bench, path, work) for path in options.questions}
     return Scores(
@@ -141,6 +144,18 @@ def measure(
     )
 
 
+def _work_folder(options: ScoreOptions, stack: ExitStack, ranks: Ranks) -> Path:
+    """Return the folder of hidden states, which all ranks see."""
+    given = options.work_dir
+    if given is None and ranks.is_first:
+        given = Path(stack.enter_context(TemporaryDirectory(prefix="ream-stream-")))
+    if ranks.is_first and given is not None and ranks.size > 1:
+        files.make_directory(resolved(given))
+    work = Path(ranks.broadcast(None if given is None else str(resolved(given))))
+    check_shared(work, ranks)
+    return work
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Bench:
     """Shared inputs of all passes of a measurement."""
@@ -153,14 +168,19 @@ class _Bench:
     device: torch.device
     ram: int
     report: Report
+    ranks: Ranks
 
     @classmethod
-    def of(cls, checkpoint: Path, options: ScoreOptions, report: Report) -> "_Bench":
+    def of(
+        cls, checkpoint: Path, options: ScoreOptions, report: Report, ranks: Ranks
+    ) -> "_Bench":
         """Read headers and tokens."""
         check_values(options)
         folders = [folder for folder in (checkpoint, options.against) if folder is not None]
         opened = [open_checkpoint(folder) for folder in folders]
-        where, parts = choose_device(options.device), parts_of(options.text)
+        where = own_device(choose_device(options.device), ranks)
+        check_alike(ranks, where)
+        parts = parts_of(options.text)
         if not parts and not options.questions:
             raise UsageError("say what to predict: --text, --questions, or both")
         sets = [
@@ -180,6 +200,7 @@ class _Bench:
                 f"{folders[0]} and {folders[1]} have different tokenizers: their perplexities "
                 "cannot be compared"
             )
+        ranks.agree("the test tokens", [tokens.digest for tokens in sets])
         return cls(
             checkpoint=opened[0],
             original=opened[1] if len(opened) > 1 else None,
@@ -187,14 +208,16 @@ class _Bench:
             sequence_length=options.sequence_length,
             dtype=compute_dtype(options.compute_dtype, opened[0], where),
             device=where,
-            ram=Budgets.of(options.ram).ram,
+            ram=Budgets.of(options.ram, processes=ranks.local_size).ram,
             report=report,
+            ranks=ranks,
         )
 
     def batch(self, tokens: Tokens, *checkpoints: Checkpoint | None) -> int:
         """Return the sequences that are run together."""
         there = [each for each in checkpoints if each is not None]
-        return plan_evaluation(there, tokens, self.dtype, self.ram).batch_sequences
+        planned = plan_evaluation(there, tokens, self.dtype, self.ram).batch_sequences
+        return int(self.ranks.broadcast(planned))
 
 
 def _predict(
@@ -211,6 +234,7 @@ def _predict(
         batch_sequences=batch,
         keep_original=keep_original,
         report=bench.report,
+        ranks=bench.ranks,
     )
 
 
@@ -264,6 +288,7 @@ def _ask(bench: _Bench, path: Path, work: Path) -> dict[str, Mapping[str, Share]
             target_SL=quiz.target_SL,
             batch_sequences=batch,
             report=_told_of(path, bench.report),
+            ranks=bench.ranks,
         )
         answers[role] = accuracies(asked, result.evaluation.loss.total_S)
     return answers

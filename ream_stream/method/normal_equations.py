@@ -97,6 +97,15 @@ class NormalSums:
         self.target_EIH = torch.zeros(num_experts, inner, hidden, device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
 
+    def running(self) -> list[Tensor]:
+        """Return the sums themselves, to be carried from batch to batch."""
+        gram = [] if self.gram_EII is None else [self.gram_EII]
+        return [self.count_E, self.diagonal_EI, *gram, *self.running_target()]
+
+    def running_target(self) -> list[Tensor]:
+        """Return B_e and the energy, those of the columns that they are summed for."""
+        return [self.target_EIH, self.energy]
+
     @staticmethod
     def nbytes(num_experts: int, inner: int, hidden: int, *, blocks: bool) -> int:
         """Return the bytes of the sums."""
@@ -160,6 +169,10 @@ class NormalMatrix:
         size = num_experts * inner
         # blocks above the diagonal and on it; those below stay zero
         self._matrix_NN = torch.zeros(size, size, device=device)
+
+    def running(self) -> list[Tensor]:
+        """Return the matrix itself, to be carried from batch to batch."""
+        return [self._matrix_NN]
 
     @staticmethod
     def nbytes(num_experts: int, inner: int) -> int:

@@ -248,30 +248,31 @@ class Misfit:
     """Squared error of outputs on held-back tokens, before and after a change."""
 
     def __init__(self) -> None:
-        self.before = 0.0
-        self._shared = 0.0
-        self._power = 0.0
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        """Sums of ||r||^2, of r . p and of ||p||^2, for a residual r and its prediction p."""
 
     def add(self, residual_TH: Tensor, predicted_TH: Tensor) -> None:
         """Add the residual of a batch, and the prediction of it by the change (`predict`)."""
         residual, predicted = residual_TH.double().flatten(), predicted_TH.double().flatten()
-        self.before += residual.dot(residual).item()
-        self._shared += residual.dot(predicted).item()
-        self._power += predicted.dot(predicted).item()
+        products = residual.dot(residual), residual.dot(predicted), predicted.dot(predicted)
+        self.sums += torch.stack(products).cpu()
+
+    @property
+    def before(self) -> float:
+        """Squared error without the change."""
+        return self.sums[0].item()
 
     @property
     def share(self) -> float:
         """Share of the squared error that remains; 1 if there was none."""
-        if not self.before:
-            return 1.0
-        return (self.before - 2 * self._shared + self._power) / self.before
+        before, shared, power = self.sums.tolist()
+        return (before - 2 * shared + power) / before if before else 1.0
 
     @property
     def best_share(self) -> float:
         """Remaining share if the change is multiplied by its best factor, at least 0."""
-        if not self.before or not self._power:
-            return 1.0
-        return 1 - max(0.0, self._shared) ** 2 / (self._power * self.before)
+        before, shared, power = self.sums.tolist()
+        return 1 - max(0.0, shared) ** 2 / (power * before) if before and power else 1.0
 
 
 def select(errors: Mapping[float, float]) -> float | None:

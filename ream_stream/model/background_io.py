@@ -4,21 +4,21 @@ An error on a thread is raised where its result is taken or at the next write, a
 be raised without threads. Each thread ends with the block or the iterator that it serves.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
-    """Yield ``read(0)`` to ``read(count - 1)``; each is read while the one before is used."""
+def read_ahead(read: Callable[[int], T], numbers: Sequence[int]) -> Generator[T, None, None]:
+    """Yield ``read(number)`` of each number; each is read while the one before is used."""
     with ThreadPoolExecutor(1, "read ahead") as thread:
-        coming = thread.submit(read, 0)
-        for number in range(1, count + 1):
+        coming = thread.submit(read, numbers[0])
+        for place in range(1, len(numbers) + 1):
             current = coming.result()
-            if number < count:
-                coming = thread.submit(read, number)
+            if place < len(numbers):
+                coming = thread.submit(read, numbers[place])
             else:
                 del coming  # it holds what it gave
             yield current

@@ -9,22 +9,31 @@ from ream_stream.calibration.tokens import Tokens
 
 from .finite import CheckedWriter
 from .hidden_states import HiddenStates, HiddenWriter
+from .ranks.group import ALONE, Ranks
 from .streamed_model import Batch, StreamedModel
 
 
 class Batches:
-    """A token set cut into batches of `size` sequences; the last may be smaller."""
+    """A token set cut into batches of `size` sequences; the last may be smaller.
 
-    def __init__(self, tokens: Tokens, size: int) -> None:
-        self._tokens, self.size = tokens, size
+    With several ranks this one iterates over its own.
+    """
+
+    def __init__(self, tokens: Tokens, size: int, ranks: Ranks = ALONE) -> None:
+        self._tokens, self.size, self.ranks = tokens, size, ranks
 
     def __len__(self) -> int:
         return -(-self._tokens.num_sequences // self.size)
 
+    @property
+    def own(self) -> range:
+        """Numbers of the batches that this rank runs."""
+        return self.ranks.own(len(self))
+
     def __iter__(self) -> Iterator[Batch]:
         mask_SL = self._tokens.attention_mask_SL
-        for start in range(0, self._tokens.num_sequences, self.size):
-            rows = slice(start, start + self.size)
+        for number in self.own:
+            rows = slice(number * self.size, (number + 1) * self.size)
             yield Batch(
                 input_ids_BL=self._tokens.input_ids_SL[rows],
                 attention_mask_BL=None if mask_SL is None else mask_SL[rows],
@@ -67,7 +76,7 @@ def advance(
 def with_states(
     batches: Batches, entering: HiddenStates | None
 ) -> Iterator[Iterator[tuple[int, Batch, Tensor | None]]]:
-    """Iterate over all batches, each with its number and the states (B, L, H) that enter.
+    """Iterate over own batches, each with its number and the states (B, L, H) that enter.
 
     States are read ahead of their use, on a thread that ends with the block.
     """
@@ -79,10 +88,11 @@ def with_states(
 def _with_states(
     batches: Batches, entering: HiddenStates | None
 ) -> Generator[tuple[int, Batch, Tensor | None], None, None]:
+    if not batches.own:  # there may be fewer batches than ranks
+        return
     if entering is None:
-        for number, batch in enumerate(batches):
+        for number, batch in zip(batches.own, batches, strict=True):
             yield number, batch, None
         return
-    with closing(entering.ahead(len(batches))) as states:
-        for number, (batch, hidden_BLH) in enumerate(zip(batches, states, strict=True)):
-            yield number, batch, hidden_BLH
+    with closing(entering.ahead(batches.own)) as states:
+        yield from zip(batches.own, batches, states, strict=True)

@@ -59,6 +59,18 @@ def unused_gpu(system: Path = Path("/")) -> str | None:
     return f"there is a GPU ({signs[0]}) that is not used: {reason}"
 
 
+def count() -> int:
+    """Return the number of GPUs of this machine."""
+    return torch.cuda.device_count()  # noqa: TID251
+
+
+def kind(device: torch.device) -> str:
+    """Return what decides the last bits of products on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)  # noqa: TID251
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def is_here(device: torch.device) -> bool:
     """Tell whether this machine has a device of this kind."""
     return device.type == "cpu" or torch.cuda.is_available()  # noqa: TID251

@@ -67,7 +67,7 @@ class ExpertBlockPasses:
         listeners: Listeners | None = None,
         captures_only: bool = False,
     ) -> Generator[tuple[int, Tensor | None], None, None]:
-        """Run all batches through all blocks.
+        """Run all batches of this process through all blocks.
 
         Parameters
         ----------
@@ -94,12 +94,12 @@ class ExpertBlockPasses:
                 self.playback.through(mixers) if self.playback else nullcontext(),
                 with_states(batches, entering) as states,
             ):
-                for number, batch, hidden_BLH in states:
+                for place, (number, batch, hidden_BLH) in enumerate(states):
                     with self._capturing(number, batch, listeners):
                         leaving_BLH = (
                             self._whole(batch, hidden_BLH, captures_only=captures_only)
                             if experts is None
-                            else self._part(experts, number, batch, hidden_BLH, norms)
+                            else self._part(experts, place, batch, hidden_BLH, norms)
                         )
                     yield number, leaving_BLH
 
@@ -130,20 +130,23 @@ class ExpertBlockPasses:
     def _part(
         self,
         experts: range,
-        number: int,
+        place: int,
         batch: Batch,
         hidden_BLH: Tensor | None,
         norms: dict[int, Tensor],
     ) -> Tensor | None:
-        """Run one batch through one block; return what leaves the layer after the last."""
+        """Run one batch through one block; return what leaves the layer after the last.
+
+        What is kept of it has its place among the batches of this process.
+        """
         streamed, sums, device = self.experts, self.sums, self.model.device
         assert streamed is not None
         is_last = experts.stop == streamed.count
         part = BlockState(experts=experts, is_last=is_last)
-        if number in norms:
-            part.norm_S = norms[number].to(device)
+        if place in norms:
+            part.norm_S = norms[place].to(device)
         if sums is not None and experts.start:
-            part.sum_TH = sums.get(number).to(device, non_blocking=True)
+            part.sum_TH = sums.get(place).to(device, non_blocking=True)
         streamed.part = part
         try:
             if sums is None:
@@ -155,7 +158,7 @@ class ExpertBlockPasses:
         finally:
             streamed.part = None
         if part.norm_S is not None and streamed.listener is not None:
-            norms[number] = part.norm_S.cpu()
+            norms[place] = part.norm_S.cpu()
         if sums is not None and part.sum_TH is not None:
-            sums.put(number, part.sum_TH)
+            sums.put(place, part.sum_TH)
         return None

@@ -20,6 +20,7 @@ from ream_stream.checkpoint.reader import MappedTensors
 from ream_stream.errors import NumbersError
 
 from .hidden_states import HiddenWriter
+from .ranks.group import Ranks
 
 BLOCK_ELEMENTS = 1 << 22
 """Numbers that are checked at once; types that are not native floats are copied."""
@@ -100,6 +101,21 @@ class ExcludedSequences:
             More than `MOST_EXCLUDED` of all are left out then.
         """
         self._found |= {first + row for row in bad_B.nonzero().flatten().tolist()}
+        self._check(layer)
+
+    def join(self, layer: int, ranks: Ranks) -> None:
+        """Leave out what any rank leaves out.
+
+        Raises
+        ------
+        NumbersError
+            As `note` does.
+        """
+        if ranks.size > 1:
+            self._found = set().union(*ranks.gather(sorted(self._found)))
+            self._check(layer)
+
+    def _check(self, layer: int) -> None:
         total = self._tokens.num_sequences
         if len(self._found) > MOST_EXCLUDED * total:
             raise NumbersError(

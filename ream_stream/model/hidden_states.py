@@ -4,7 +4,7 @@ A store is complete only once its folder has its final name. Batches are read ah
 their use and written behind it, each on a thread.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from ream_stream.file_access import check_folder, reading, regular_size
 from .background_io import WriteBehind, read_ahead
 from .chunked_array import ChunkedArray
 from .device import to_host
+from .ranks.group import ALONE, Ranks
 
 
 class HiddenWriter:
@@ -40,6 +41,8 @@ class HiddenWriter:
         Sequences of a batch.
     drop
         Whether what was written is dropped from the page cache.
+    ranks
+        Processes that write the store together, each its own batches.
     """
 
     def __init__(
@@ -50,16 +53,19 @@ class HiddenWriter:
         batch: int,
         *,
         drop: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._path, self._drop = path, drop
+        self._path, self._drop, self._ranks = path, drop, ranks
         self._partial = path.with_name(path.name + files.PARTIAL)
         self._behind = WriteBehind()
-        files.remove(self._partial)
         self._array = ChunkedArray(
             path=self._partial, shape=shape, rows=min(batch, shape[0]), dtype=dtype
         )
-        with space_for(path):
-            self._array.create()
+        if ranks.is_first:
+            files.remove(self._partial)
+            with space_for(path):
+                self._array.create()
+        ranks.gather(None)  # nobody writes before the store of an earlier run is gone
 
     def __enter__(self) -> Self:
         """Enter the block."""
@@ -96,12 +102,19 @@ class HiddenWriter:
         self._behind.submit(store)
 
     def publish(self) -> None:
-        """Make the store durable and give it its name."""
+        """Make the store durable and give it its name, once all ranks have written theirs."""
         self._behind.wait()
         self._behind.close()
-        files.remove(self._path)
         with space_for(self._path):
-            files.publish_directory(self._partial, self._path, drop=self._drop)
+            if not self._ranks.is_first:
+                # rank 0 cannot sync what another machine has not sent to the disk yet
+                for number in self._ranks.own(-(-self._array.shape[0] // self._array.rows)):
+                    files.sync_chunk(self._array.chunk_path(number), drop=self._drop)
+            self._ranks.gather(None)
+            if self._ranks.is_first:
+                files.remove(self._path)
+                files.publish_directory(self._partial, self._path, drop=self._drop)
+        self._ranks.gather(None)
 
 
 class HiddenStates:
@@ -145,9 +158,9 @@ class HiddenStates:
             if regular_size(self._array.chunk_path(index)) is None:
                 raise self._lacks(index)
 
-    def ahead(self, batches: int) -> Generator[Tensor, None, None]:
-        """Yield the states of batch 0 to `batches` - 1; each is read ahead of its use."""
-        return read_ahead(partial(self.read, pool=[]), batches)
+    def ahead(self, numbers: Sequence[int]) -> Generator[Tensor, None, None]:
+        """Yield the states of batches by their numbers; each is read ahead of its use."""
+        return read_ahead(partial(self.read, pool=[]), numbers)
 
     def read(self, index: int, *, pool: list[Tensor] | None = None) -> Tensor:
         """Return the states of batch `index`, (B, L, H); `pool` is that of `ChunkedArray.read`.

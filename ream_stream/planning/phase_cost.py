@@ -9,6 +9,9 @@ PHASES = (
 )
 """Phases in the order of their first use; a layer has all except the last."""
 
+DIVIDED = frozenset({"observe", "follow", "compare", "align", "cut", "propagate"})
+"""Phases whose work ranks divide evenly; of a refit and of writing they divide a part."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:

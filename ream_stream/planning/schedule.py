@@ -35,13 +35,15 @@ class Budgets:
         disk: int | None = None,
         vram: int | None = None,
         elsewhere: bool = False,
+        processes: int = 1,
     ) -> "Budgets":
         """Return the budgets that were given; for host memory, otherwise most of what is free.
 
         Only a budget that was given is kept so strictly that the heap is trimmed. One for a
-        machine elsewhere is taken as the usual share of what is free there.
+        machine elsewhere is taken as the usual share of what is free there. What is free is
+        divided among the `processes` of this machine.
         """
-        free = available_bytes()
+        free = available_bytes() // processes
         available = free + anonymous_bytes()
         if elsewhere and ram is not None:
             available = int(ram / RAM_SHARE)

@@ -27,7 +27,7 @@ from ream_stream.model.experts import ExpertWeights, Form, StreamedExperts, slot
 
 from .cost import cost_of
 from .gpus import EFFICIENCY, Gpu
-from .phase_cost import Cost, total
+from .phase_cost import DIVIDED, Cost, total
 from .plan import Plan
 
 ASSUMED_READ = 1e9
@@ -107,6 +107,9 @@ class Forecast:
     throughput: Throughput = field(repr=False)
     """Throughput of this machine."""
 
+    ranks: int = 1
+    """Processes that divide the work."""
+
     @property
     def total(self) -> Cost:
         """The cost of all phases."""
@@ -114,8 +117,11 @@ class Forecast:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """About how long each phase takes."""
-        return {phase: self.throughput.seconds(cost) for phase, cost in self.costs.items()}
+        """About how long each phase takes; what is not divided evenly counts as not at all."""
+        return {
+            phase: self.throughput.seconds(cost) / (self.ranks if phase in DIVIDED else 1)
+            for phase, cost in self.costs.items()
+        }
 
 
 def forecast(

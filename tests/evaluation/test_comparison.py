@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rank_runs import on_ranks
 from reports import Events, StopAt, stop_when
 from tiny_runs import CPU, settings
 
@@ -53,7 +54,7 @@ from ream_stream.evaluation.evaluate import evaluate
 from ream_stream.evaluation.pareto import correlation, front, hypervolume, reference
 from ream_stream.evaluation.size_curve import MOST_NATS, size_curve
 from ream_stream.evaluation.variants import SETS, VARIANTS, named, settings_of
-from ream_stream.events import Finished, LayerDone, Step
+from ream_stream.events import Comparing, Finished, LayerDone, Step
 from ream_stream.planning import allocation
 from ream_stream.planning.planner import make_plan
 from ream_stream.planning.schedule import Budgets
@@ -123,6 +124,24 @@ def test_the_original_is_run_once_and_compressed_checkpoints_are_removed(made):
     left = sorted(path.name for path in job.folder.iterdir())
     assert left == [MARK, "lock", "results", "trials"]
     assert list((job.folder / "trials").iterdir()) == []
+
+
+def test_ranks_divide_the_trials_and_come_to_the_same_numbers(made, tmp_path):
+    alone, outcomes, _ = made
+
+    def job(ranks):
+        events = Events()
+        parted = replace(bench(tmp_path / "out"), ranks=ranks)
+        found = run_trials(parted, [trial(seed=0), trial(seed=1)], events)
+        numbers = [event.number for event in events if isinstance(event, Comparing)]
+        return numbers, [[each.name, each.seed, each.scores] for each in found]
+
+    endings = on_ranks(2, job, tmp_path / "told")
+    assert [ending.error for ending in endings] == ["", ""]
+    wanted = json.loads(json.dumps([[o.name, o.seed, o.scores] for o in outcomes]))
+    assert [ending.value for ending in endings] == [[[1, 3], wanted], [[2], wanted]]
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {path.name for path in alone.folder.iterdir()}
 
 
 def test_what_was_measured_is_not_done_again(made):

@@ -27,8 +27,8 @@ def test_all_is_read_in_order_on_another_thread():
         readers.add(threading.current_thread())
         return number * number
 
-    assert list(read_ahead(read, 5)) == [0, 1, 4, 9, 16]
-    assert list(read_ahead(read, 1)) == [0]
+    assert list(read_ahead(read, range(5))) == [0, 1, 4, 9, 16]
+    assert list(read_ahead(read, range(1))) == [0]
     assert threading.current_thread() not in readers
 
 
@@ -42,7 +42,7 @@ def test_the_next_is_read_while_the_one_before_is_used_and_no_more():
         made.append(weakref.ref(tensor))
         return tensor
 
-    with closing(read_ahead(read, 4)) as tensors:
+    with closing(read_ahead(read, range(4))) as tensors:
         for number, _tensor in enumerate(tensors):
             if number + 1 < len(started):
                 assert started[number + 1].wait(WAIT)
@@ -58,7 +58,7 @@ def test_an_error_is_raised_where_the_batch_is_used_and_ends_the_thread():
             raise DamagedError("batch 2")
         return number
 
-    found = read_ahead(read, 5)
+    found = read_ahead(read, range(5))
     assert [next(found), next(found)] == [0, 1]
     with pytest.raises(DamagedError, match="batch 2"):
         next(found)
@@ -66,7 +66,7 @@ def test_an_error_is_raised_where_the_batch_is_used_and_ends_the_thread():
 
 def test_a_pass_that_ends_early_ends_the_thread():
     def use():
-        for number in read_ahead(lambda number: number, 9):
+        for number in read_ahead(lambda number: number, range(9)):
             if number == 3:
                 raise InterruptedError
 

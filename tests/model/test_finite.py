@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import tiny_runs
 import torch
+from rank_runs import on_ranks
 from tiny_checkpoints import load_tensors, save_tensors
 from tiny_families import EXPERTS
-from tiny_runs import plan_for, run_plan, scheduled, settings, some_tokens
+from tiny_runs import CPU, plan_for, run_plan, scheduled, settings, some_tokens
 
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.compression import journal, layer, observer, refit_layer
+from ream_stream.compression.pipeline import compress
 from ream_stream.compression.refit_activations import held_back
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import NumbersError
@@ -202,6 +205,29 @@ def test_exclusions_are_the_same_after_a_stop(checkpoints, tmp_path, monkeypatch
     again = run_plan(plan, tokens, tmp_path / "out")
     assert again.files() == whole.files()
     assert [e.excluded for e in again.events if isinstance(e, LayerDone)] == [2, 2]
+
+
+def test_ranks_leave_out_what_any_of_them_leaves_out(checkpoints, tmp_path, monkeypatch):
+    tokens, source = some_tokens(SEQUENCES, 12), checkpoints("olmoe")
+    plan = in_threes(source, tokens, refit="down")
+    Overflowing(monkeypatch, [(0, 4), (1, 7)], tokens)  # of batches of two ranks
+    whole = run_plan(plan, tokens, tmp_path / "whole")
+    output = tmp_path / "out"
+
+    def job(ranks):
+        workspace = Workspace(output=output, work=output / ".ream-stream", rank=ranks.rank)
+        with workspace.locked() if ranks.is_first else nullcontext():
+            ranks.gather(None)
+            compress(plan, tokens, workspace, device=CPU, ranks=ranks)
+
+    assert [ending.error for ending in on_ranks(2, job, tmp_path / "told")] == ["", ""]
+    found = {p.name: p.read_bytes() for p in output.iterdir() if p.is_file()}
+    assert found == whole.files()
+    saved = [
+        journal.load(tmp_path / run / ".ream-stream/journal.json") for run in ("whole", "out")
+    ]
+    assert [record.excluded for record in saved[1].layers] == [(4,), (7,), ()]
+    assert saved[1].layers == saved[0].layers
 
 
 def test_more_than_a_tenth_of_the_sequences_is_fatal(checkpoints, tmp_path, monkeypatch):

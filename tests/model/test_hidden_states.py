@@ -226,13 +226,13 @@ def test_what_is_dropped_from_the_page_cache_is_read_as_before(tmp_path, monkeyp
     assert same_bits(read(tmp_path / "store", SHAPE, torch.bfloat16, BATCH), written)
     assert not dropped
     store = HiddenStates(tmp_path / "store", SHAPE, torch.bfloat16, BATCH, drop=True)
-    assert same_bits(torch.cat(list(store.ahead(3))), written)
+    assert same_bits(torch.cat(list(store.ahead(range(3)))), written)
     assert sorted(dropped) == chunks
 
 
 def test_memory_of_a_batch_is_used_again_only_when_no_tensor_refers_to_it(store):
     whole = states(SHAPE, torch.bfloat16)
-    batches = HiddenStates(store, SHAPE, torch.bfloat16, BATCH).ahead(3)
+    batches = HiddenStates(store, SHAPE, torch.bfloat16, BATCH).ahead(range(3))
     kept = [batch[0, 1:].view(-1) for batch in batches]
     for number, part in enumerate(kept):
         assert same_bits(part, whole[BATCH * number, 1:].reshape(-1))

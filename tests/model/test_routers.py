@@ -145,6 +145,7 @@ def heard_while_streaming(folder, tokens):
                     tokens,
                     ExcludedSequences(tokens),
                     gate_term=True,
+                    batch_sequences=len(batch.input_ids_BL),
                     device=CPU,
                 )
                 heard = []

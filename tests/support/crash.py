@@ -116,6 +116,23 @@ def run_in_child(
     return Ending(finished=True, steps=steps, value=told["value"])
 
 
+def wrap_primitives(kill: Kill) -> None:
+    """Let this process kill itself at a durable step."""
+    _wrap_primitives(kill, list)
+
+
+def kill_with(pids: list[int]) -> None:
+    """Let other processes die just before this one kills itself."""
+    end = _end
+
+    def with_others(error: int | None) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        end(error)
+
+    globals()["_end"] = with_others
+
+
 def kills(steps: list[Step], *, thin: bool = False) -> list[Kill]:
     """Return every kill that leaves a disk of its own.
 

@@ -4,11 +4,15 @@ Letters in shapes: S sequences, L tokens of a sequence.
 """
 
 import dataclasses
+import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import crash
 import pytest
+import rank_runs
 import torch
 from crash import Ending, digests, run_in_child
 from tiny_checkpoints import add_mtp
@@ -121,12 +125,12 @@ class Control:
 class Runs:
     """Runs of one variant in folders of a test."""
 
-    def __init__(self, source, settings, folder, *, patch=lambda _: None):
+    def __init__(self, source, settings, folder, *, patch=lambda _: None, batch=BATCH):
         settings = dataclasses.replace(settings, compute_dtype="bfloat16", max_shard_bytes=2500)
         plan = make_plan(source, settings, SEQUENCES, LENGTH)
         # what a refit keeps goes to disk: more steps, and strays
         memory = {**plan.memory, KEPT: 0}
-        self.plan = scheduled(dataclasses.replace(plan, memory=memory), batch_sequences=BATCH)
+        self.plan = scheduled(dataclasses.replace(plan, memory=memory), batch_sequences=batch)
         ids_SL = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) * 7 % 32
         self.tokens = from_tensors({"input_ids": ids_SL}, description="counted")
         self.report = folder / "report.json"
@@ -162,6 +166,40 @@ class Runs:
                     report=report,
                 )
             return boundaries
+
+    def on_ranks(self, output, size, kill=None, victim=0, *, whole=False):
+        """Run or resume on several ranks, of which one, or all, are killed; tell how they end.
+
+        Parameters
+        ----------
+        output, size
+            Folder of the run, and number of ranks.
+        kill, victim
+            At which durable step of which rank it is killed; None to let all finish.
+        whole
+            Whether the others are killed with it.
+        """
+
+        def job(ranks):
+            if kill is not None and ranks.rank == victim:
+                if whole:
+                    others = [each for each in ranks.gather(os.getpid()) if each != os.getpid()]
+                    crash.kill_with(others)
+                crash.wrap_primitives(kill)
+            elif whole:
+                ranks.gather(os.getpid())
+            workspace = Workspace(output=output, work=output / WORK, rank=ranks.rank)
+            with workspace.locked() if ranks.is_first else nullcontext():
+                ranks.gather(None)
+                compress(
+                    self.plan,
+                    self.tokens,
+                    workspace,
+                    device=torch.device("cpu"),
+                    ranks=ranks,
+                )
+
+        return rank_runs.on_ranks(size, job, self.folder / f"told-{output.name}")
 
     def control(self):
         output = self.folder / "control"

@@ -54,6 +54,7 @@ class Really:
                 self.tokens,
                 ExcludedSequences(self.tokens),
                 gate_term=True,
+                batch_sequences=len(self.batch.input_ids_BL),
                 device=CPU,
             )
             experts.listener = observer.listener(0, self.batch)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ream_stream import files
+from ream_stream.calibration.builtin import DOMAINS, documents
 from ream_stream.calibration.packing import load_tokenizer, pack
 from ream_stream.calibration.tokens import Tokens, joined
 from ream_stream.cli.demo import CHECKPOINT
-from ream_stream.cli.demo.texts import DOMAINS, documents
 
 CALIBRATED, SCORED, LENGTH = 12, 4, 128
 """Sequences of each domain to calibrate on and to score, and tokens of each."""
