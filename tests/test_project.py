@@ -168,7 +168,7 @@ def test_the_services_of_compose_are_built_and_run_as_the_image_is_made():
         assert gpu["build"]["args"]["PIP_EXTRA_INDEX_URL"] == ""
         (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
-        assert device["count"] == count
+        assert device["count"] == str(count)
     assert compose["services"]["gpus"]["entrypoint"][-2:] == ["-m", "ream_stream"]
 
 
