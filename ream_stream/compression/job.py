@@ -332,5 +332,6 @@ def _with_forecast(job: Job, report: Report) -> Job:
     # for a device that is only planned for, the processor stands in
     here = job.gpu is None and devices.is_here(job.device)
     device = job.device if here else torch.device("cpu")
-    found = forecast(job.plan, device, committed=committed, gpu=job.gpu)
-    return replace(job, forecast=replace(found, ranks=job.ranks[0]))
+    size = job.ranks[0]
+    found = forecast(job.plan, device, committed=committed, gpu=job.gpu, ranks=size)
+    return replace(job, forecast=found)

@@ -125,9 +125,14 @@ class Forecast:
 
 
 def forecast(
-    plan: Plan, device: torch.device, *, committed: int = 0, gpu: Gpu | None = None
+    plan: Plan,
+    device: torch.device,
+    *,
+    committed: int = 0,
+    gpu: Gpu | None = None,
+    ranks: int = 1,
 ) -> Forecast:
-    """Cost out what is left of a run, and measure the machine for it.
+    """Cost out what is left of a run on so many ranks, and measure the machine for it.
 
     What layers do on a device takes the rates of `gpu`, if one is named that is not here.
     """
@@ -136,9 +141,8 @@ def forecast(
     # a fiftieth of a run at 100 GFLOP/s
     limit = min(0.3, 0.02 + total(costs.values()).flop / 5e12)
     measured = measure(plan, device, limit)
-    return Forecast(
-        costs=costs, throughput=measured if gpu is None else told(plan, measured, gpu)
-    )
+    rates = measured if gpu is None else told(plan, measured, gpu)
+    return Forecast(costs=costs, throughput=rates, ranks=ranks)
 
 
 def told(plan: Plan, measured: Throughput, gpu: Gpu) -> Throughput:
