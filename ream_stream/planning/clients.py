@@ -12,6 +12,7 @@ from typing import Any
 from ream_stream.checkpoint.reader import QUANTIZATION_KEYS
 from ream_stream.untrusted import shell_words
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Client:
     """A program that reads checkpoints."""
@@ -52,15 +53,21 @@ CLIENTS = (
         takes_hub=True,
         version="0.32.0 on the CPU",
         tested=(
-            "qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "gpt_oss", "glm4_moe", "dots1",
+            "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3",
+            "glm4_moe", "gpt_oss", "granitemoe", "dots1",
         ),
+        matrix="vllm",
     ),
     Client(
         name="MLX",
         use="serve",
         command="mlx_lm.server --model {model}",
         version="mlx-lm 0.32.2",
-        tested=("qwen3_moe", "mixtral", "deepseek_v3"),
+        tested=(
+            "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3",
+            "glm4_moe", "granitemoe", "dots1", "minimax_m2",
+        ),
+        matrix="mlx",
     ),
     Client(
         name="llama.cpp",
@@ -68,13 +75,18 @@ CLIENTS = (
         command="python convert_hf_to_gguf.py {model} --outfile model.gguf",
         version="its converter of October 2026, in f32",
         tested=(
-            "qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "minimax_m2", "deepseek_v3",
+            "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe",
+            "granitemoe", "dots1", "minimax_m2",
         ),
+        tested_fp8=("qwen3_moe",),
+        matrix="llama.cpp",
     ),
     Client(
         name="llama.cpp",
         use="quantize",
         command="llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M",
+        version="its sources of October 2026",
+        tested=("qwen3_moe",),
     ),
     Client(
         name="llm-compressor",
