@@ -6,6 +6,12 @@ from typing import Any
 
 from rich.console import Console
 
+UNTESTED = (
+    "load it as its source is loaded; no server was tried with this family and format "
+    "(docs/reference/clients.md)"
+)
+"""What is said where no client is known to work."""
+
 
 def say_next(lines: Iterable[str], console: Console) -> None:
     """Print the next steps: commands stay in one line, so that they can be copied."""
@@ -14,7 +20,7 @@ def say_next(lines: Iterable[str], console: Console) -> None:
 
 
 def say_clients(model: str, folder: Path, console: Console, **hub: Any) -> None:  # noqa: ANN401
-    """Print with which command each client takes an output, and whether that was tested.
+    """Print with which command each client takes an output that was tested with its family.
 
     Parameters
     ----------
@@ -28,9 +34,10 @@ def say_clients(model: str, folder: Path, console: Console, **hub: Any) -> None:
         ``on_hub`` and ``revision`` of `clients.next_steps`.
     """
     from ream_stream.checkpoint.reader import read_config
-    from ream_stream.compression.manifest import MANIFEST, read_manifest
     from ream_stream.planning.clients import next_steps
 
-    is_cut = read_manifest(folder / MANIFEST).slices > 1
-    steps = next_steps(model, read_config(folder), is_cut=is_cut, **hub)
-    say_next((f"{use}: {command}  ({tested})" for use, command, tested in steps), console)
+    steps = [
+        f"{use}: {command}  ({tested})"
+        for use, command, tested in next_steps(model, read_config(folder), **hub)
+    ]
+    say_next(steps or [UNTESTED], console)

@@ -203,8 +203,8 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=20)[0]))
 
 
 def _clients(plan: Plan) -> str:
-    """Return the commands of servers and converters, each with what was tested."""
-    steps = next_steps("FOLDER", plan.config, is_cut=plan.settings.method.slices > 1)
+    """Return the commands of servers and converters that were tested with the family."""
+    steps = next_steps("FOLDER", plan.config)
     lines = [f"- {use}: `{command}` ({told})" for use, command, told in steps]
     return "\n".join([*lines, ""])
 

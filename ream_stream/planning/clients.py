@@ -1,8 +1,8 @@
 """What an output is used with next: commands of servers, converters and quantizers.
 
-A client counts as tested with a family where an output and its source gave the same
-log-probabilities in it, or a quantizer took the output as it takes the source; each was
-tried by hand with floats, so nothing counts for quantized checkpoints.
+A client counts as tested with a family where `make test-clients` found that outputs of it
+have the same log-probabilities in the client as in transformers, whatever the method
+(docs/reference/clients.md); llm-compressor was tried by hand.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,6 @@ from typing import Any
 
 from ream_stream.checkpoint.reader import QUANTIZATION_KEYS
 from ream_stream.untrusted import shell_words
-
-UNTESTED = "not tested for this family"
-"""What is said of a client that was not tried with a family, or with its quantized format."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +36,13 @@ class Client:
     """Version that was tested; empty if none was."""
 
     tested: tuple[str, ...] = ()
-    """Model types that were tested."""
+    """Model types that were tested, in floats."""
+
+    tested_fp8: tuple[str, ...] = ()
+    """Model types that were tested with FP8 in blocks of 128."""
+
+    matrix: str = ""
+    """Name of the client in the kept table; empty if it is not in it."""
 
 
 CLIENTS = (
@@ -50,21 +53,21 @@ CLIENTS = (
         takes_hub=True,
         version="0.32.0 on the CPU",
         tested=(
-            "qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "gpt_oss", "glm4_moe", "dots1",
+            "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3",
+            "glm4_moe", "gpt_oss", "granitemoe", "dots1",
         ),
-    ),
-    Client(
-        name="SGLang",
-        use="serve",
-        command="python -m sglang.launch_server --model-path {model}",
-        takes_hub=True,
+        matrix="vllm",
     ),
     Client(
         name="MLX",
         use="serve",
         command="mlx_lm.server --model {model}",
         version="mlx-lm 0.32.2",
-        tested=("qwen3_moe", "mixtral", "deepseek_v3"),
+        tested=(
+            "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3",
+            "glm4_moe", "granitemoe", "dots1", "minimax_m2",
+        ),
+        matrix="mlx",
     ),
     Client(
         name="llama.cpp",
@@ -72,13 +75,18 @@ CLIENTS = (
         command="python convert_hf_to_gguf.py {model} --outfile model.gguf",
         version="its converter of October 2026, in f32",
         tested=(
-            "qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "minimax_m2", "deepseek_v3",
+            "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe",
+            "granitemoe", "dots1", "minimax_m2",
         ),
+        tested_fp8=("qwen3_moe",),
+        matrix="llama.cpp",
     ),
     Client(
         name="llama.cpp",
         use="quantize",
         command="llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M",
+        version="its sources of October 2026",
+        tested=("qwen3_moe",),
     ),
     Client(
         name="llm-compressor",
@@ -97,11 +105,12 @@ def next_steps(
     model: str,
     config: Mapping[str, Any],
     *,
-    is_cut: bool = False,
     on_hub: bool = False,
     revision: str | None = None,
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield what an output may be used with: purpose and client, command, what was tested.
+    """Yield what an output may be used with: purpose and client, command, version tested.
+
+    Clients that were not tested with its family and format are left out.
 
     Parameters
     ----------
@@ -109,24 +118,24 @@ def next_steps(
         Folder of the output, or its name on the hub.
     config
         Its config.json.
-    is_cut
-        Whether it has slices of experts, which no client was tried with.
     on_hub, revision
         Whether `model` is a name on the hub: only what takes one is told then; its branch.
     """
     branch = "" if revision is None else f" --revision {shell_words([revision])}"
-    floats = not any(config.get(key) for key in QUANTIZATION_KEYS)
     for client in CLIENTS:
-        if on_hub and not client.takes_hub:
-            continue
-        is_tested = floats and not is_cut and config.get("model_type") in client.tested
-        named = model if client.is_python else shell_words([model])
-        yield (
-            f"{client.use} with {client.name}",
-            client.command.format(model=named) + branch,
-            f"tested with {client.version}"
-            if is_tested
-            else "not tested with slices"
-            if is_cut
-            else UNTESTED,
-        )
+        if _is_tested(client, config) and (client.takes_hub or not on_hub):
+            named = model if client.is_python else shell_words([model])
+            command = client.command.format(model=named) + branch
+            yield f"{client.use} with {client.name}", command, f"tested with {client.version}"
+
+
+def _is_tested(client: Client, config: Mapping[str, Any]) -> bool:
+    described = [config[key] for key in QUANTIZATION_KEYS if config.get(key)]
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    if not described:
+        tested = client.tested
+    elif len(described) == 1 and blocks.items() <= dict(described[0]).items():
+        tested = client.tested_fp8
+    else:
+        tested = ()
+    return config.get("model_type") in tested

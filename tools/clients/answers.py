@@ -16,6 +16,7 @@ TIES = 0.05
 last digits, sums in another order choose the other one, there and for what attends to it."""
 
 _VARIES = re.compile(r"0x[0-9a-f]+|/[^\s'\"]+|\d+")
+_FOLDERS = re.compile(r"(?<![\w.])(/[\w.-]+)+/")
 _WARNING = re.compile(
     r"warn|error|unexpected|missing|not used|newly initialized", re.IGNORECASE
 )
@@ -125,5 +126,5 @@ def new_warnings(warnings: Mapping[str, Sequence[str]], model: str, source: str)
 
 
 def _short(text: str) -> str:
-    words = " ".join(text.split())
+    words = _FOLDERS.sub("", " ".join(text.split()))
     return words if len(words) < 160 else f"{words[:157]}..."

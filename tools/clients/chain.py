@@ -19,14 +19,14 @@ from pathlib import Path
 from checkpoints import BUILT_IN, write_source
 from environments import prepare, quantizer
 from safetensors.torch import load_file
-from texts import PROMPTS, calibration_tokens, scored_tokens
+from texts import calibration_tokens, scored_tokens
 
 import ream_stream
 from ream_stream.calibration.packing import load_tokenizer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-METHODS, NEW_TOKENS = ("reap", "slices"), 24
+METHODS, PROMPT, NEW_TOKENS = ("reap", "slices"), "The type of a", 24
 
 
 def main() -> int:
@@ -64,8 +64,8 @@ def main() -> int:
     for name, model in models.items():
         row, generated = _row(name, model, text, environment, quantize, folder)
         print(f"| {' | '.join(row)} |", flush=True)
-        said.append(f"{name}: `{generated}`")
-    print("\nPerplexity of the same tokens; what Q4_K_M generates:\n")
+        said.append(f"{name}: `{' '.join(generated.split())}`")
+    print(f"\nPerplexity of the same tokens; what Q4_K_M goes on with after `{PROMPT}`:\n")
     print("\n".join(f"- {line}" for line in said))
     return 0
 
@@ -90,18 +90,18 @@ def _row(
     tokens = load_file(text)["input_ids"].tolist()
     scores = ream_stream.evaluate(model, text=text, compute_dtype="float32")
     assert scores.result is not None
+    tokenizer = load_tokenizer(model)
+    prompt = tokenizer.encode(PROMPT)
     row = [name, f"{scores.result.evaluation.perplexity:.3f}"]
     for path in (whole, small):
-        told = _gguf(
-            environment, {"score": [str(path), tokens, PROMPTS[:1], NEW_TOKENS]}, folder
-        )
+        told = _gguf(environment, {"score": [str(path), tokens, [prompt], NEW_TOKENS]}, folder)
         values = [value for sequence in told["logprobs"] for value in sequence]
         row += [
             f"{math.exp(-math.fsum(values) / len(values)):.3f}",
             f"{path.stat().st_size / 1e6:.2f} MB",
         ]
-    decode = load_tokenizer(model).decode
-    return [*row, _formats(done.stdout + done.stderr)], decode(told["greedy"][0])
+    generated = tokenizer.decode(told["greedy"][0])
+    return [*row, _formats(done.stdout + done.stderr)], generated
 
 
 def _gguf(

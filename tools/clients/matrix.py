@@ -35,7 +35,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "REAM": {"method": "ream"},
     "REAP": {"method": "reap"},
     "energy": {"method": "energy"},
-    "slices": {"method": "slices"},
+    "slices": {"method": "slices", "refit_target": "layer"},
 }
 """Arguments of `ream_stream.compress` by the method's name."""
 
@@ -70,12 +70,13 @@ def main() -> int:
         "prompts": PROMPTS,
         "new_tokens": NEW_TOKENS,
     }
-    pythons, absent = environments(clients, folder / "environments")
+    pythons, absent = environments([REFERENCE, *clients], folder / "environments")
+    reference_python, reference_variables = pythons.pop(REFERENCE)
     cells: list[Cell] = []
     versions = {"ream-stream": version("ream-stream")}
     for name in options.source or NAMES:
         models = checkpoints(name, folder / "models" / name.replace(" ", "-"), calibration)
-        reference = ask(REFERENCE, sys.executable, None, models, request)
+        reference = ask(REFERENCE, str(reference_python), reference_variables, models, request)
         versions[REFERENCE] = reference["version"]
         cells += compared(name, REFERENCE, evaluated(models, folder, reference), reference)
         for client, (python, variables) in pythons.items():

@@ -26,7 +26,10 @@ Score = Callable[[str, list[list[int]], list[list[int]], int], Scores]
 
 
 def run(score: Score, version: str) -> None:
-    """Score each model of the request, and write the answer after each: a crash loses one."""
+    """Score each model of the request, and write the answer after each: a crash loses one.
+
+    The first is tried before, unrecorded: a client that cannot load it is asked nothing more.
+    """
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     answer: dict[str, Any] = {"version": version, "models": {}}
     # some clients warn at the second model of a process of what the first has set up
@@ -43,6 +46,12 @@ def run(score: Score, version: str) -> None:
             traceback.print_exc()
             if isinstance(error, KeyboardInterrupt):
                 raise
-            answer["models"][name] = {"error": f"{type(error).__name__}: {error}"}
-        answer["models"].pop("", None)
+            said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+            answer["models"][name] = {"error": f"{type(error).__name__}: {said}"}
+        first = answer["models"].pop("", None)
+        if first and "error" in first:
+            # what a failed attempt left behind would be the error of the next
+            answer["models"] = dict.fromkeys(request["models"], first)
         Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
+        if first and "error" in first:
+            return

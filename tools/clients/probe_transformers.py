@@ -3,7 +3,12 @@
 import probe
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FineGrainedFP8Config,
+)
 
 
 def score(
@@ -11,7 +16,13 @@ def score(
 ) -> probe.Scores:
     """Return log-probabilities of tokens, and greedy tokens, in float32."""
     AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(folder)
+    more = {}
+    if getattr(config, "quantization_config", None):
+        # its products in FP8 are for GPUs: the floats that the codes stand for
+        more["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
+    model = model.float().eval()
     logprobs, greedy = [], []
     with torch.inference_mode():
         for sequence in torch.tensor(tokens):

@@ -1,6 +1,8 @@
-"""Score checkpoints with vLLM on the CPU, in float32."""
+"""Score checkpoints with vLLM on the CPU: floats in float32, codes as it must, in bfloat16."""
 
 import gc
+import json
+from pathlib import Path
 
 import probe
 import vllm
@@ -12,7 +14,9 @@ def score(
 ) -> probe.Scores:
     """Return log-probabilities of prompts' tokens, and greedy tokens."""
     longest = max(map(len, tokens)) + new_tokens + 1
-    model = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=longest)
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    dtype = "bfloat16" if "quantization_config" in config else "float32"
+    model = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=longest)
     try:
         told = model.generate(
             [{"prompt_token_ids": sequence} for sequence in tokens],

@@ -10,7 +10,6 @@ has the median of the rounds, relative to the original's.
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import common_config, draw
+from checkpoints import common_config, draw, write_tokenizer
 from environments import prepare
 from texts import calibration_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ream_stream
-from ream_stream.cli.demo import CHECKPOINT
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -105,8 +103,7 @@ def _write(folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     draw(model)
     model.to(torch.bfloat16).save_pretrained(folder)
-    for path in CHECKPOINT.glob("*token*.json"):
-        shutil.copy(path, folder)
+    write_tokenizer(folder)
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
