@@ -1,6 +1,6 @@
 """Work out on paper what more GPUs give, from plans of published models, as a table.
 
-    python benchmarks/bench_scale.py [--gpu h100] [--gloo 2e9] [--read 5e9]
+    python benchmarks/bench_scale.py [MODEL ...] [--gpu h100] [--gloo 2e9] [--read 5e9]
 
 Terms of a run, in hours, each by arithmetic on the plan of `ream-stream plan HEADERS --keep 75%
 --gpu GPU --ram 160GB` and a rate that is assumed: half of the data sheet's products, bytes a
@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("models", nargs="*", default=SHOWN)
     parser.add_argument("--gpu", choices=list(GPUS), default="h100")
     parser.add_argument("--gloo", type=float, default=2e9)
     parser.add_argument("--read", type=float, default=5e9)
@@ -75,7 +76,7 @@ def main() -> None:
     print(f"| {heads} | {gpus} |")
     print("|---" * (7 + len(MACHINES)) + "|")
     with tempfile.TemporaryDirectory() as folder:
-        for model in SHOWN:
+        for model in options.models:
             subprocess.run([sys.executable, MAKER, model, f"{folder}/{model}"], check=True)
             for method in METHODS:
                 asked = RunOptions.of(
