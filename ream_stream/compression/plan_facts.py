@@ -43,6 +43,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
             *_thin(job.tokens),
             *_built_in(job.tokens),
             *_by_statistics(job),
+            *_slow_ranks(job),
         ],
         "settings": plan.settings.fields(),
         "observes": plan.settings.observes,
@@ -107,6 +108,17 @@ def _rank_facts(job: Job) -> dict[str, Any]:
 
 def _gpu_facts(gpu: Gpu | None) -> dict[str, Any] | None:
     return None if gpu is None else {**asdict(gpu), "efficiency": EFFICIENCY}
+
+
+def _slow_ranks(job: Job) -> list[str]:
+    """Return a note if ranks on GPUs carry sums that take longer than what they divide."""
+    plan, several = job.plan, job.ranks[0] > 1
+    if not several or job.device.type == "cpu" or not (plan.refits or plan.settings.cuts):
+        return []
+    return [
+        "ranks carry the sums of a refit or of slices through host memory, once a batch: on GPUs "
+        "one rank may be faster; --method reap and ream carry next to nothing"
+    ]
 
 
 FEW_TOKENS = 65_536
