@@ -116,8 +116,8 @@ def _slow_ranks(job: Job) -> list[str]:
     if not several or job.device.type == "cpu" or not (plan.refits or plan.settings.cuts):
         return []
     return [
-        "ranks carry the sums of a refit or of slices through host memory, once a batch: on GPUs "
-        "one rank may be faster; --method reap and ream carry next to nothing"
+        "ranks carry the sums of a refit or of slices through host memory, once a batch: on "
+        "GPUs one rank may be faster; --method reap and ream carry next to nothing"
     ]
 
 
