@@ -7,7 +7,6 @@ from pathlib import Path
 from ream_stream.model.families import FAMILIES, REFUSED
 from ream_stream.planning.clients import CLIENTS, next_steps
 
-
 QWEN = {"model_type": "qwen3_moe"}
 
 
