@@ -228,12 +228,9 @@ def choose_slices(
 
     Parameters
     ----------
-    plan
-        Plan of the run.
-    observed
-        Sums of the layer, for the saliencies that are reported.
-    grams
-        Sums of activations by expert.
+    plan, observed, grams
+        Plan of the run; sums of the layer, for the saliencies that are reported; sums of
+        activations by expert.
     experts, tensors, layer
         Experts of the open source layer, its tensors, and its position.
     expert_done, ranks

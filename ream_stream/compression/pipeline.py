@@ -73,8 +73,7 @@ def compress(
     Parameters
     ----------
     plan, tokens, workspace, statistics
-        The run, from `planning.make_plan`, its calibration set, its folders, locked, and what
-        experts are chosen by.
+        The run, its calibration set, its folders, locked, and what experts are chosen by.
     device, report, ranks
         Where layers are run; what is called with each event; processes that do it together,
         each with its own `workspace` and `device`. Rank 0 alone holds the lock and commits.
@@ -107,10 +106,7 @@ def compress(
                     plan.fetcher.evict_after(layer.keys.index)
                 seconds = context.seconds
         if not complete and ranks.is_first:
-            start = time.perf_counter()
-            plan.fetcher.fetch_outside()
-            _finish(plan, tokens, workspace, journal)
-            seconds["finish"] = time.perf_counter() - start
+            seconds["finish"] = _finish(plan, tokens, workspace, journal)
         plan.fetcher.evict_all()
     finished = Finished(
         output_bytes=plan.output_bytes,
@@ -340,8 +336,10 @@ def _layer(
     )
 
 
-def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) -> None:
-    """Write what is outside the layers, then the files that make the output complete."""
+def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) -> float:
+    """Write what is outside the layers, then what completes the output; return the seconds."""
+    start = time.perf_counter()
+    plan.fetcher.fetch_outside()
     with plan.source.open() as tensors:
         unchanged = Unchanged(
             entries=plan.source.entries, tensors=tensors, decoded=plan.decoded
@@ -360,3 +358,4 @@ def _finish(plan: Plan, tokens: Tokens, workspace: Workspace, journal: Journal) 
         write_statistics(plan, tokens, workspace.output, journal)
     else:
         write_rest(plan, tokens, workspace, journal)
+    return time.perf_counter() - start
