@@ -407,7 +407,7 @@ def _quick():
         return dataclasses.replace(planned[0], source=checkpoint)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ream_stream.compression.job.make_plan", plan_once)
+        patch.setattr("ream_stream.compression.candidate_plans.make_plan", plan_once)
         patch.setattr("ream_stream.compression.job.forecast", lambda *_, **__: None)
         patch.setattr(REPORT, "say_start", lambda *_, **__: None)
         yield
