@@ -12,7 +12,7 @@ request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 count, length, new = request["sequences"], request["prompt"], request["new_tokens"]
 ids = torch.randint(2, 4000, (count, length), generator=torch.Generator().manual_seed(0))
 models = {
-    name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, folder in request["models"].items()
 }
 times: dict[str, dict[str, list[float]]] = {n: {"prompt": [], "generation": []} for n in models}

@@ -15,7 +15,7 @@ prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
 models = {
     name: LLM(
         folder,
-        dtype="bfloat16",
+        dtype="float32",
         enforce_eager=True,
         enable_prefix_caching=False,
         max_model_len=length + new + 2,

@@ -169,7 +169,7 @@ def _states(device: torch.device, path: Path, *, quick: bool) -> Iterator[Found]
             writer.write(number, states_BLH)
         writer.publish()
     middle = time.perf_counter()
-    for given_BLH in HiddenStates(path, *store, device=device).ahead(batches):
+    for given_BLH in HiddenStates(path, *store, device=device).ahead(range(batches)):
         given_BLH.to(device, non_blocking=True)
     _wait(device)
     end = time.perf_counter()
