@@ -4,8 +4,9 @@
 
 A drawn model of Qwen3-30B-A3B's kind with fewer and narrower layers; outputs of the same
 bytes: REAP, and slices of halves and quarters, whose experts are narrower and more a token.
-In float32, for which every processor has units. All models are loaded, then timed in turn, so that a busy machine slows them alike; the table
-has the median of the rounds, relative to the original's.
+In float32, for which every processor has units. All models are loaded, then timed in turn, so
+that a busy machine slows them alike; the table has medians of the rounds, and in brackets
+relative to the original's in the same round.
 """
 
 import argparse
