@@ -1,6 +1,6 @@
 """Print what plans of large models read, write and compute, beside the least that it could be.
 
-    python benchmarks/bench_traffic.py [MODEL ...] [--budgets 16/24/20,64/24/118]
+    python benchmarks/bench_traffic.py [MODEL ...] [--budgets 16/24/20,64/24/118] [--refits]
 
 Plans REAM at 75% of the experts over 3072 x 512 tokens for headers that
 tools/fixtures/make_headers.py writes, for a host budget, a device's memory and a host's free
@@ -9,6 +9,8 @@ of each boundary once each way, or does all products. Walls are paper: an RTX 40
 TFLOP/s, 7 us a launch, nine launches an expert) with a disk that reads 5 GB/s and writes 3;
 states at the rates of benchmarks/results/states.json, by zarr before the products or by ours
 beside them. Matching neurons, merging, hashing and coding are not in them.
+
+With --refits the table is of pruning by energy with a refit, beside REAP, which has none.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.config import PRESETS
 from ream_stream.model.expert_blocks import cut_experts
 from ream_stream.planning.cost import cost_of, total
 from ream_stream.planning.plan import SUMS, Plan
@@ -132,16 +135,42 @@ def row(name: str, budget: str, plan: Plan, cache: int) -> list[str]:
     ]
 
 
+def refit_row(name: str, budget: str, free: int, reap: Plan, plan: Plan) -> list[str]:
+    """Return the cells of a refit beside REAP."""
+    least, cost = (
+        total(cost_of(each, cache_bytes=max(0, free - each.memory_bytes)).values())
+        for each in (reap, plan)
+    )
+    schedule = plan.schedule
+    return [
+        name,
+        budget,
+        str(schedule.expert_blocks),
+        str(schedule.solver.column_blocks),
+        f"{least.read_bytes / 1e12:.1f}",
+        f"{cost.read_bytes / 1e12:.1f} ({(cost.read_bytes - cost.cached_bytes) / 1e12:.1f})",
+        f"{cost.read_bytes / least.read_bytes:.1f}",
+        f"{least.written_bytes / 1e12:.1f}, {cost.written_bytes / 1e12:.1f}",
+        f"{least.flop / 1e15:.0f}, {cost.flop / 1e15:.0f}",
+        f"{cost.decoded_numbers / 1e12:.1f}",
+    ]
+
+
 def main() -> None:
     """Print a table."""
     headers = headers_module()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(headers.CONFIGS))
     parser.add_argument("--budgets", default="16/24/20,64/24/118")
+    parser.add_argument("--refits", action="store_true")
     options = parser.parse_args()
     heads = ("model", "ram/vram/free GiB", "blocks", "experts kept on the device")
     heads += ("read TB (not cached)", "written TB", "least read / written TB", "PFLOP")
     heads += ("wall h, states by zarr", "wall h, by ours", "floor h", "ratios")
+    if options.refits:
+        heads = ("model", "ram/vram/free GiB", "blocks", "parts of columns", "REAP reads TB")
+        heads += ("refit reads TB (not cached)", "ratio", "written TB", "PFLOP")
+        heads += ("10^12 numbers decoded",)
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
@@ -149,14 +178,25 @@ def main() -> None:
             headers.write_headers(source, headers.CONFIGS[name])
             checkpoint = open_checkpoint(source, with_data=False)
             kept = max(map(experts_of, headers.CONFIGS[name].items())) * 3 // 4
+            methods = ("reap", "energy") if options.refits else ("ream",)
+            asked = [
+                Settings(experts=kept, method=Method(**PRESETS[each]), compute_dtype="bfloat16")
+                for each in methods
+            ]
             for budget in options.budgets.split(","):
                 ram, vram, free = (int(part) << 30 for part in budget.split("/"))
-                settings = Settings(experts=kept, method=Method(), compute_dtype="bfloat16")
                 budgets = Budgets(ram=ram, trims_heap=True, available=free, vram=vram)
-                plan = make_plan(
-                    checkpoint, settings, SEQUENCES, LENGTH, budgets=budgets, padded=False
+                plans = [
+                    make_plan(
+                        checkpoint, each, SEQUENCES, LENGTH, budgets=budgets, padded=False
+                    )
+                    for each in asked
+                ]
+                cells = (
+                    refit_row(name, budget, free, *plans)
+                    if options.refits
+                    else row(name, budget, plans[0], max(0, free - plans[0].memory_bytes))
                 )
-                cells = row(name, budget, plan, max(0, free - plan.memory_bytes))
                 print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -31,9 +31,9 @@ from ream_stream.model.streamed_model import Batch
 from ream_stream.planning.plan import Plan
 
 from .decision import Decision, saliencies
+from .held_back import held_back
 from .observer import Observed
 from .output_tensors import Cut
-from .refit_activations import held_back
 
 
 class ActivationGrams:

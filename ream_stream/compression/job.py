@@ -31,9 +31,9 @@ from ream_stream.planning.throughput import Forecast, forecast
 from .candidate_plans import PlanInputs, first_that_works
 from .config import RunOptions, check_usage
 from .finalize import check_names, output_files
+from .held_back import held_back
 from .journal import Journal, check_fingerprint
 from .pipeline import fingerprint
-from .refit_activations import held_back
 from .size_search import target_of
 from .statistics import Statistics, open_statistics
 from .workspace import Workspace, workspace_of

@@ -105,8 +105,8 @@ class _LayerRun:
         if self.plan.propagates(self.layer):
             self._passes.propagate(self.context.source, None, None)
         if self.plan.tracks_original_through(self.layer):
-            with self.context.source.open_layer(self.index):
-                self._passes.follow(None)
+            with self.context.source.open_layer(self.index) as experts:
+                self._passes.follow(experts, None)
         return LayerResult(shards=shards)
 
     def observe(self) -> LayerResult:
@@ -218,7 +218,7 @@ class _LayerRun:
         ):
             self._passes.observe(observer, experts, playback, refit, grams)
         if plan.tracks_original_through(self.layer):
-            self._passes.follow(refit)
+            self._passes.follow(experts, refit)
         observer.finish(self.index)
         return observer, None if grams is None else grams.store
 

@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 
+from torch import Tensor
+
 from ream_stream.events import Phase, Report, Step
 from ream_stream.model.attention_cache import AttentionCache
 from ream_stream.model.batches import with_states
 from ream_stream.model.expert_blocks import ExpertBlockPasses, Listeners, cut_experts
 from ream_stream.model.experts import StreamedExperts
 from ream_stream.model.finite import CheckedWriter
+from ream_stream.model.hidden_states import HiddenStates
 from ream_stream.model.streamed_model import Batch, StreamedModel
 from ream_stream.planning.plan import OUTPUTS, SUMS, LayerPlan
 
@@ -112,26 +115,20 @@ class LayerPasses:
                 grams.end()
                 self.step("observe", number + 1, len(batches))
 
-    def follow(self, refit: RefitJob | None) -> None:
+    def follow(self, experts: StreamedExperts | None, refit: RefitJob | None) -> None:
         """Run the open source layer on the original model's own states."""
         context, index = self._context, self._index
-        batches, entering = context.batches, context.original_reader(index)
         writer = context.original_writer(index + 1) if self._leads_on else None
-        with (
-            context.timed("follow"),
-            writer or nullcontext(),
-            with_states(batches, entering) as states,
-        ):
-            for number, batch, hidden_BLH in states:
-                leaving_BLH = context.source.run_layer(index, batch, hidden_BLH)
-                if refit is not None:
-                    refit.targets.put(batches.own.index(number), leaving_BLH)
-                if writer is not None:
-                    writer.write(number, leaving_BLH)
-                self.step("follow", number + 1, len(batches))
-            self._settle()
-            if writer is not None:
-                writer.publish()
+        with context.timed("follow"):
+            self._run(
+                "follow",
+                context.source,
+                experts,
+                writer,
+                None,
+                entering=context.original_reader(index),
+                takes=None if refit is None else refit.targets.put,
+            )
 
     def propagate(
         self, model: StreamedModel, playback: AttentionCache | None, fitted: Fitted | None
@@ -142,7 +139,14 @@ class LayerPasses:
             with model.open_layer(self._index) as experts, ExitStack() as stack:
                 if fitted is not None and experts is not None:
                     stack.enter_context(refit_layer.replaying(experts, fitted.tokens))
-                self._run("propagate", model, experts, writer, playback)
+                self._run(
+                    "propagate",
+                    model,
+                    experts,
+                    writer,
+                    playback,
+                    blocks=1 if fitted is not None else None,
+                )
 
     def _run(
         self,
@@ -154,35 +158,45 @@ class LayerPasses:
         listeners: Listeners | None = None,
         *,
         captures_sums: bool = False,
+        entering: HiddenStates | None = None,
+        takes: Callable[[int, Tensor], None] | None = None,
+        blocks: int | None = None,
         batch_done: Callable[[], None] | None = None,
     ) -> None:
-        """Run the layer on all batches; the whole layer if a writer takes its outputs."""
+        """Run the layer on all batches; the whole layer if its outputs are taken."""
         context, batches = self._context, self._context.batches
         schedule = self._plan.schedule
+        blocks = blocks or schedule.expert_blocks
+        whole = writer is not None or takes is not None
         if experts is not None:
             experts.weights.resident = schedule.resident_experts
         with ExitStack() as stack:
             stack.enter_context(writer or nullcontext())
             sums = None
-            if writer is not None and schedule.expert_blocks > 1:
+            if (whole or captures_sums) and blocks > 1:
                 sums = stack.enter_context(context.open_batch_store(SUMS, "sums"))
             passes = ExpertBlockPasses(
                 model=model,
                 index=self._index,
                 experts=experts,
-                blocks=schedule.expert_blocks,
+                blocks=blocks,
                 playback=playback,
                 sums=sums,
                 captures_sums=captures_sums,
             )
             total = len(passes) * len(batches.own)
             run = passes.run(
-                batches, self.entering, listeners=listeners, captures_only=not writer
+                batches,
+                entering or self.entering,
+                listeners=listeners,
+                captures_only=not whole,
             )
             stack.enter_context(closing(run))
             for done, (number, leaving_BLH) in enumerate(run, start=1):
                 if batch_done is not None:
                     batch_done()
+                if takes is not None and leaving_BLH is not None:
+                    takes(batches.own.index(number), leaving_BLH)
                 if writer is not None and leaving_BLH is not None:
                     writer.write(number, leaving_BLH)
                 self.step(phase, done, total)

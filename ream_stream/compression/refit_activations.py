@@ -1,15 +1,15 @@
 """Expert activations of a layer that is refitted, on the calibration tokens.
 
-The compressed layer runs once. Its experts' activations are kept, or the expert inputs, from
-which each pass computes them; the refit needs nothing else of the layer. When the layer runs
-for the next one, the new down projections are applied to the kept activations, so gate and
-up projections are not computed again.
+The compressed layer runs once, or once for each block of its experts. Their activations are
+kept, or the expert inputs, from which each pass computes them; the refit needs nothing else of
+the layer. When the layer runs for the next one, the new down projections are applied to the
+kept activations, so gate and up projections are not computed again.
 
 Letters in shapes: B sequences of a batch, L tokens of a sequence, S sequences, T tokens
 of a batch, R rows of one expert, K experts a token, H hidden, I inner.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,41 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ream_stream.calibration.tokens import Tokens
-from ream_stream.errors import UsageError
 from ream_stream.method.normal_equations import RoutedActivations
-from ream_stream.method.rng import generator
 from ream_stream.model.batch_store import BatchStore
 from ream_stream.model.experts import MAX_ROWS, Loaded, StreamedExperts
 from ream_stream.model.finite import ExcludedSequences
 from ream_stream.model.ranks.group import Relay
 from ream_stream.model.streamed_model import Batch
-from ream_stream.planning.refit_memory import HELD_BACK_SHARE
 
-
-def held_back(tokens: Tokens, seed: int) -> Tensor:
-    """Draw the held-back sequences of a refit, (S,) bool; they are the same in every layer.
-
-    Each domain gives the same share, so that the judgement does not depend on the draw.
-
-    Raises
-    ------
-    UsageError
-        Each domain has only one sequence.
-    """
-    stream = generator(seed, 0, "held back")
-    held_S = torch.zeros(tokens.num_sequences, dtype=torch.bool)
-    for domain in range(len(tokens.domains)):
-        own_S = torch.nonzero(tokens.domain_S == domain).squeeze(1)
-        drawn_S = own_S[torch.randperm(len(own_S), generator=stream)]
-        # at least one sequence of a domain, but not its only one, which the fit needs
-        held_S[drawn_S[: max(len(own_S) > 1, round(HELD_BACK_SHARE * len(own_S)))]] = True
-    if not held_S.any():
-        raise UsageError(
-            "--refit holds back a tenth of the calibration sequences to judge by, and there is "
-            "but one of each domain; give more"
-        )
-    return held_S
+from .column_store import ColumnStore
+from .stored_activations import Served, StoredActivations, changing_only, only_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +41,8 @@ class Portion:
     number: int
     """Number of the batch."""
 
-    residual: Callable[[], Tensor]
-    """Reads the residual, target minus output, (T, H)."""
+    residual: Callable[[slice], Tensor]
+    """Reads some columns of the residual, target minus output, float32."""
 
 
 class _Rows(NamedTuple):
@@ -102,8 +76,9 @@ class CachedActivations:
     """Activations of a compressed layer's experts, and the residuals of their outputs.
 
     For each batch of this process: `expect` it, run the layer with `outputs` in place of its
-    experts, and `add` the residual. When the layer is open with new down projections, run the
-    same batches in order with `again` in place of its experts.
+    experts, and `add` the residual. With `stored`, run these batches with `collecting` in place
+    of the experts before, block after block. When the layer is open with new down projections,
+    run the same batches in order with `again` in place of its experts.
 
     Parameters
     ----------
@@ -122,12 +97,16 @@ class CachedActivations:
     inputs
         Store of expert inputs, from which each pass computes activations; None to keep
         the activations.
+    stored
+        Stores of the activations; None to keep them as they are, or to compute them again.
     residuals
-        Store of residuals.
+        Store of the targets by batch; residuals of the fitted tokens take their places.
+    held
+        Store of the residuals of the held-back tokens.
     relay
         Carries sums over all batches.
     keeps_fitted
-        Whether residuals of the fitted tokens are kept too, to be read again.
+        Whether residuals of the fitted tokens are kept, to be read again.
     """
 
     def __init__(
@@ -139,24 +118,25 @@ class CachedActivations:
         excluded: ExcludedSequences,
         layer: int,
         inputs: BatchStore | None,
-        residuals: BatchStore,
+        residuals: ColumnStore,
+        held: BatchStore,
         relay: Relay,
         *,
+        stored: StoredActivations | None = None,
         keeps_fitted: bool = True,
     ) -> None:
         self._experts: StreamedExperts | None = experts
         self.changing = changing
         self._held_S, self._mask_SL = held_S, mask_SL
         self._excluded, self._layer = excluded, layer
-        self._inputs, self._residuals, self._keeps_fitted = inputs, residuals, keeps_fitted
-        self._relay = relay
+        self._inputs, self._stored, self._keeps_fitted = inputs, stored, keeps_fitted
+        self._residuals, self._held, self._relay = residuals, held, relay
         self._batch: Batch
-        self._first = self._repeated = 0
-        self._numbers: list[int] = []
+        self._place = self._first = self._repeated = 0
+        self._numbers: dict[int, int] = {}
         self._given: tuple[Tensor, Tensor, Tensor]
-        self._now: list[_Rows]
-        self._sent: list[list[_Rows]] = []
-        self._served: list[list[dict[int, RoutedActivations]]] = []
+        self._sent: dict[int, list[_Rows]] = {}
+        self._served: dict[int, list[Served]] = {}
         self.output_TH = torch.empty(0)
         """Summed expert outputs of the last batch, float32."""
         self._energies = torch.zeros(2, dtype=torch.float64)
@@ -181,28 +161,68 @@ class CachedActivations:
         """Set the experts of the layer that was opened again; None if it was closed."""
         self._experts = experts
 
-    def expect(self, number: int, first: int, batch: Batch) -> None:
-        """Announce batch `number`, whose first sequence is number `first`."""
-        self._batch, self._first = batch, first
-        self._numbers.append(number)
+    def turn_to_downs(self) -> None:
+        """Load down projections alone from now on, if all activations are stored."""
+        if self._stored is not None:
+            self.experts.weights.turn_to(range(self.experts.count), "down")
+
+    def expect(self, place: int, number: int, first: int, batch: Batch) -> None:
+        """Announce batch `number`, whose first sequence is number `first`.
+
+        What is kept of it has its place among the batches of this process.
+        """
+        self._place, self._first, self._batch = place, first, batch
+        self._numbers[place] = number
 
     def finish(self) -> None:
         """Take in what the other processes added, once all batches are."""
         self._relay.finish([self._energies])
 
+    def collecting(self, block: int, some: range) -> Callable[..., Tensor]:
+        """Return what replaces the experts to store the activations of a block of them."""
+        stored = self._stored
+        assert stored is not None
+
+        def collect(hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+            if self._place not in self._sent:
+                self._given = (hidden_TH, index_TK, weight_TK.float())
+                self._sent[self._place] = self._split()
+            served = self._serve(self._sent[self._place], hidden_TH, some)
+            stored.put(self._place, block, served)
+            return torch.zeros_like(hidden_TH)
+
+        return collect
+
     def outputs(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Replace the experts: return their outputs, (T, H); zeros for padding."""
         self._given = (hidden_TH, index_TK, weight_TK.float())
-        self._now = self._split()
-        served: list[dict[int, RoutedActivations]] = [{} for _ in self._now]
-        self._served.append(served)
-        return self._put_out(self._now, hidden_TH, served)
+        if self._stored is not None:
+            return self.stored_outputs()
+        self._sent[self._place] = sent = self._split()
+        served: list[Served] = [{} for _ in sent]
+        self._served[self._place] = served
+        return self._put_out(sent, hidden_TH, served)
+
+    def stored_outputs(self) -> Tensor:
+        """Return the outputs of the experts from their stored activations, (T, H)."""
+        served = self._made(self._place)
+        self._served[self._place] = served
+        weights = self.experts.weights
+        tokens, hidden = self._batch.input_ids_BL.numel(), weights.stack.hidden
+        like_TH = torch.empty(1, 1, dtype=weights.dtype, device=weights.device)
+        return self._put_out(self._sent[self._place], like_TH.expand(tokens, hidden), served)
 
     def again(self, hidden_TH: Tensor, _index_TK: Tensor, _weight_TK: Tensor) -> Tensor:
         """Replace experts with new down projections, batch after batch."""
-        number, self._repeated = self._repeated, self._repeated + 1
-        made = self._served[number] if self._inputs is None else [{}, {}]
-        return self._put_out(self._sent[number], hidden_TH, made)
+        place, self._repeated = self._repeated, self._repeated + 1
+        return self._put_out(self._sent[place], hidden_TH, self._made(place))
+
+    def _made(self, place: int) -> list[Served]:
+        """Return the activations of a batch as far as they are kept, for each set of rows."""
+        if self._stored is None:
+            return self._served.get(place) or [{}, {}]
+        device = self.experts.weights.device
+        return [self._stored.get(place, which, device) for which in range(2)]
 
     def add(self, residual_TH: Tensor) -> Portion:
         """Keep the residual of the batch; return its fitted tokens.
@@ -217,66 +237,90 @@ class CachedActivations:
         NumbersError
             More sequences overflow than `MOST_EXCLUDED` allows.
         """
-        hidden_TH, number = self._given[0], len(self._sent)
+        place, first = self._place, self._first
         bad_B = self._excluded.bad_rows(
-            self._first, residual_TH.view(*self._batch.input_ids_BL.shape, -1)
+            first, residual_TH.view(*self._batch.input_ids_BL.shape, -1)
         )
         if bad_B is not None:
-            self._excluded.note(self._layer, self._first, bad_B)
-            self._now = self._split()
-            self._served[number] = self._serve(self._now, hidden_TH, range(self.experts.count))
-        fitted, held = self._now
+            self._excluded.note(self._layer, first, bad_B)
+            self._leave_out(place, bad_B)
+        fitted, held = self._sent[place]
         held_RH = residual_TH.index_select(0, held.row_R)
         target_RH = held_RH + self.output_TH.index_select(0, held.row_R)
         squares = [each.square().sum(dtype=torch.float64) for each in (target_RH, held_RH)]
-        with self._relay.turn(self._numbers[-1], [self._energies]):
+        with self._relay.turn(self._numbers[place], [self._energies]):
             self._energies += torch.stack(squares).cpu()
         fitted_RH = residual_TH.index_select(0, fitted.row_R)
-        kept_RH = torch.cat([held_RH, fitted_RH]) if self._keeps_fitted else held_RH
-        self._residuals.put(number, kept_RH.to(hidden_TH.dtype))
+        dtype = self.experts.weights.dtype
+        if self._keeps_fitted:
+            self._residuals.put(place, fitted_RH.to(dtype))
+        else:
+            self._residuals.drop(place)
+        if len(held_RH):
+            self._held.put(place, held_RH.to(dtype))
         portion = Portion(
-            served=self._that_change(self._served[number][0]),
+            served=changing_only(self._served[place][0], self.changing),
             tokens=len(fitted.row_R),
-            number=self._numbers[-1],
-            residual=lambda: fitted_RH,
+            number=self._numbers[place],
+            residual=lambda columns: fitted_RH[:, columns],
         )
         if self._inputs is not None:
-            self._inputs.put(number, hidden_TH)
-            self._served[number] = [{}, {}]
-        self._sent.append(self._now)
+            self._inputs.put(place, self._given[0])
+        if self._inputs is not None or self._stored is not None:
+            del self._served[place]
         return portion
+
+    def _leave_out(self, place: int, bad_B: Tensor) -> None:
+        """Leave sequences out of the rows of a batch and of the activations on them."""
+        if self._stored is None:
+            self._sent[place] = sent = self._split()
+            self._served[place] = self._serve(sent, self._given[0], range(self.experts.count))
+            return
+        length = self._batch.input_ids_BL.shape[1]
+        for which, rows in enumerate(self._sent[place]):
+            bad_T = bad_B.to(rows.row_R.device).repeat_interleave(length)
+            kept_R = ~bad_T[rows.row_R]
+            self._stored.keep_rows(place, which, kept_R)
+            self._sent[place][which] = _Rows(*(each[kept_R] for each in rows))
+            self._served[place][which] = only_rows(self._served[place][which], kept_R)
 
     def fitted(self) -> Iterator[Portion]:
         """Yield, batch by batch, the tokens that the solution is fitted to."""
-        for number, (fitted, held) in enumerate(self._sent):
-            first = len(held.row_R)
-            yield self._portion(number, 0, slice(first, first + len(fitted.row_R)))
+        for place in self._sent:
+            yield self._portion(place, 0)
 
     def held(self) -> Iterator[Portion]:
         """Yield, batch by batch, the tokens that are held back."""
-        for number, (_, held) in enumerate(self._sent):
-            yield self._portion(number, 1, slice(0, len(held.row_R)))
+        for place in self._sent:
+            yield self._portion(place, 1)
 
-    def _portion(self, number: int, which: int, place: slice) -> Portion:
-        device, rows = self.experts.weights.device, self._sent[number][which]
-        served = self._served[number][which]
-        if self._inputs is not None:
-            hidden_TH = self._inputs.get(number).to(device)
+    def _portion(self, place: int, which: int) -> Portion:
+        device, rows = self.experts.weights.device, self._sent[place][which]
+        if not len(rows.row_R):  # nothing is read; sums are carried past the batch
+            served = {}
+        elif self._stored is not None:
+            served = self._stored.get(place, which, device)
+        elif self._inputs is None:
+            served = self._served[place][which]
+        else:
+            hidden_TH = self._inputs.get(place).to(device)
             (served,) = self._serve([rows], hidden_TH, self.changing)
-        return Portion(
-            served=self._that_change(served),
-            tokens=len(rows.row_R),
-            number=self._numbers[number],
-            residual=lambda: self._residuals.get(number)[place].to(device).float(),
-        )
 
-    def _that_change(self, served: Mapping[int, RoutedActivations]) -> list[RoutedActivations]:
-        """Return activations of experts that may change, numbered by position in `changing`."""
-        return [
-            served[expert]._replace(expert=place)
-            for place, expert in enumerate(self.changing)
-            if expert in served
-        ]
+        def residual(columns: slice) -> Tensor:
+            if which == 0:
+                found_TX = self._residuals.columns(place, columns)
+            elif not len(rows.row_R):
+                found_TX = torch.empty(0, columns.stop - columns.start)
+            else:
+                found_TX = self._held.get(place)[:, columns]
+            return found_TX.to(device).float()
+
+        return Portion(
+            served=changing_only(served, self.changing),
+            tokens=len(rows.row_R),
+            number=self._numbers[place],
+            residual=residual,
+        )
 
     def _split(self) -> list[_Rows]:
         """Return the fitted tokens of the batch, and its held-back tokens."""
@@ -321,18 +365,15 @@ class CachedActivations:
 
     def _serve(
         self, sent: Sequence[_Rows], hidden_TH: Tensor, some: Iterable[int]
-    ) -> list[dict[int, RoutedActivations]]:
+    ) -> list[Served]:
         """Return, for each set of rows, the activations of the given experts."""
-        served: list[dict[int, RoutedActivations]] = [{} for _ in sent]
+        served: list[Served] = [{} for _ in sent]
         for visit in self._visits(sent, some):
             served[visit.which][visit.expert] = self._make(visit, hidden_TH)
         return served
 
     def _put_out(
-        self,
-        sent: Sequence[_Rows],
-        hidden_TH: Tensor,
-        served: Sequence[dict[int, RoutedActivations]],
+        self, sent: Sequence[_Rows], hidden_TH: Tensor, served: Sequence[Served]
     ) -> Tensor:
         """Sum the outputs of all experts in `output_TH`; compute missing activations.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -31,10 +31,13 @@ from ream_stream.model.hidden_states import HiddenStates
 from ream_stream.model.ranks.group import Ranks
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.planning.plan import Plan
-from ream_stream.planning.refit_memory import ACTIVATIONS, KEPT
+from ream_stream.planning.refit_memory import ACTIVATIONS, INPUTS, KEPT
 
-from .refit_activations import CachedActivations, held_back
+from .column_store import ColumnStore
+from .held_back import held_back
+from .refit_activations import CachedActivations
 from .refit_solver import LayerRefit, RefitSolution
+from .stored_activations import StoredActivations
 from .workspace import Workspace
 
 
@@ -71,11 +74,12 @@ class RefitJob:
     folder: Path
     """Scratch folder of the first version of the compressed layer."""
 
-    targets: BatchStore
+    targets: ColumnStore
     """Target outputs by batch; a batch's residual replaces its target in the same store."""
 
-    store: Callable[[str, int], BatchStore]
-    """Opens a store by name and number of batches; `opened` closes it after its block."""
+    store: Callable[[str, str, int], BatchStore]
+    """Opens a store by part of the plan, name and number of tensors; `opened` closes it after
+    its block."""
 
     ranks: Ranks
     """Processes that run batches; stores hold those of this one."""
@@ -91,8 +95,11 @@ class RefitJob:
             return
         number = 0
 
-        def keep(_module: nn.Module, _args: Any, output_TH: Tensor) -> None:  # noqa: ANN401
+        def keep(module: nn.Module, _args: Any, output_TH: Tensor) -> None:  # noqa: ANN401
             nonlocal number
+            part = cast("StreamedExperts", module).part
+            if part is not None and not part.is_last:
+                return  # a sum of some blocks of experts
             self.targets.put(number, output_TH)
             number += 1
 
@@ -129,39 +136,57 @@ class RefitJob:
         staged = plan.output_checkpoint(self.folder)
         with self.model.open_layer(self.index, staged) as experts:
             assert experts is not None
-            tokens = CachedActivations(
-                experts,
-                changing,
-                held_back(self.tokens, plan.settings.seed),
-                self.tokens.attention_mask_SL,
-                self.excluded,
-                self.index,
-                None if plan.memory.get(ACTIVATIONS) else self.store("inputs", len(batches)),
-                self.targets,
-                self.ranks.relay(len(batches)),
-                keeps_fitted=plan.schedule.solver.column_blocks > 1,
+            experts.weights.resident = plan.schedule.resident_experts
+            tokens = self._activations(experts, changing, len(batches))
+            results = self.store(
+                KEPT, "results", plan.schedule.solver.column_blocks * len(changing)
             )
-            results = self.store("results", plan.schedule.solver.column_blocks * len(changing))
-            done = 0
-
-            def batch_done() -> None:
-                nonlocal done
-                done += 1
-                report(min(done, total - 1), total)
-
-            sums = self.ranks.relay(len(batches))
-            refit = LayerRefit(tokens, method, plan.schedule.solver, results, sums, batch_done)
-            total = len(batches.own) * (1 + refit.passes)
-            mixers = self.model.mixers(self.index)
-            with nullcontext() if playback is None else playback.through(mixers):
-                self._route(tokens, refit, batches, entering, batch_done)
+            progress, relay = _Progress(report), self.ranks.relay(len(batches))
+            refit = LayerRefit(
+                tokens, method, plan.schedule.solver, results, relay, progress.advance
+            )
+            progress.total = len(batches.own) * (len(plan.refit_blocks) + 1 + refit.passes)
+            self._sum(tokens, refit, batches, entering, playback, progress.advance)
             try:
                 found = refit.solve()
             except ValueError as error:
                 raise ReamStreamError(f"layer {self.index}: {error}") from error
         tokens.reopened(None)
-        report(total, total)
+        progress.finish()
         return Fitted(found=found, tokens=tokens)
+
+    def _sum(
+        self,
+        tokens: CachedActivations,
+        refit: LayerRefit,
+        batches: Batches,
+        entering: HiddenStates | None,
+        playback: AttentionCache | None,
+        batch_done: Callable[[], None],
+    ) -> None:
+        """Add all batches to the refit, whose experts may have to be run block by block."""
+        blocks, weights = self.plan.refit_blocks, tokens.experts.weights
+        for number, block in enumerate(blocks):
+            weights.turn_to(block, "gate_up")
+            collect = tokens.collecting(number, block)
+            self._run(tokens, collect, batches, entering, playback, batch_done)
+        tokens.turn_to_downs()
+        if blocks and not self.plan.tracks_original:
+            # the experts' outputs need no more of the layer than their activations
+            for place, (number, batch) in enumerate(zip(batches.own, batches, strict=True)):
+                tokens.expect(place, number, number * batches.size, batch)
+                tokens.stored_outputs()
+                self._add(tokens, refit, place, tokens.output_TH)
+                batch_done()
+        else:
+            self._run(tokens, tokens.outputs, batches, entering, playback, batch_done, refit)
+        self.excluded.join(self.index, self.ranks)
+        tokens.finish()
+        refit.finish()
+        if blocks:
+            # the solution has the device's memory for itself
+            weights.resident = 0
+            weights.turn_to(range(0), "down")
 
     def content(self, found: RefitSolution | None) -> Callable[[str], Content]:
         """Return a function that gives each final tensor of the layer, by name."""
@@ -191,33 +216,81 @@ class RefitJob:
 
         return content
 
-    def _route(
+    def _activations(
+        self, experts: StreamedExperts, changing: Sequence[int], batches: int
+    ) -> CachedActivations:
+        """Return the activations of the experts, with the stores that the plan has for them."""
+        plan, inputs, stored = self.plan, None, None
+        if plan.refit_blocks:
+            names, count = ("fitted", "held"), batches * len(plan.refit_blocks)
+            stores = [self.store(ACTIVATIONS, name, count) for name in names]
+            stored = StoredActivations(stores, len(plan.refit_blocks))
+        elif not plan.memory.get(ACTIVATIONS):
+            inputs = self.store(INPUTS, "inputs", batches)
+        return CachedActivations(
+            experts,
+            changing,
+            held_back(self.tokens, plan.settings.seed),
+            self.tokens.attention_mask_SL,
+            self.excluded,
+            self.index,
+            inputs,
+            self.targets,
+            self.store(KEPT, "held-back", batches),
+            self.ranks.relay(batches),
+            stored=stored,
+            keeps_fitted=plan.schedule.solver.column_blocks > 1,
+        )
+
+    def _run(
         self,
         tokens: CachedActivations,
-        refit: LayerRefit,
+        outputs: Callable[..., Tensor],
         batches: Batches,
         entering: HiddenStates | None,
+        playback: AttentionCache | None,
         batch_done: Callable[[], None],
+        refit: LayerRefit | None = None,
     ) -> None:
-        """Run the compressed layer up to its target, and add the residual to the refit."""
+        """Run the compressed layer up to its experts, or to its target for the refit."""
+        mixers = self.model.mixers(self.index)
         with (
-            _replaced(tokens.experts, tokens.outputs),
+            nullcontext() if playback is None else playback.through(mixers),
+            _replaced(tokens.experts, outputs),
             with_states(batches, entering) as states,
         ):
             for place, (number, batch, hidden_BLH) in enumerate(states):
-                tokens.expect(number, number * batches.size, batch)
-                if self.plan.tracks_original:
+                tokens.expect(place, number, number * batches.size, batch)
+                if refit is not None and self.plan.tracks_original:
                     leaving_BLH = self.model.run_layer(self.index, batch, hidden_BLH)
-                    found_TH = leaving_BLH.flatten(0, 1).float()
+                    self._add(tokens, refit, place, leaving_BLH.flatten(0, 1).float())
                 else:
                     self.model.observe_layer(self.index, batch, hidden_BLH)
-                    found_TH = tokens.output_TH
-                target_TH = self.targets.get(place).to(found_TH.device).view_as(found_TH)
-                refit.add(tokens.add(target_TH.float() - found_TH))
+                    if refit is not None:
+                        self._add(tokens, refit, place, tokens.output_TH)
                 batch_done()
-        self.excluded.join(self.index, self.ranks)
-        tokens.finish()
-        refit.finish()
+
+    def _add(
+        self, tokens: CachedActivations, refit: LayerRefit, place: int, found_TH: Tensor
+    ) -> None:
+        """Add what a batch's outputs lack to their target to the refit."""
+        target_TH = self.targets.get(place).to(found_TH.device).view_as(found_TH)
+        refit.add(tokens.add(target_TH.float() - found_TH))
+
+
+class _Progress:
+    """Counts the batches of all passes; the last is reported by `finish`."""
+
+    def __init__(self, report: Callable[[int, int], None]) -> None:
+        self._report = report
+        self.done = self.total = 0
+
+    def advance(self) -> None:
+        self.done += 1
+        self._report(min(self.done, self.total - 1), self.total)
+
+    def finish(self) -> None:
+        self._report(self.total, self.total)
 
 
 @contextmanager
@@ -239,11 +312,23 @@ def opened(
         files.remove(folder)
         files.make_directory(folder)
     ranks.gather(None)
+    columns = plan.schedule.solver.columns(plan.experts[1].hidden)
     with ExitStack() as stack:
 
-        def store(name: str, batches: int) -> BatchStore:
-            path = None if plan.memory[KEPT] > 0 else workspace.scratch(name)
-            return stack.enter_context(open_batch_store(path, batches))
+        def store(part: str, name: str, count: int) -> BatchStore:
+            memory, disk = plan.memory.get(part, 0), plan.scratch.get(part, 0)
+            in_memory = memory > 0 and not disk
+            # with what is routed to each expert, and which sequences of a batch are held back
+            varies = part == ACTIVATIONS or name == "held-back"
+            return stack.enter_context(
+                open_batch_store(
+                    None if in_memory else workspace.scratch(name),
+                    None if varies else count,
+                    device=model.device,
+                    beside=part == ACTIVATIONS,
+                    in_memory=count * memory // max(1, memory + disk),
+                )
+            )
 
         yield RefitJob(
             plan=plan,
@@ -252,7 +337,9 @@ def opened(
             model=model,
             index=index,
             folder=folder,
-            targets=store("wanted", plan.num_batches),
+            targets=ColumnStore(
+                store(KEPT, "wanted", plan.num_batches * len(columns)), columns
+            ),
             store=store,
             ranks=ranks,
         )
@@ -268,6 +355,7 @@ def replaying(experts: StreamedExperts, tokens: CachedActivations) -> Iterator[N
     The down projections are those of `experts`; batches must come in the same order.
     """
     tokens.reopened(experts)
+    tokens.turn_to_downs()
     with _replaced(experts, tokens.again):
         yield
 

@@ -3,7 +3,6 @@
 Letters in shapes: T tokens of a batch, E kept experts, H hidden, I inner.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -136,7 +135,7 @@ class LayerRefit:
         plain = weights.stack.scheme == "plain"
         self._solved = torch_dtype(weights.stack.dtype) if plain else torch.float32
         count, inner = len(tokens.changing), weights.stack.inner
-        self._columns = self._cut()
+        self._columns = solver.columns(weights.stack.hidden)
         self._sums = NormalSums(
             count,
             inner,
@@ -180,7 +179,7 @@ class LayerRefit:
 
     def add(self, portion: Portion) -> None:
         """Add the fitted tokens of a batch to the normal equations."""
-        residual_TH = portion.residual()[:, self._columns[0]]
+        residual_TH = portion.residual(self._columns[0])
         with self._relay.turn(portion.number, self._sums.running()):
             self._sums.add(portion.served, residual_TH)
         if isinstance(self._operator, _ExplicitOperator):
@@ -224,17 +223,11 @@ class LayerRefit:
             self._judge({self._misfit: found.change_EIH}, columns)
         return self._found()
 
-    def _cut(self) -> list[slice]:
-        hidden, parts = self._weights.stack.hidden, self._solver.column_blocks
-        # rounded up, so that the first part is the largest
-        bounds = [-(-hidden * part // parts) for part in range(parts + 1)]
-        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-
     def _turn_to(self, columns: slice) -> None:
         """Sum the right-hand sides of other columns in a pass."""
         self._sums.turn_to(columns.stop - columns.start)
         for portion in self._tokens.fitted():
-            residual_TH = portion.residual()[:, columns]
+            residual_TH = portion.residual(columns)
             with self._relay.turn(portion.number, self._sums.running_target()):
                 self._sums.add_target(portion.served, residual_TH)
             self._batch_done()
@@ -272,7 +265,7 @@ class LayerRefit:
     def _judge(self, changes: Mapping[Misfit, Tensor], columns: slice) -> None:
         """Add the remaining error of each change on the held-back tokens to its misfit."""
         for portion in self._tokens.held():
-            residual_TH = portion.residual()[:, columns]
+            residual_TH = portion.residual(columns)
             for misfit, change_EIH in changes.items():
                 predicted_TH = predict(portion.served, change_EIH, portion.tokens)
                 with self._relay.turn(portion.number, [misfit.sums]):

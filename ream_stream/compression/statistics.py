@@ -290,6 +290,10 @@ class _Moments:
         """Refuse: they are only read."""
         raise NotImplementedError
 
+    def drop(self, number: int) -> None:
+        """Refuse: they are only read."""
+        raise NotImplementedError
+
     def get(self, number: int) -> Tensor:
         """Return the sum of an expert, (I, I) float32."""
         total: Tensor | None = None

@@ -31,6 +31,9 @@ class BatchStore(Protocol):
         It belongs to the store from then on: to add to it, get it, add, and put the sum.
         """
 
+    def drop(self, number: int) -> None:
+        """Let go of a tensor that is not asked for again; on disk it keeps its place."""
+
     def get(self, number: int) -> Tensor:
         """Return the stored tensor in host memory and in its shape.
 
@@ -43,7 +46,12 @@ class BatchStore(Protocol):
 
 @contextmanager
 def open_batch_store(
-    path: Path | None, batches: int, *, device: torch.device | None = None, beside: bool = False
+    path: Path | None,
+    batches: int | None,
+    *,
+    device: torch.device | None = None,
+    beside: bool = False,
+    in_memory: int = 0,
 ) -> Iterator[BatchStore]:
     """Give a store for the length of the block.
 
@@ -52,21 +60,32 @@ def open_batch_store(
     path
         A folder to be made, `Workspace.scratch`, removed at the end; None for memory.
     batches
-        Numbers go from 0 to one less than this. The first tensor put is the largest.
+        Numbers go from 0 to one less than this, and the first tensor put is the largest; None
+        for any numbers and sizes, each tensor in an array of its own.
     device
         Where tensors go: for a device they are read into page-locked memory.
     beside
         Whether tensors are read ahead, in the order of their numbers, and written behind:
         then three of them are in memory, else one.
+    in_memory
+        Numbers below this are kept in memory though there is a folder.
     """
-    if path is None:
-        store = _InMemory()
-        try:
+    store = _InMemory()
+    try:
+        if path is None:
             yield store
-        finally:
-            # whoever still refers to the store, in a cycle perhaps, does not keep its tensors
-            store.clear()
-        return
+            return
+        with _on_disk(path, batches, device, beside=beside) as rest:
+            yield _Split(store, rest, in_memory) if in_memory else rest
+    finally:
+        # whoever still refers to the store, in a cycle perhaps, does not keep its tensors
+        store.clear()
+
+
+@contextmanager
+def _on_disk(
+    path: Path, batches: int | None, device: torch.device | None, *, beside: bool
+) -> Iterator[BatchStore]:
     files.remove(path)
     on_disk = _OnDisk(path, batches, locked=device is not None and device.type == "cuda")
     try:
@@ -89,6 +108,9 @@ class _InMemory:
     def put(self, number: int, tensor: Tensor) -> None:
         self._tensors[number] = tensor.detach().cpu()
 
+    def drop(self, number: int) -> None:
+        del self._tensors[number]
+
     def get(self, number: int) -> Tensor:
         return self._tensors[number]
 
@@ -96,38 +118,64 @@ class _InMemory:
         self._tensors.clear()
 
 
-class _OnDisk:
-    def __init__(self, path: Path, batches: int, *, locked: bool) -> None:
-        self._path, self._batches, self._locked = path, batches, locked
-        self._array: ChunkedArray | None = None
-        self._shapes: dict[int, torch.Size] = {}
+class _Split:
+    """The first tensors in memory, the others on disk."""
+
+    def __init__(self, memory: BatchStore, disk: BatchStore, first: int) -> None:
+        self._memory, self._disk, self._first = memory, disk, first
+
+    def _of(self, number: int) -> BatchStore:
+        return self._memory if number < self._first else self._disk
 
     def put(self, number: int, tensor: Tensor) -> None:
+        self._of(number).put(number, tensor)
+
+    def drop(self, number: int) -> None:
+        self._of(number).drop(number)
+
+    def get(self, number: int) -> Tensor:
+        return self._of(number).get(number)
+
+
+class _OnDisk:
+    def __init__(self, path: Path, batches: int | None, *, locked: bool) -> None:
+        self._path, self._batches, self._locked = path, batches, locked
+        self._array: ChunkedArray | None = None
+        self._put: dict[int, tuple[ChunkedArray, int, torch.Size]] = {}
+
+    def _at(self, number: int, size: int, dtype: torch.dtype) -> tuple[ChunkedArray, int]:
+        """Return the array that a tensor of so many numbers goes to, and its chunk there."""
+        if self._batches is None:
+            own = self._path / str(number)
+            files.remove(own)  # it may be larger
+            return ChunkedArray(path=own, shape=(1, size), rows=1, dtype=dtype), 0
         if self._array is None:
-            self._array = ChunkedArray(
-                path=self._path,
-                shape=(self._batches, tensor.numel()),
-                rows=1,
-                dtype=tensor.dtype,
-            )
+            shape = (self._batches, size)
+            self._array = ChunkedArray(path=self._path, shape=shape, rows=1, dtype=dtype)
             with space_for(self._path):
                 self._array.create()
-        dtype, most = self._array.dtype, self._array.shape[1]
+        return self._array, number
+
+    def put(self, number: int, tensor: Tensor) -> None:
+        array, chunk = self._at(number, tensor.numel(), tensor.dtype)
+        dtype, most = array.dtype, array.shape[1]
         if tensor.dtype != dtype or tensor.numel() > most:
             raise ValueError(
                 f"{tensor.dtype} {tuple(tensor.shape)} is kept among tensors of "
                 f"{dtype} of at most {most} numbers"
             )
         with space_for(self._path):
-            self._array.write(number, tensor.cpu())
-        self._shapes[number] = tensor.shape
+            array.write(chunk, tensor.cpu())
+        self._put[number] = array, chunk, tensor.shape
+
+    def drop(self, number: int) -> None:
+        """Keep its place: the scratch store is removed with its layer."""
 
     def get(self, number: int) -> Tensor:
-        shape = self._shapes[number]
-        assert self._array is not None
+        array, chunk, shape = self._put[number]
         try:
             with reading(self._path):
-                row = self._array.read(number, locked=self._locked)
+                row = array.read(chunk, locked=self._locked)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DamagedError(
                 f"{self._path} lost what was kept of batch {number}: start the run again"
@@ -162,6 +210,9 @@ class _Beside:
 
         self._put.add(number)
         self._writing = self._thread.submit(store)
+
+    def drop(self, number: int) -> None:
+        """Keep its place, as the store does."""
 
     def get(self, number: int) -> Tensor:
         if self._coming is None or self._coming[0] != number:

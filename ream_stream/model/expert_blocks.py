@@ -54,7 +54,8 @@ class ExpertBlockPasses:
     """Store of partial sums of expert outputs between blocks; None if not needed."""
 
     captures_sums: bool = False
-    """Whether forward hooks of the experts need their summed outputs even in observation."""
+    """Whether forward hooks of the experts need their summed outputs even in observation; in
+    blocks they get what is summed so far, and after the last block all."""
 
     def __len__(self) -> int:
         return 1 if self.experts is None else len(self._parts(self.experts))
@@ -99,7 +100,14 @@ class ExpertBlockPasses:
                         leaving_BLH = (
                             self._whole(batch, hidden_BLH, captures_only=captures_only)
                             if experts is None
-                            else self._part(experts, place, batch, hidden_BLH, norms)
+                            else self._part(
+                                experts,
+                                place,
+                                batch,
+                                hidden_BLH,
+                                norms,
+                                captures_only=captures_only,
+                            )
                         )
                     yield number, leaving_BLH
 
@@ -134,6 +142,8 @@ class ExpertBlockPasses:
         batch: Batch,
         hidden_BLH: Tensor | None,
         norms: dict[int, Tensor],
+        *,
+        captures_only: bool,
     ) -> Tensor | None:
         """Run one batch through one block; return what leaves the layer after the last.
 
@@ -151,7 +161,7 @@ class ExpertBlockPasses:
         try:
             if sums is None:
                 self.model.observe_layer(self.index, batch, hidden_BLH)
-            elif is_last:
+            elif is_last and not captures_only:
                 return self.model.run_layer(self.index, batch, hidden_BLH)
             else:
                 self.model.observe_layer(self.index, batch, hidden_BLH, sums=True)
@@ -159,6 +169,6 @@ class ExpertBlockPasses:
             streamed.part = None
         if part.norm_S is not None and streamed.listener is not None:
             norms[place] = part.norm_S.cpu()
-        if sums is not None and part.sum_TH is not None:
+        if sums is not None and part.sum_TH is not None and not is_last:
             sums.put(place, part.sum_TH)
         return None

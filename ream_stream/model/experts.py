@@ -9,9 +9,9 @@ Letters in shapes: T tokens, K experts a token, E experts, R rows routed to one
 expert, S = T * K slots, H hidden, I inner.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +21,8 @@ from torch.nn import functional
 from ream_stream.checkpoint.expert_stack import ExpertStack, Send, Tensors, stay
 from ream_stream.model.device import TransferLanes
 
+from .expert_rows import round_up, slots_by_expert
 from .llama4 import EXPERTS
-
-ROW_MULTIPLE = 64
-"""Rows of a bf16 product on the CPU are rounded up to a multiple of this.
-
-oneDNN compiles and keeps a kernel for every number of rows: 6 ms and 0.9 MB
-each, a gigabyte after a few layers. Rows do not change each other's bits.
-"""
 
 MAX_ROWS = 1024
 """Most tokens that an expert processes at once.
@@ -158,6 +152,9 @@ class ExpertWeights:
         self._tensors = tensors
         self.form = form or Form()
         self.resident = 0
+        """Whole experts that there is room for; of down projections alone thrice as many."""
+        self._only: str | None = None
+        self._loaded = stack
         self._kept: dict[int, Loaded] = {}
         beside = device.type != "cpu" if beside is None else beside
         self._shared = [self._buffers() for _ in range(TransferLanes.COUNT if beside else 1)]
@@ -177,8 +174,8 @@ class ExpertWeights:
             return torch.empty(length, dtype=dtype, device=device) if form.has_bias else None
 
         loaded = Loaded(
-            empty(rows, stack.hidden),
-            empty(stack.hidden, stack.inner),
+            empty(rows if self._loads("up") else 0, stack.hidden),
+            empty(stack.hidden, stack.inner if self._loads("down") else 0),
             bias(rows),
             bias(stack.hidden),
         )
@@ -198,19 +195,35 @@ class ExpertWeights:
             return nullcontext((0, stay))
         return self._lanes.load(fresh=fresh)
 
-    def turn_to(self, experts: range) -> None:
-        """Drop all resident experts that are not in the block."""
+    def _loads(self, part: str) -> bool:
+        """Tell whether a part of an expert, or its bias, is loaded."""
+        return self._only is None or part.startswith("down") == (self._only == "down")
+
+    def turn_to(self, experts: range, only: str | None = None) -> None:
+        """Drop all resident experts that are not in the block.
+
+        Parameters
+        ----------
+        experts
+            The block.
+        only
+            ``gate_up`` or ``down`` to load these projections alone from now on; None for all.
+        """
+        if only != self._only:
+            self._only, self._kept = only, {}
+            matrices = tuple(m for m in self.stack.matrices if self._loads(m.parts[0]))
+            self._loaded = replace(self.stack, matrices=matrices)
         self._kept = {e: loaded for e, loaded in self._kept.items() if e in experts}
 
     def load(self, expert: int) -> Loaded:
         """Return the weights of an expert; the first `resident` experts of a block are kept."""
         if expert in self._kept:
             return self._kept[expert]
-        keeps = len(self._kept) < self.resident
+        keeps = len(self._kept) < self.resident * (3 if self._only == "down" else 1)
         fresh = self._buffers() if keeps else None
         with self._loading(fresh=keeps) as (lane, send):
             loaded, parts = fresh or self._shared[lane]
-            for matrix in self.stack.matrices:
+            for matrix in self._loaded.matrices:
                 found = matrix.read(self._tensors, expert, self.dtype, send)
                 for part, value in found.items():
                     # copied even if the dtype is right: the last bits of a product with one
@@ -219,7 +232,7 @@ class ExpertWeights:
         if keeps:
             self._kept[expert] = loaded
         if expert + 1 < self.stack.count:
-            self._tensors.ahead(self.stack, expert + 1)
+            self._tensors.ahead(self._loaded, expert + 1)
         return loaded
 
 
@@ -255,7 +268,7 @@ class StreamedExperts(nn.Module):
     def _run(self, expert: int, hidden_TH: Tensor, token_R: Tensor, weight_R: Tensor) -> Tensor:
         """Return one expert's outputs (R, H) for the given rows of the batch."""
         loaded = self.weights.load(expert)
-        padded_R = _round_up(token_R) if self._rounds_up else token_R
+        padded_R = round_up(token_R) if self._rounds_up else token_R
         inner_RI = self.inner(hidden_TH.index_select(0, padded_R), loaded)
         if self.inner_listener is not None:
             self.inner_listener(expert, inner_RI[: len(token_R)], token_R, weight_R)
@@ -272,7 +285,7 @@ class StreamedExperts(nn.Module):
 
         If the number of rows is rounded up, the additional rows are zeros.
         """
-        padded_R = _round_up(token_R) if self._rounds_up else token_R
+        padded_R = round_up(token_R) if self._rounds_up else token_R
         inner_RI = torch.cat(
             [
                 self.inner(hidden_TH.index_select(0, part_R), loaded)
@@ -380,21 +393,3 @@ def _activation(original: Any, form: Form) -> Callable[[Tensor], Tensor]:  # noq
         return inner_RI
 
     return activate
-
-
-def _round_up(token_R: Tensor) -> Tensor:
-    """Repeat the first row until the number of rows is a multiple of `ROW_MULTIPLE`."""
-    missing = -len(token_R) % ROW_MULTIPLE
-    return torch.cat([token_R, token_R[:1].expand(missing)]) if missing else token_R
-
-
-def slots_by_expert(index_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield each expert that has tokens, with the slots t * K + k routed to it."""
-    # the same call as transformers': the order of rows decides the last bits of a product
-    sorted_S, slot_S = torch.sort(index_TK.reshape(-1))
-    bounds = torch.searchsorted(sorted_S, torch.arange(num_experts + 1, device=sorted_S.device))
-    for expert, (start, stop) in enumerate(
-        zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-    ):
-        if start < stop:
-            yield expert, slot_S[start:stop]

@@ -20,7 +20,7 @@ from ream_stream.settings import Method
 from .allocation import CACHE_SHARE
 from .phase_cost import PHASES, Cost, total
 from .plan import GRAMS, OUTPUTS, SUMS, LayerPlan, Plan
-from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE, KEPT, refit_memory
+from .refit_memory import ACTIVATIONS, HELD_BACK_SHARE, INPUTS, KEPT, refit_memory
 
 
 def cost_of(plan: Plan, *, cache_bytes: int, committed: int = 0) -> dict[str, Cost]:
@@ -106,14 +106,21 @@ class _Layer:
             cost += Cost(product_flop=2 * self.tokens * plan.top_k * stack.inner**2)
         if not sequential and plan.leads_on(self.layer):
             cost += Cost(written_bytes=plan.hidden_bytes) + self._summed(passes)
+        elif plan.refits and not plan.tracks_original:  # the sums are its targets
+            cost += self._summed(passes)
         return cost
 
     def _follow(self) -> Cost:
         """Run the source layer in the original model."""
         plan, stack = self.plan, self.stack
         experts = self.bytes - self.dense_bytes if stack else 0
-        read = self.bytes + int(experts * (self._readings(1) - 1))
-        return self._again(read) + Cost(
+        passes = self._passes(stack.count) if stack else 1
+        read = self.bytes + int(experts * (self._readings(passes) - 1))
+        again = Cost(
+            read_bytes=self.entering, product_flop=self._dense_flop(before_experts=True)
+        )
+        cost = self._again(read) + self._summed(passes) + total([again] * (passes - 1))
+        return cost + Cost(
             read_bytes=self.entering,
             written_bytes=plan.hidden_bytes if plan.leads_on(self.layer) else 0,
             expert_flop=self._expert_flop(stack) if stack else 0,
@@ -208,7 +215,7 @@ class _Layer:
         iterations, blocks = method.refit_iterations, solver.column_blocks
         passes = 0 if solver.gathered else iterations
         # the first pass makes activations in any case; the last iteration is half of one
-        again = plan.refit_repeats
+        made = plan.refit_repeats if plan.makes_activations_again else 0.0
         judged = HELD_BACK_SHARE * (trials / blocks + 1)
         products = 2 * matrix * (1 + max(0, 2 * passes - 1) + judged) + 2 * inner**2
         if plan.tracks_original:  # the compressed layer is run to its end
@@ -218,27 +225,45 @@ class _Layer:
         if solver.gathered:
             refit = refit_memory(plan.settings, stack, plan.top_k, plan.dtype.itemsize)
             wide += refit.gathered_flop(self.tokens)
-        kept = plan.scratch.get(KEPT, 0)
         expert_bytes = self.output_bytes - self.dense_bytes
-        read = self.dense_bytes + int(expert_bytes * self._readings(1) * (1 + again))
-        loads = self._loads(experts) * (1 + again) + experts
+        collecting = len(plan.refit_blocks)
+        read = (
+            expert_bytes if collecting else int(expert_bytes * self._readings(1) * (1 + made))
+        )
+        loads = self._loads(experts) * (1 + made) + experts
         downs = [m.stored for m in output.matrices if m.parts == ("down",) and _is_coded(m)]
         down = experts * sum(stored.rows * stored.cols for stored in downs)
         # to be judged, and once for each tensor that is written
         times = 1 + sum(len(s.codec.parts(s.rows, s.cols)) for s in downs)
         return (
             Cost(
-                read_bytes=int(kept * (1 + again)),
-                written_bytes=self.output_bytes + kept,
-                expert_flop=int(slots * (6 * matrix + 4 * matrix * again)),
+                written_bytes=self.output_bytes,
+                expert_flop=int(slots * (6 * matrix + 4 * matrix * made)),
                 product_flop=int(slots * products),
                 float32_flop=wide,
                 decoded_numbers=int(self.still_coded + _coded_numbers(output) * loads) + down,
                 encoded_numbers=down * times,
             )
-            + self._passed_again(1)
-            + self._again(read)
+            + self._passed_again((collecting or 1) + bool(collecting and plan.tracks_original))
+            + self._again(self.dense_bytes + read)
+            + self._kept_for_refit()
         )
+
+    def _kept_for_refit(self) -> Cost:
+        """Write and read what a refit keeps on the disk."""
+        plan, scratch = self.plan, self.plan.scratch
+        columns, repeats = plan.schedule.solver.column_blocks, plan.refit_repeats
+        # activations once for the sums, and again when the layer runs for the next
+        inputs, activations = scratch.get(INPUTS, 0), scratch.get(ACTIVATIONS, 0)
+        kept = scratch.get(KEPT, 0)
+        targets = min(plan.hidden_bytes, kept)
+        # each part of the columns but the first of the tokens that are fitted; all columns of
+        # those that are held back for each part, and before
+        residuals = targets * ((columns - 1) / columns + HELD_BACK_SHARE * (columns + 1))
+        results = kept - targets
+        read = inputs * repeats + activations * (1 + repeats) + targets + residuals + results
+        again = int(targets * (1 if columns > 1 else HELD_BACK_SHARE))
+        return Cost(read_bytes=int(read), written_bytes=inputs + activations + kept + again)
 
     def _propagate(self) -> Cost:
         """Run the layer, as it is in the output, for the next."""
@@ -250,21 +275,26 @@ class _Layer:
                 product_flop=self._dense_flop(),
                 decoded_numbers=self.coded,
             )
-        passes = self._passes(output.count)
+        # a refit runs the layer on activations that it kept
+        passes = 1 if plan.refits else self._passes(output.count)
         experts_flop = self._expert_flop(output)
-        if plan.memory.get(ACTIVATIONS):  # only down projections are applied
+        if plan.keeps(ACTIVATIONS):  # only down projections are applied
             experts_flop //= 3
         experts = (self.output_bytes - self.dense_bytes) * (self._readings(passes) - 1)
+        stored = bool(plan.refit_blocks)
+        if stored:
+            experts = (self.output_bytes - self.dense_bytes) * -2 / 3
         return (
             self._again(self.output_bytes + int(experts))
             + self._passed_again(passes)
             + self._summed(passes)
             + Cost(
+                read_bytes=plan.scratch.get(ACTIVATIONS, 0),
                 written_bytes=plan.hidden_bytes,
                 expert_flop=experts_flop,
                 product_flop=self._flop_after_attention(),
                 decoded_numbers=self.still_coded
-                + _coded_numbers(output) * self._loads(output.count),
+                + _coded_numbers(output) * self._loads(output.count) // (3 if stored else 1),
             )
         )
 

@@ -47,6 +47,9 @@ rest of the plan with two threads, none with one.
 ON_THE_WAY = "experts on their way"
 """Memory part: buffers of `TransferLanes` in page-locked memory and on the device."""
 
+SOLVE = "solve"
+"""Phase of a refit on stored activations in which no experts are kept on the device."""
+
 ALLOCATOR_SHARE = 0.2
 """Reserve for fragments in a device's allocator, as a share of transient allocations.
 
@@ -117,6 +120,8 @@ class MemoryModel:
         ways = list(refit.solvers(tokens, remakes=on_device))
         self.solvers = ways if self.refits else ways[:1]
         """Possible solvers of the refit, the fastest first."""
+        self.experts_left = settings.experts if self.refits else stack.count
+        """Experts that stay, if they are refitted."""
         self.passes_again = settings.runs_layers and (settings.sequential or self.refits)
         """Whether the layer runs again after its observation."""
         self.kept_bytes = refit.kept(tokens) if self.refits else 0
@@ -137,8 +142,13 @@ class MemoryModel:
         self._held = self._held_by_phase()
         self._compared = self._compared_by_phase()
 
-    def host(self, batch: int, solver: Solver, *, trims_heap: bool) -> dict[str, int]:
-        """Return the parts of host memory for a batch of so many sequences."""
+    def host(
+        self, batch: int, solver: Solver, *, trims_heap: bool, stored: bool = False
+    ) -> dict[str, int]:
+        """Return the parts of host memory for a batch of so many sequences.
+
+        With `stored` a refit stores activations block by block.
+        """
         phases, held = dict(self._compared), self._held
         fixed = {
             "interpreter and libraries": anonymous_bytes() + LIBRARY_BYTES,
@@ -154,23 +164,47 @@ class MemoryModel:
             held = {}
             fixed[ON_THE_WAY] = TransferLanes.host_bytes(TransferLanes.room(self._stack.sizes))
         else:
-            phases |= self._layer_by_phase(batch, solver)
+            phases |= self._layer_by_phase(batch, solver, stored=stored)
         parts, working = _largest(phases, held)
         heap = SMALL_BLOCKS if trims_heap else int(HEAP_SHARE * working)
         return {**fixed, **parts, "kept by the heap": heap}
 
-    def device(self, batch: int, solver: Solver, resident: int) -> dict[str, int]:
-        """Return the parts of device memory with so many resident experts."""
-        phases = self._layer_by_phase(batch, solver) | self._compared
+    def device(
+        self, batch: int, solver: Solver, resident: int, *, stored: bool = False
+    ) -> dict[str, int]:
+        """Return the parts of device memory with so many resident experts.
+
+        With `stored` a refit stores activations block by block, and solves without experts.
+        """
+        phases = self._device_phases(batch, solver, stored=stored)
+        kept = {"experts kept": resident * self.expert_bytes}
+        held = {name: self._held.get(name, {}) | kept for name in phases if name != SOLVE}
+        parts, working = _largest(phases, held, 1 + ALLOCATOR_SHARE)
+        return self._fixed_on_device() | {
+            **parts,
+            "left for fragments": int(ALLOCATOR_SHARE * working),
+        }
+
+    def resident_room(self, vram: int, batch: int, solver: Solver, *, stored: bool) -> int:
+        """Return how many experts the device can keep."""
+        phases = self._device_phases(batch, solver, stored=stored)
+        phases.pop(SOLVE, None)
+        parts, working = _largest(phases, self._held, 1 + ALLOCATOR_SHARE)
+        taken = sum(self._fixed_on_device().values()) + sum(parts.values())
+        return (vram - taken - int(ALLOCATOR_SHARE * working)) // self.expert_bytes
+
+    def _device_phases(self, batch: int, solver: Solver, *, stored: bool) -> dict[str, int]:
+        """Return the transient bytes of each phase on the device."""
+        phases = self._layer_by_phase(batch, solver, stored=stored) | self._compared
         phases.pop("write", None)
-        parts, working = _largest(phases, self._held)
+        return phases
+
+    def _fixed_on_device(self) -> dict[str, int]:
+        """Return the parts of device memory that are there in all phases."""
         return {
             "dense weights of a layer": self._dense_bytes(),
             "buffers of one expert": self.expert_bytes,
             ON_THE_WAY: self.expert_bytes + TransferLanes.room(self._stack.sizes),
-            "experts kept": resident * self.expert_bytes,
-            **parts,
-            "left for fragments": int(ALLOCATOR_SHARE * working),
         }
 
     def _entering_bytes(self, batch: int) -> int:
@@ -251,7 +285,7 @@ class MemoryModel:
             "write": merging_bytes(hidden * inner, stored),
         }
 
-    def _layer_by_phase(self, batch: int, solver: Solver) -> dict[str, int]:
+    def _layer_by_phase(self, batch: int, solver: Solver, *, stored: bool) -> dict[str, int]:
         """Return the transient bytes of a layer's forward and of its refit."""
         if not self._settings.runs_layers:
             return {}
@@ -267,18 +301,32 @@ class MemoryModel:
                 "observe": before if self._settings.sequential else whole,
                 "propagate": whole,
             }
-        return {
+        refit, tracks = self._refit, self._settings.tracks_original(self._stack.count)
+        phases = {
             # the experts' outputs are summed, as in a run of the whole layer
-            "observe": whole + self._refit.inputs(tokens),
-            "propagate": max(whole, before + behind + self._refit.replaying(tokens, solver)),
-            "refit": self._refit.solving(solver, tokens, before),
+            "observe": whole + refit.inputs(tokens),
+            "propagate": max(whole, before + behind + refit.replaying(tokens, solver)),
         }
+        if not stored:
+            most = max(refit.summing(tokens, solver, before), refit.solving(tokens, solver))
+            return phases | {"refit": most}
+        # stored activations need no more of the layer, unless its end is the target
+        most = max(
+            refit.collecting(tokens, solver, before),
+            refit.summing(tokens, solver, before if tracks else 0),
+        )
+        return phases | {"refit": most, SOLVE: refit.solving(tokens, solver)}
 
 
 def _largest(
-    phases: Mapping[str, int], held: Mapping[str, dict[str, int]]
+    phases: Mapping[str, int], held: Mapping[str, dict[str, int]], factor: float = 1.0
 ) -> tuple[dict[str, int], int]:
-    """Return the parts of the phase with the highest peak, and its transient bytes."""
+    """Return the parts of the phase with the highest peak, and its transient bytes.
+
+    The transient bytes of each phase take `factor` of themselves.
+    """
     phases = phases or {"write": 0}  # nothing but bytes is copied
-    phase = max(phases, key=lambda name: phases[name] + sum(held.get(name, {}).values()))
+    phase = max(
+        phases, key=lambda name: factor * phases[name] + sum(held.get(name, {}).values())
+    )
     return {**held.get(phase, {}), f"work: {phase}": phases[phase]}, phases[phase]

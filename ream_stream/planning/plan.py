@@ -14,6 +14,7 @@ from ream_stream.checkpoint.header import TensorEntry
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.checkpoint.shard_fetcher import ShardFetcher
 from ream_stream.checkpoint.shards import Shard
+from ream_stream.model.expert_blocks import cut_experts
 from ream_stream.model.families import Family
 from ream_stream.model.streamed_model import StreamedModel
 from ream_stream.model.tensor_map import LayerTensors
@@ -300,10 +301,25 @@ class Plan(Layout):
         return -(-self.sequences // self.schedule.batch_sequences)
 
     @property
+    def refit_blocks(self) -> list[range]:
+        """Blocks of the experts that stay, whose activations a refit stores block by block.
+
+        There is none where all of them are run at once, and their activations are kept as they
+        are or computed again.
+        """
+        blocks = self.schedule.expert_blocks
+        if not self.keeps(ACTIVATIONS) or (blocks == 1 and not self.device_memory):
+            return []
+        return cut_experts(self.settings.experts, blocks)
+
+    @property
+    def makes_activations_again(self) -> bool:
+        """Whether each pass of a refit computes activations."""
+        return self.refits and not self.keeps(ACTIVATIONS)
+
+    @property
     def refit_repeats(self) -> float:
-        """Number of passes over all tokens in which a refit recomputes activations."""
-        if self.memory.get(ACTIVATIONS):
-            return 0.0
+        """Number of passes of a refit over all tokens, after their sums."""
         iterations = (
             0 if self.schedule.solver.gathered else self.settings.method.refit_iterations
         )

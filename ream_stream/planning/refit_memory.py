@@ -18,11 +18,14 @@ from .schedule import Solver
 HELD_BACK_SHARE = 0.1
 """Share of the sequences that are held back from the refit to judge it."""
 
-KEPT = "kept for the refit"
-"""Memory part: targets, inputs and results of a refit; with 0 bytes they are on disk."""
+KEPT = "targets of the refit"
+"""Memory part: targets, then residuals, and results of a refit."""
+
+INPUTS = "inputs for the refit"
+"""Memory part: inputs of the experts, from which each pass of a refit computes activations."""
 
 ACTIVATIONS = "activations for the refit"
-"""Memory part: cached activations of a refit; with 0 bytes each pass computes them."""
+"""Memory part: activations of all experts; without them each pass computes them."""
 
 MOST_COLUMN_BLOCKS = 64
 """Most column blocks; more blocks each cost a pass over the tokens and save little."""
@@ -80,13 +83,14 @@ class RefitMemory:
         return products * tokens * self.top_k * 2 * self.stack.hidden * self.stack.inner
 
     def kept(self, tokens: int) -> int:
-        """Return the bytes of the targets of `tokens` tokens, and of the results."""
+        """Return the bytes of the targets, residuals and results of `tokens` tokens."""
         hidden, inner = self.stack.hidden, self.stack.inner
         # codes are encoded from float32
         stored = ITEM_BYTES[self.stack.dtype] if self.stack.scheme == "plain" else 4
         numbers = self.settings.experts * hidden * inner
-        # targets, then their residuals in the same store
-        return tokens * hidden * self.itemsize + numbers * stored
+        # targets, then their residuals in the same store, but for those held back
+        states = tokens * hidden * self.itemsize
+        return states + int(HELD_BACK_SHARE * states) + numbers * stored
 
     def inputs(self, tokens: int) -> int:
         """Return the bytes of expert inputs, kept if activations are not, or of outputs."""
@@ -107,36 +111,45 @@ class RefitMemory:
         outputs = tokens * self.stack.hidden * (4 + self.itemsize)
         return outputs + self._activations(tokens, solver)
 
-    def solving(self, solver: Solver, tokens: int, before: int) -> int:
-        """Return the transient bytes of a layer's refit.
+    def collecting(self, tokens: int, solver: Solver, before: int) -> int:
+        """Return the transient bytes of storing a block's activations on a batch.
 
         Parameters
         ----------
-        solver
-            Solver of the refit.
         tokens
             Tokens of a batch, T.
+        solver
+            Solver of the refit.
         before
             Bytes of the layer's forward on a batch up to its experts.
         """
-        hidden, itemsize = self.stack.hidden, self.itemsize
-        columns = -(-hidden // solver.column_blocks)
-        activations = self._activations(tokens, solver)
-        # the prediction, its copy in the run's dtype, and one expert's rows or share of it:
-        # all tokens may go to one expert
-        product = tokens * columns * (4 + itemsize + max(2 * itemsize, 4 + itemsize))
+        # all tokens may go to the block
+        together = tokens * self.top_k * self.stack.inner * self.itemsize
+        return before + self._activations(tokens, solver) + together
+
+    def summing(self, tokens: int, solver: Solver, before: int) -> int:
+        """Return the transient bytes of adding a batch to the sums, as for `collecting`."""
         # the batch's outputs and residuals, and one copy of the residuals to keep
-        residuals = tokens * hidden * (3 * 4 + 2 * itemsize)
-        adding = before + activations + residuals + product
-        inputs = tokens * hidden * itemsize
-        passing = activations + 2 * inputs + product
+        residuals = tokens * self.stack.hidden * (3 * 4 + 2 * self.itemsize)
+        adding = before + self._activations(tokens, solver) + residuals
+        return self._held(solver, 1) + adding + self._product(tokens, solver)
+
+    def solving(self, tokens: int, solver: Solver) -> int:
+        """Return the transient bytes of the solution and its passes over batches."""
+        columns = -(-self.stack.hidden // solver.column_blocks)
+        inputs = tokens * self.stack.hidden * self.itemsize
+        passing = self._activations(tokens, solver) + 2 * inputs + self._product(tokens, solver)
         inner, vectors = self.stack.inner, 1 + len(self.settings.method.refit_lambda)
         factor = Cholesky.working_bytes(inner) + 2 * inner * columns * 8
-        return max(
-            self._held(solver, 1) + adding,
-            # target, residual, change, direction and product; or a direction of each penalty
-            self._held(solver, max(4, vectors)) + max(factor, passing),
-        )
+        # target, residual, change, direction and product; or a direction of each penalty
+        return self._held(solver, max(4, vectors)) + max(factor, passing)
+
+    def _product(self, tokens: int, solver: Solver) -> int:
+        """Return the bytes of a prediction for a batch."""
+        columns, itemsize = -(-self.stack.hidden // solver.column_blocks), self.itemsize
+        # the prediction, its copy in the run's dtype, and one expert's rows or share of it:
+        # all tokens may go to one expert
+        return tokens * columns * (4 + itemsize + max(2 * itemsize, 4 + itemsize))
 
     def _held(self, solver: Solver, vectors: int) -> int:
         """Return the bytes held between passes, with `vectors` tensors as large as all D_e."""

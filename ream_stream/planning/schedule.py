@@ -1,5 +1,6 @@
 """Schedule of a run through each layer, and its limits on memory and disk."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 from ream_stream.host_memory import anonymous_bytes, available_bytes
@@ -68,6 +69,13 @@ class Solver:
 
     column_blocks: int
     """Number of parts of the hidden channels that are solved one after another."""
+
+    def columns(self, hidden: int) -> list[slice]:
+        """Return the parts of so many hidden channels."""
+        # rounded up, so that the first part is the largest
+        count = self.column_blocks
+        bounds = [-(-hidden * part // count) for part in range(count + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

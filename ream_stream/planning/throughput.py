@@ -23,7 +23,8 @@ from ream_stream.checkpoint.header import ITEM_BYTES, torch_dtype
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.host_memory import trim
 from ream_stream.method.rng import generator
-from ream_stream.model.experts import ExpertWeights, Form, StreamedExperts, slots_by_expert
+from ream_stream.model.expert_rows import slots_by_expert
+from ream_stream.model.experts import ExpertWeights, Form, StreamedExperts
 
 from .cost import cost_of
 from .gpus import EFFICIENCY, Gpu

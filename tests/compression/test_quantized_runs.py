@@ -23,7 +23,7 @@ from tiny_runs import (
 )
 
 from ream_stream.checkpoint.reader import open_checkpoint
-from ream_stream.compression.refit_activations import held_back
+from ream_stream.compression.held_back import held_back
 from ream_stream.errors import DamagedError
 from ream_stream.evaluation.source_diff import against
 from ream_stream.evaluation.verify import verify

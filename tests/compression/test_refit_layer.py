@@ -18,13 +18,14 @@ from tiny_runs import (
     scheduled,
     settings,
     some_tokens,
+    storing,
 )
 from transformers import AutoModelForCausalLM
 
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.checkpoint.reader import open_checkpoint
+from ream_stream.compression.held_back import held_back
 from ream_stream.compression.pipeline import compress
-from ream_stream.compression.refit_activations import held_back
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import OverBudgetError, UsageError
 from ream_stream.events import LayerDone, Step
@@ -319,6 +320,86 @@ def test_stores_on_disk_give_the_same_bytes_and_are_gone_afterwards(source, tmp_
     other = run_plan(plan, tokens, tmp_path / "disk")
     assert one.files() == other.files()
     assert not list((other.output / ".ream-stream").glob("scratch*"))
+
+
+@pytest.mark.parametrize(
+    ("where", "target", "columns"),
+    [
+        ("disk", "layer", 1),
+        ("both", "trajectory", 3),
+        *(
+            pytest.param(*way, marks=pytest.mark.slow)
+            for way in (("memory", "layer", 3), ("both", "layer", 3), ("disk", "trajectory", 1))
+        ),
+    ],
+)
+def test_stored_activations_give_the_bytes_of_experts_run_at_once(
+    source, tmp_path, tokens, where, target, columns
+):
+    plan = scheduled(
+        plan_for(source, tokens, refitted(refit_target=target)),
+        batch_sequences=7,
+        solver=Solver(preconditioner="blocks", gathered=False, column_blocks=columns),
+    )
+    once = run_plan(plan, tokens, tmp_path / "once")
+    plan = storing(plan, 1, where)
+    assert plan.refit_blocks == [range(KEEP)]
+    done = run_plan(plan, tokens, tmp_path / "stored")
+    assert any(found.penalty for found in refits_by_layer(done).values())
+    assert done.files() == once.files()
+    for layer, hidden_SLH in once.hidden.items():
+        assert torch.equal(hidden_SLH, done.hidden[layer])
+    assert not list((done.output / ".ream-stream").glob("scratch*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "target"),
+    [
+        ("gpt_oss", "float32", "layer"),  # with biases
+        ("qwen3_moe", "float32", "trajectory"),
+        pytest.param("qwen3_moe", "float32", "layer", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "bfloat16", "layer", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "bfloat16", "trajectory", marks=pytest.mark.slow),
+    ],
+)
+def test_a_refit_in_blocks_differs_in_last_bits_at_most(
+    checkpoints, tmp_path, tokens, name, dtype, target
+):
+    source = checkpoints(name, getattr(torch, dtype))
+    wanted = refitted(dtype=dtype, refit_target=target, refit_lambda=(1.0,))
+    plan = scheduled(plan_for(source, tokens, wanted), batch_sequences=7)
+    whole = run_plan(plan, tokens, tmp_path / "whole")
+    first = run_plan(storing(plan, 3, "memory"), tokens, tmp_path / "memory")
+    assert (
+        run_plan(storing(plan, 3, "disk"), tokens, tmp_path / "disk").files() == first.files()
+    )
+    ours, theirs = load_tensors(first.output), load_tensors(whole.output)
+    helped = [found.remaining_error for found in refits_by_layer(whole).values()]
+    assert [found.remaining_error for found in refits_by_layer(first).values()] == (
+        pytest.approx(helped, rel=1e-4 if dtype == "float32" else 0.02)
+    )
+    part = 1e-5 if dtype == "float32" else 0.02
+    for key, tensor in theirs.items():
+        difference = (ours[key].float() - tensor.float()).norm()
+        assert difference <= part * tensor.float().norm(), key
+
+
+@pytest.mark.parametrize("done", [1, 9, 15])
+def test_a_refit_in_blocks_that_is_stopped_goes_on_to_the_same_bytes(
+    source, tmp_path, tokens, done
+):
+    plan = scheduled(plan_for(source, tokens, refitted()), batch_sequences=4)
+    plan = storing(plan, 2, "disk")
+    whole = run_plan(plan, tokens, tmp_path / "whole")
+    output = tmp_path / "output"
+    workspace = Workspace(output=output, work=output / ".ream-stream")
+    leave = stop_when(
+        lambda event: isinstance(event, Step) and (event.phase, event.done) == ("refit", done)
+    )
+    with workspace.locked(), pytest.raises(StopAt):
+        compress(plan, tokens, workspace, device=CPU, report=leave)
+    assert run_plan(plan, tokens, output).files() == whole.files()
+    assert not list((output / ".ream-stream").glob("scratch*"))
 
 
 @pytest.mark.parametrize("grouping", ["none", "ream"])

@@ -24,7 +24,7 @@ from tiny_runs import (
 )
 
 from ream_stream.calibration.tokens import from_tensors
-from ream_stream.compression.refit_activations import held_back
+from ream_stream.compression.held_back import held_back
 from ream_stream.errors import UsageError
 from ream_stream.evaluation.source_diff import against
 from ream_stream.evaluation.verify import verify

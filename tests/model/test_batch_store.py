@@ -50,6 +50,25 @@ def test_what_is_kept_comes_back_bit_for_bit_and_the_last_may_be_smaller(opened,
                 assert same_bits(kept.get(number), tensors[number])
 
 
+@pytest.mark.parametrize("in_memory", [0, 2])
+@pytest.mark.parametrize("beside", [False, True])
+def test_tensors_of_any_size_are_kept_some_of_them_in_memory(tmp_path, in_memory, beside):
+    path = tmp_path / "scratch-x"
+    tensors = {n: special(torch.bfloat16, 6 + 5 * (n % 3)).view(1, -1) for n in (4, 0, 1, 7)}
+    with open_batch_store(path, None, beside=beside, in_memory=in_memory) as kept:
+        for number, tensor in tensors.items():
+            kept.put(number, tensor)
+        for number, tensor in tensors.items():
+            assert same_bits(kept.get(number), tensor)
+        assert {int(file.name) for file in path.iterdir()} == (
+            {4, 7} if in_memory else {0, 1, 4, 7}
+        )
+        kept.put(4, tensors[1])
+        kept.drop(1)
+        assert same_bits(kept.get(4), tensors[1])
+    assert not path.exists()
+
+
 def test_sums_grow_in_their_place(opened):
     parts = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0))
     with opened(3) as kept:

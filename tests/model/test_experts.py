@@ -16,7 +16,8 @@ from ream_stream.checkpoint.expert_layouts import find_experts
 from ream_stream.checkpoint.header import read_header
 from ream_stream.checkpoint.reader import Checkpoint
 from ream_stream.file_access import FileRange
-from ream_stream.model.experts import ExpertWeights, StreamedExperts, slots_by_expert
+from ream_stream.model.expert_rows import slots_by_expert
+from ream_stream.model.experts import ExpertWeights, StreamedExperts
 
 CPU = torch.device("cpu")
 PREFIX = "model.layers.0.mlp.experts"
@@ -208,6 +209,28 @@ def test_experts_that_are_kept_are_read_once_and_give_the_same_bits(tmp_path):
         weights.turn_to(range(3, 6))
         assert weights.load(3) is kept[3]
         assert weights.load(0) is not kept[0]
+
+
+def test_projections_are_loaded_alone_and_more_of_them_kept(tmp_path):
+    pair = Pair(tmp_path / "x.safetensors", (8, 3, 50, 32, 16), torch.float32)
+    with pair.checkpoint.open() as tensors:
+        weights = ExpertWeights(tensors, pair.stack, pair.dtype, CPU)
+        weights.resident = 2
+        weights.turn_to(range(8), "gate_up")
+        for expert in range(8):
+            loaded = weights.load(expert)
+            assert torch.equal(loaded.gate_up, pair.theirs.gate_up_proj[expert])
+            assert loaded.down_HI.numel() == 0 or expert >= 2
+        weights.turn_to(range(8), "down")
+        kept = [weights.load(expert) for expert in range(8)]
+        assert all(
+            torch.equal(kept[expert].down_HI, pair.theirs.down_proj[expert])
+            for expert in range(6)
+        )
+        assert [weights.load(expert) is kept[expert] for expert in (0, 5)] == [True, True]
+        assert kept[0].gate_up.numel() == 0
+        weights.turn_to(range(8))
+        assert torch.equal(weights.load(0).gate_up, pair.theirs.gate_up_proj[0])
 
 
 def test_an_expert_loaded_beside_another_leaves_it_as_it_is(tmp_path):

@@ -10,12 +10,12 @@ import torch
 from rank_runs import on_ranks
 from tiny_checkpoints import load_tensors, save_tensors
 from tiny_families import EXPERTS
-from tiny_runs import CPU, plan_for, run_plan, scheduled, settings, some_tokens
+from tiny_runs import CPU, plan_for, run_plan, scheduled, settings, some_tokens, storing
 
 from ream_stream.calibration.tokens import from_tensors
 from ream_stream.compression import journal, layer, observer, refit_layer
+from ream_stream.compression.held_back import held_back
 from ream_stream.compression.pipeline import compress
-from ream_stream.compression.refit_activations import held_back
 from ream_stream.compression.workspace import Workspace
 from ream_stream.errors import NumbersError
 from ream_stream.events import LayerDone
@@ -154,6 +154,7 @@ def test_a_sequence_that_overflows_counts_no_more_and_the_others_as_if_it_were_n
         pytest.param(EXPERTS, True, "layer", id="source", marks=pytest.mark.slow),
         pytest.param(6, False, "layer", id="compressed"),
         pytest.param(EXPERTS, True, "trajectory", id="trajectory"),
+        pytest.param(6, False, "stored", id="stored"),
     ],
 )
 def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
@@ -161,10 +162,12 @@ def test_a_sequence_that_overflows_reaches_neither_a_fit_nor_its_judgement(
 ):
     tokens, source = some_tokens(SEQUENCES, 12), checkpoints("olmoe", torch.float32)
     wanted = {"sequential": sequential, "refit": "down", "grouping": "none"}
-    wanted["refit_target"] = target
+    wanted["refit_target"] = target.replace("stored", "layer")
     held_S = held_back(tokens, 0)
     bad = int((held_S == held).nonzero()[-1])
     plan = in_threes(source, tokens, **wanted)
+    if target == "stored":
+        plan = storing(plan, 2, "disk")
     with monkeypatch.context() as patch:
         Overflowing(patch, [(0, bad)], tokens, experts=experts)
         done = run_plan(plan, tokens, tmp_path / "out")

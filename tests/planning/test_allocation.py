@@ -9,10 +9,12 @@ from tiny_runs import SCHEDULE, settings
 
 from ream_stream.checkpoint.reader import open_checkpoint
 from ream_stream.errors import OverBudgetError
+from ream_stream.model.expert_blocks import cut_experts
 from ream_stream.planning import allocation, disk, memory, planner, schedule
 from ream_stream.planning.allocation import CHUNKS, NORMS, OUTPUTS, SUMS
 from ream_stream.planning.cost import cost_of
 from ream_stream.planning.phase_cost import total
+from ream_stream.planning.refit_memory import ACTIVATIONS, INPUTS, KEPT
 from ream_stream.planning.schedule import Begun, Budgets
 from ream_stream.units import parse_size, size_option
 
@@ -29,10 +31,10 @@ def plan_of(checkpoints, monkeypatch):
     monkeypatch.setattr(allocation, "MAX_BATCH_TOKENS", 4 * LENGTH)
     checkpoint = open_checkpoint(checkpoints("qwen3_moe"))
 
-    def give(cache=1 << 40, ram=1 << 40, disk=None, vram=None, **options):
+    def give(cache=1 << 40, ram=1 << 40, disk=None, vram=None, refit="none", **options):
         monkeypatch.setattr(schedule, "available_bytes", lambda: cache)
         # comparing experts would take more than any batch of so small a model
-        wanted = settings(6, grouping="none")
+        wanted = settings(6, grouping="none", refit=refit)
         plan = planner.make_plan(
             checkpoint,
             wanted,
@@ -218,3 +220,64 @@ def test_experts_that_all_stay_are_not_compared(checkpoints):
     assert merged["token sample"] > 0
     assert "work: compare" in merged
     assert not {"token sample", "mean outputs", "work: compare"} & set(kept)
+
+
+def cut_for_a_refit(plan_of, **options):
+    """Plan a refit on a device with room for half of the experts."""
+    plain = plan_of(refit="down", vram=1 << 34)
+    kept = plain.device_memory["experts kept"]
+    least = sum(plain.device_memory.values()) - kept
+    return plan_of(refit="down", vram=least + kept // 2, **options)
+
+
+def test_a_refit_on_a_device_that_cannot_keep_the_experts_stores_activations(plan_of):
+    plain = plan_of(refit="down", vram=1 << 34)
+    assert (plain.schedule.expert_blocks, plain.refit_blocks) == (1, [])
+    assert plain.memory[INPUTS] == plain.hidden_bytes
+    plan = cut_for_a_refit(plan_of)
+    assert plan.refit_blocks == cut_experts(6, plan.schedule.expert_blocks)
+    activations = 1.05 * SEQUENCES * LENGTH * TOP_K * 16 * 4
+    assert plan.memory[ACTIVATIONS] == int(activations)
+    assert INPUTS not in plan.memory
+    # targets and a tenth of them, and down projections in the dtype of the checkpoint
+    assert plan.memory[KEPT] == int(1.1 * 4 * SEQUENCES * LENGTH * HIDDEN) + 2 * 6 * 16 * HIDDEN
+    for each in (plain, plan):
+        assert not each.scratch
+    # as little is read as with a page cache that holds all experts
+    assert cost_of(plan, cache_bytes=0)["refit"].read_bytes < (
+        1.5 * cost_of(plain, cache_bytes=1 << 40)["refit"].read_bytes
+    )
+
+
+def test_what_a_refit_keeps_takes_the_memory_there_is_and_the_disk_for_the_rest(plan_of):
+    whole = cut_for_a_refit(plan_of)
+    sizes = {part: whole.memory[part] for part in (ACTIVATIONS, KEPT)}
+    placed = sum(whole.memory.get(part, 0) for part in (*sizes, SUMS, OUTPUTS))
+    bare = whole.memory_bytes - placed
+    ram = bare + sizes[ACTIVATIONS] // 2 + 3 * placed // 16
+    # where a page cache holds the layer, computing them again is cheaper than the disk
+    assert cut_for_a_refit(plan_of, ram=ram).refit_blocks == []
+    plan = cut_for_a_refit(plan_of, ram=ram, cache=bare - OURS + 20_000)
+    assert plan.memory_bytes <= ram
+    assert 0 < plan.memory[ACTIVATIONS] < sizes[ACTIVATIONS]
+    for part, nbytes in sizes.items():
+        assert plan.memory[part] + plan.scratch.get(part, 0) == nbytes
+    assert plan.schedule == whole.schedule
+    one, other = (cost_of(each, cache_bytes=0)["refit"] for each in (whole, plan))
+    assert other.read_bytes > one.read_bytes
+    assert other.expert_flop == one.expert_flop
+
+
+def test_a_refit_on_the_processor_cuts_a_layer_that_the_page_cache_does_not_hold(plan_of):
+    whole = plan_of(refit="down")
+    assert (whole.schedule.expert_blocks, whole.refit_blocks) == (1, [])
+    assert whole.memory[ACTIVATIONS] > 0
+    kept = sum(whole.memory[part] for part in (ACTIVATIONS, KEPT, OUTPUTS))
+    cache = whole.memory_bytes - kept - OURS + 20_000
+    plan = plan_of(refit="down", cache=cache)
+    assert plan.schedule.expert_blocks > 1
+    assert plan.refit_blocks == cut_experts(6, plan.schedule.expert_blocks)
+    reads = [total(cost_of(p, cache_bytes=0).values()).read_bytes for p in (whole, plan)]
+    assert reads[1] < reads[0] / 3
+    begun_whole = plan_of(refit="down", cache=cache, begun=begun(4))
+    assert (begun_whole.schedule.expert_blocks, begun_whole.refit_blocks) == (1, [])

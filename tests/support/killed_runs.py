@@ -16,7 +16,7 @@ import rank_runs
 import torch
 from crash import Ending, digests, run_in_child
 from tiny_checkpoints import add_mtp
-from tiny_runs import scheduled
+from tiny_runs import scheduled, storing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ream_stream import files as durable
@@ -47,6 +47,7 @@ VARIANTS = {
         experts=3,
         method=Method(grouping="none", refit="down", refit_target="trajectory"),
     ),
+    "refit-blocks": Settings(experts=3, method=Method(grouping="none", refit="down")),
     "slices": Settings(
         experts=6,
         method=Method(grouping="none", slices=2, refit="down", refit_target="trajectory"),
@@ -126,11 +127,14 @@ class Runs:
     """Runs of one variant in folders of a test."""
 
     def __init__(self, source, settings, folder, *, patch=lambda _: None, batch=BATCH):
+        in_blocks = settings == VARIANTS["refit-blocks"]
         settings = dataclasses.replace(settings, compute_dtype="bfloat16", max_shard_bytes=2500)
         plan = make_plan(source, settings, SEQUENCES, LENGTH)
         # what a refit keeps goes to disk: more steps, and strays
         memory = {**plan.memory, KEPT: 0}
         self.plan = scheduled(dataclasses.replace(plan, memory=memory), batch_sequences=batch)
+        if in_blocks:
+            self.plan = storing(self.plan, 2, "disk")
         ids_SL = torch.arange(SEQUENCES * LENGTH).view(SEQUENCES, LENGTH) * 7 % 32
         self.tokens = from_tensors({"input_ids": ids_SL}, description="counted")
         self.report = folder / "report.json"

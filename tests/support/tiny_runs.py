@@ -19,8 +19,9 @@ from ream_stream.compression.workspace import Workspace
 from ream_stream.events import Event, LayerDone, RefitResult
 from ream_stream.model.hidden_states import HiddenStates
 from ream_stream.model.streamed_model import Batch, StreamedModel
-from ream_stream.planning.plan import Plan
+from ream_stream.planning.plan import SUMS, Plan
 from ream_stream.planning.planner import make_plan
+from ream_stream.planning.refit_memory import ACTIVATIONS
 from ream_stream.planning.schedule import Schedule, Solver
 from ream_stream.settings import Method, Settings
 
@@ -214,6 +215,21 @@ SCHEDULE = Schedule(
 def scheduled(plan: Plan, **fields: Any) -> Plan:
     """Return a plan that goes through layers in another way."""
     return replace(plan, schedule=replace(plan.schedule, **fields))
+
+
+def storing(plan: Plan, blocks: int, where: str) -> Plan:
+    """Return a plan whose refit stores activations block by block: memory, disk or both."""
+    size = 6 * plan.num_batches
+    memory, disk = {"memory": (size, 0), "disk": (0, size), "both": (size // 2, size // 2)}[
+        where
+    ]
+    places = {ACTIVATIONS: disk, SUMS: disk if where == "disk" else 0}
+    return replace(
+        scheduled(plan, expert_blocks=blocks, resident_experts=2),
+        memory={**plan.memory, ACTIVATIONS: memory, SUMS: size - places[SUMS]},
+        scratch={part: nbytes for part, nbytes in places.items() if nbytes},
+        device_memory={"a device": 1},
+    )
 
 
 def run_plan(plan: Plan, tokens: Tokens, output: Path) -> Run:
